@@ -1,0 +1,40 @@
+"""Test settings: float64, a fixed seed, an empty param store; --device, --dtype, --run-slow."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flowvi
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="torch's default device")
+    parser.addoption("--dtype", default="float64", choices=["float32", "float64"])
+    parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--run-slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs --run-slow"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state(request, doctest_namespace):
+    torch.set_default_dtype(getattr(torch, request.config.getoption("--dtype")))
+    torch.set_default_device(request.config.getoption("--device"))
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    doctest_namespace.update(math=math, np=np, torch=torch, pyro=pyro, dist=dist, pyro_flowvi=pyro_flowvi)
+    with pyro.validation_enabled(True):
+        yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("cpu")

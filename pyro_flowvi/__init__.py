@@ -1,0 +1,20 @@
+"""Normalizing-flow guides for Pyro: swap an autoguide in one line, fit, and get a verdict."""
+
+from .autoguide import AutoFlow, AutoPlanar, AutoRadial
+from .diagnostics import Diagnosis, diagnose
+from .infer import FitDiverged, FitResult, fit
+from .transforms import FLOWS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FLOWS",
+    "AutoFlow",
+    "AutoPlanar",
+    "AutoRadial",
+    "Diagnosis",
+    "FitDiverged",
+    "FitResult",
+    "diagnose",
+    "fit",
+]

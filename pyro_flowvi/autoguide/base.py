@@ -1,0 +1,561 @@
+"""AutoFlow: a normalizing flow over all continuous latents of an unmodified Pyro model."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn.module import _is_module_local_param_enabled
+from pyro.poutine.runtime import effectful
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+from .._checks import check_dtype, check_positive
+from ..distributions.flow import FlowDistribution, Shape
+from ..init import SafeInit, is_enumerated, prototype
+from ..transforms import (
+    FLOWS,
+    Compose,
+    ElementwiseAffine,
+    FlowTransform,
+    LowerAffine,
+    LowRankAffine,
+)
+
+__all__ = ["AutoFlow"]
+
+MAX_CHOLESKY_DIM = 200
+"""Up to this many latents the guide's affine map has a full Cholesky factor, above it a low-rank one."""
+
+_AFFINES: dict[str, Callable[..., FlowTransform]] = {
+    "lower": LowerAffine,
+    "low_rank": LowRankAffine,
+    "elementwise": ElementwiseAffine,
+}
+_MAX_SIGNATURES = 100
+_QUANTILE_DRAWS = 8192
+
+_live: "weakref.WeakValueDictionary[str, AutoFlow]" = weakref.WeakValueDictionary()
+
+
+class _CallPosterior(FlowDistribution):
+    """The latent of one guide call: answers from memory for the very tensor that it drew.
+
+    That saves the inverse pass, and serves transforms that have none.
+    """
+
+    _drawn: tuple[Tensor, Tensor] | None = None
+
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        self._drawn = self.rsample_and_log_prob(sample_shape)
+        return self._drawn[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._drawn is not None and value is self._drawn[0]:
+            return self._drawn[1]
+        return super().log_prob(value)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_CallPosterior":
+        return super().expand(batch_shape, self._get_checked_instance(_CallPosterior, _instance))
+
+
+class AutoFlow(AutoContinuous):
+    """A guide whose posterior is a normalizing flow over all continuous latents of the model.
+
+    Posterior = flow(standard normal) followed by a trainable affine map that starts from
+    ``init_loc_fn`` and ``init_scale``, so that the flow works at unit scale wherever the posterior is.
+    A drop-in for Pyro's autoguides: constrained supports, plates, flat priors (``ImproperUniform``)
+    and latent mixtures included.  Discrete sites that the model enumerates are left to it.
+
+    :param model: a Pyro model.
+    :param build: a key of :data:`pyro_flowvi.FLOWS`, or a callable from the number of latents to a
+        transform of vectors, Pyro's own included.
+    :param name: prefix of the guide's parameters in the param store; by default the class name, with
+        _1, _2, ... while another live guide holds it.
+    :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
+    :param init_scale: standard deviation, in unconstrained units, to start from.
+    :param affine: "lower" (location and Cholesky factor), "low_rank" (diagonal and low rank),
+        "elementwise", None for no affine map, or "auto": "lower" up to 200 latents, "low_rank" above.
+    :raises ValueError: if an argument is not of the described kind, or ``name`` belongs to a live guide;
+        at set-up as :func:`pyro_flowvi.init.prototype`.
+
+    Parameters exist after :meth:`materialize` or the first call.  Reference: Rezende and Mohamed,
+    *Variational Inference with Normalizing Flows*, 2015.
+
+    Example::
+
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape).to_event(1), obs=y)
+        >>> y = torch.tensor([9.0, 10.0, 11.0])
+        >>> guide = AutoFlow(model, "planar_radial").materialize(y)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(y)
+        >>> guide.sample_posterior(100)["mu"].shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        build: str | Callable[[int], Any],
+        *,
+        name: str | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+        affine: str | None = "auto",
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: expected a callable, got {model!r}")
+        if isinstance(build, str) and build not in FLOWS:
+            raise ValueError(f"build: expected one of {sorted(FLOWS)}, got {build!r}")
+        if (not callable(build) and not isinstance(build, str)) or isinstance(build, Transform):
+            raise ValueError(f"build: expected a key of FLOWS or a callable dim -> Transform, got {build!r}")
+        if affine not in ("auto", None, *_AFFINES):
+            raise ValueError(f"affine: expected 'auto', None or {list(_AFFINES)}, got {affine!r}")
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError(f"name: expected a non-empty string, got {name!r}")
+        self._init_fn = SafeInit(init_loc_fn)
+        super().__init__(model, init_loc_fn=self._init_fn)
+        self._raw_model: tuple[Callable[..., Any] | None] = (model,)
+        self._build = build
+        self._init_scale = check_positive("init_scale", init_scale)
+        self._affine = affine
+        self._placement: tuple[torch.device | None, torch.dtype | None] = (None, None)
+        self._pending_state: dict[str, Tensor] = {}
+        self._store_wins = True
+        self._stale = False
+        self._signatures: set[Any] = set()
+        self._claim_name(name)
+
+    # -- names ---------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Prefix of the guide's parameters in the param store."""
+        return self.__dict__["_store_name"]  # type: ignore[no-any-return]
+
+    def _claim_name(self, name: str | None) -> None:
+        """Takes ``name``, or the first free one from the class name; no two live guides share one."""
+        wanted = name or type(self).__name__
+        if wanted in _live:
+            gc.collect()  # a guide in a reference cycle outlives its last use
+        if name is not None and wanted in _live:
+            raise ValueError(
+                f"name: expected one that no live guide holds, got {name!r}; delete the other guide "
+                "or choose another name"
+            )
+        self._claim_free_name(wanted)
+
+    def _claim_free_name(self, wanted: str) -> None:
+        free, count = wanted, 0
+        while free in _live:
+            count += 1
+            free = f"{wanted}_{count}"
+        _live[free] = self
+        self.__dict__["_store_name"] = free
+        if self.master is None:
+            self._pyro_name = free
+
+    # -- set-up --------------------------------------------------------------------------------
+
+    def materialize(self, *args: Any, **kwargs: Any) -> Self:
+        """Sets the guide up with the model's arguments, so that its parameters exist; returns it.
+
+        :raises RuntimeError: if the guide lost its model in a copy or a pickle.
+        :raises ValueError: as the class says.
+        """
+        if self.prototype_trace is None:
+            with self._pyro_context:
+                self._setup_prototype(*args, **kwargs)
+        elif self._stale:
+            self._reset_prototype(args, kwargs)
+        return self
+
+    _prototype_hide_fn = staticmethod(lambda msg: _hidden(msg))
+
+    def _require_model(self) -> Callable[..., Any]:
+        if self._raw_model[0] is None:
+            raise RuntimeError(
+                f"{self.name}: the guide lost its model, which could not be pickled; build the guide "
+                "from the model again and load its state_dict"
+            )
+        return self._raw_model[0]
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        model = self._require_model()
+        # Outside any handler: set-up is no part of the step that happens to come first.
+        with poutine.block(), torch.no_grad():
+            prototype(model, args, kwargs, self._init_fn.init_loc_fn)
+            try:
+                super()._setup_prototype(*args, **kwargs)
+                if self.master is None:
+                    self._create_plates(*args, **kwargs)
+                self._build_flow()
+            except BaseException:
+                self.prototype_trace = None
+                raise
+        self._signatures = {_signature((args, kwargs))}
+
+    def _build_flow(self) -> None:
+        loc = self._init_loc()
+        device, dtype = self._placement
+        loc = loc.to(device=device, dtype=dtype).nan_to_num(0.0, 0.0, 0.0)
+        check_dtype("dtype of the latents", loc.dtype)
+        build = FLOWS[self._build] if isinstance(self._build, str) else self._build
+        transform = build(self.latent_dim)
+        if not isinstance(transform, Transform):
+            raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
+        parts = [transform]
+        if self._affine is not None:
+            kind = "lower" if self.latent_dim <= MAX_CHOLESKY_DIM else "low_rank"
+            make = _AFFINES[kind if self._affine == "auto" else self._affine]
+            parts.append(make(self.latent_dim, scale=self._init_scale))
+        flow = Compose(parts, dim=self.latent_dim).to(device=loc.device, dtype=loc.dtype)
+        for param in flow.parameters():
+            param.data = param.data.contiguous()
+        self._modules["flow"] = flow  # not as an attribute: PyroModule would register it as well
+        if self._affine is not None:
+            _affine_of(flow).loc.data.copy_(loc)
+        if self._pending_state:
+            flow.load_state_dict(self._pending_state)
+            self._pending_state = {}
+
+    def _reset_prototype(self, args: Any, kwargs: Any) -> None:
+        """Traces the model again; the latents must be those that the flow was built for."""
+        before = dict(self._unconstrained_shapes)
+        saved = {key: self.__dict__[key] for key in _PROTOTYPE_STATE}
+        with poutine.block(), torch.no_grad():
+            super()._setup_prototype(*args, **kwargs)
+        after = self._unconstrained_shapes
+        if after != before:
+            self.__dict__.update(saved)
+            for name in {**before, **after}:
+                old, new = before.get(name), after.get(name)
+                if old != new:
+                    raise ValueError(
+                        f"site {name!r}: expected unconstrained shape "
+                        f"{None if old is None else tuple(old)}, which the guide was set up with, "
+                        f"got {None if new is None else tuple(new)}; build a guide for this data"
+                    )
+        self._stale = False
+
+    def _ready(self, args: Any, kwargs: Any) -> None:
+        """Sets the guide up, or checks that the latents are still the same."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+            return
+        signature = _signature((args, kwargs))
+        known = signature in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
+        if (self._stale or not known) and self._raw_model[0] is not None:
+            self._reset_prototype(args, kwargs)
+        self._signatures.add(signature)
+
+    @property
+    def _flow(self) -> Compose:
+        """The whole transform, in step with the param store."""
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                f"{self.name}: the guide has not seen data yet; call materialize(*args, **kwargs) "
+                "with the model's arguments first"
+            )
+        flow: Any = self._modules["flow"]
+        if not _is_module_local_param_enabled():
+            self._adopt_store(flow)
+        whole: Compose = flow
+        return whole
+
+    # -- parameters ----------------------------------------------------------------------------
+
+    def _adopt_store(self, flow: Compose) -> None:
+        """Takes over the values of a param store that was restored since the last call."""
+        store = pyro.get_param_store()
+        for name, param in flow.named_parameters():
+            full_name = f"{self.name}.{name}"
+            stored = store._params.get(full_name)
+            if stored is param or stored is None:
+                continue
+            if self._store_wins:
+                if stored.shape != param.shape:
+                    raise ValueError(
+                        f"param store entry {full_name!r}: expected shape {tuple(param.shape)}, "
+                        f"got {tuple(stored.shape)}"
+                    )
+                with torch.no_grad():
+                    param.copy_(stored)
+            store._param_to_name.pop(stored, None)
+            store._params[full_name] = param
+            store._param_to_name[param] = full_name
+        self._store_wins = True
+
+    def _announce_params(self) -> None:
+        """Shows every parameter to Pyro, under its name, so that an optimizer finds it."""
+        local = _is_module_local_param_enabled()
+        for name, param in self._flow.named_parameters():
+            full_name = f"{self.name}.{name}"
+            if not param.requires_grad:
+                continue
+            if not local:
+                pyro.param(full_name, param)
+                continue
+            param.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
+            effectful(type="param")(lambda *_, _value=param, **__: _value)(
+                full_name, param, constraint=constraints.real, name=full_name
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._store_wins = False
+        if self.prototype_trace is None:
+            start = f"{prefix}flow."
+            self._pending_state = {
+                key.removeprefix(start): value.detach().clone()
+                for key, value in state_dict.items()
+                if key.startswith(start)
+            }
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, value in self._pending_state.items():
+            destination[f"{prefix}flow.{key}"] = value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Two probes tell what ``fn`` fixes: a device always, a dtype only if both come out alike.
+        single, double = (fn(torch.zeros((), dtype=t)) for t in (torch.float32, torch.float64))
+        dtype = single.dtype if single.dtype == double.dtype else self._placement[1]
+        if dtype is not None:
+            check_dtype("dtype", dtype)
+        self._placement = (single.device, dtype)
+        self._stale = self.prototype_trace is not None
+        super()._apply(fn, recurse)
+        return self
+
+    # -- copies --------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["master"] = None
+        for param in self.parameters():
+            param.__dict__.pop("unconstrained", None)  # Pyro's weak reference; it sets it anew
+        try:
+            pickle.dumps((self._model, self._raw_model, self._init_fn))
+        except Exception:  # whatever a user's model raises when pickled
+            state["_model"] = state["_raw_model"] = (None,)
+            state["_init_fn"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._store_wins = False
+        self._claim_free_name(state["_store_name"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        state = self.__dict__.copy()
+        state["master"] = None
+        for key in ("_model", "_raw_model", *_PROTOTYPE_STATE):
+            if key in state:
+                memo[id(state[key])] = state[key]  # by reference
+        new.__setstate__(copy.deepcopy(state, memo))
+        return new
+
+    # -- posterior -----------------------------------------------------------------------------
+
+    @property
+    def init_loc_fn(self) -> Callable[..., Any]:
+        """The per-site function that chose the starting point."""
+        return self._init_fn.init_loc_fn
+
+    @property
+    def location(self) -> Tensor | None:
+        """The affine map's location, unconstrained, shape ``(D,)``; None without an affine map."""
+        return None if self._affine is None else _affine_of(self._flow).loc.detach().clone()
+
+    @location.setter
+    def location(self, value: Tensor) -> None:
+        if self._affine is None:
+            raise ValueError("location: the guide has no affine map")
+        with torch.no_grad():
+            _affine_of(self._flow).loc.copy_(value)
+
+    def get_base_dist(self) -> Any:
+        """The standard normal over the latents."""
+        like = next(self._flow.parameters(), torch.zeros(()))
+        return dist.Normal(like.new_zeros(self.latent_dim), 1.0).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
+        """The flow with the affine map: from the standard normal to the unconstrained latents."""
+        return self._flow
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """The distribution over the packed unconstrained latents; scores any value."""
+        return FlowDistribution(self._flow, dim=self.latent_dim)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws the packed unconstrained latents as an auxiliary site."""
+        posterior = _CallPosterior(self._flow, dim=self.latent_dim)
+        latent: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        return latent
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every latent site, in the model's plates; the arguments are the model's."""
+        self._ready(args, kwargs)
+        self._announce_params()
+        drawn: dict[str, Tensor] = super().forward(*args, **kwargs)
+        return drawn
+
+    def _split(self, latent: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values by site, each ``batch + site shape``, of ``latent`` ``(*batch, D)``."""
+        sizes = [shape.numel() for shape in self._unconstrained_shapes.values()]
+        parts = latent.split(sizes, -1)
+        return {
+            name: part.reshape(latent.shape[:-1] + shape)
+            for (name, shape), part in zip(self._unconstrained_shapes.items(), parts, strict=True)
+        }
+
+    def _site(self, name: str) -> Any:
+        trace: Any = self.prototype_trace
+        return trace.nodes[name]
+
+    def _bijection(self, name: str) -> Any:
+        return biject_to(self._site(name)["fn"].support)
+
+    @torch.no_grad()
+    def sample_posterior(self, num_samples: int | Shape = ()) -> dict[str, Tensor]:
+        """Independent draws of every latent site, in its constrained space.
+
+        :param num_samples: number of draws, or a sample shape.
+        :return: site name -> tensor of shape ``sample shape + site shape``.
+        """
+        shape = (num_samples,) if isinstance(num_samples, int) else tuple(num_samples)
+        latent = self.get_posterior().sample(shape)
+        return {name: self._bijection(name)(free) for name, free in self._split(latent).items()}
+
+    def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
+        """Log density of values of all latent sites, in their constrained space.
+
+        :param samples: site name -> tensor of shape ``S + site shape``, as of :meth:`sample_posterior`.
+        :return: shape ``S``; -inf outside the support.
+        :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
+        """
+        flow = self._flow
+        if set(samples) != set(self._unconstrained_shapes):
+            raise ValueError(
+                f"samples: expected the sites {sorted(self._unconstrained_shapes)}, got {sorted(samples)}"
+            )
+        free_values, log_det, inside = [], torch.zeros(()), torch.ones((), dtype=torch.bool)
+        like = next(flow.parameters(), torch.zeros(()))
+        log_det, inside = log_det.to(like), inside.to(like.device)
+        for name, free_shape in self._unconstrained_shapes.items():
+            site, value = self._site(name), samples[name]
+            shape = site["value"].shape
+            batch = value.shape[: value.dim() - len(shape)]
+            if value.shape != batch + shape or bool(value.isnan().any()):
+                raise ValueError(
+                    f"samples[{name!r}]: expected shape (*, {', '.join(map(str, shape))}) without "
+                    f"NaN, got {tuple(value.shape)}"
+                )
+            support = site["fn"].support
+            valid = support.check(value).reshape(batch + (-1,)).all(-1)
+            # An invalid value would put NaN into the gradient of the valid ones.
+            mask = valid.reshape(batch + (1,) * len(shape))
+            value = torch.where(mask, value, site["value"].to(value))
+            bijection = biject_to(support)
+            free = bijection.inv(value)
+            site_log_det = bijection.log_abs_det_jacobian(free, value)
+            log_det = log_det + site_log_det.reshape(batch + (-1,)).sum(-1)
+            inside = inside & valid
+            free_values.append(free.reshape(batch + (free_shape.numel(),)))
+        batch = torch.broadcast_shapes(*(free.shape[:-1] for free in free_values))
+        latent = torch.cat([free.expand(batch + free.shape[-1:]) for free in free_values], -1)
+        log_prob = self.get_posterior().log_prob(latent.to(like)) - log_det
+        return torch.where(inside, log_prob, -torch.inf)
+
+    # -- summaries -----------------------------------------------------------------------------
+
+    def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
+        """Marginal quantiles of each site, ``probs.shape + site shape``, by quasi-Monte Carlo."""
+        # The same points at every call: summaries are repeatable and leave Pyro's generator alone.
+        engine = torch.quasirandom.SobolEngine(min(self.latent_dim, 21201), scramble=True, seed=0)
+        uniform = engine.draw(_QUANTILE_DRAWS, dtype=torch.float64)
+        if self.latent_dim > uniform.shape[-1]:
+            generator = torch.Generator().manual_seed(0)
+            extra = (len(uniform), self.latent_dim - uniform.shape[-1])
+            uniform = torch.cat([uniform, torch.rand(extra, generator=generator)], -1)
+        base = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+        like = next(self._flow.parameters(), torch.zeros(()))
+        probs = probs.to(like)
+        result = {}
+        for name, free in self._split(self._flow(base.to(like))).items():
+            bijection = self._bijection(name)
+            if bijection.domain.event_dim == 0:  # elementwise: exact for decreasing maps as well
+                result[name] = torch.quantile(bijection(free), probs, dim=0)
+            else:
+                result[name] = bijection(torch.quantile(free, probs, dim=0))
+        return result
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The marginal posterior median of every site; the arguments, if any, are the model's.
+
+        Of vector supports such as the simplex: the image of the median in the unconstrained space.
+        """
+        if args or kwargs:
+            self.materialize(*args, **kwargs)
+        return self._quantile(torch.tensor(0.5))
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal posterior quantiles of every site.
+
+        :param quantiles: probabilities, n of them.
+        :return: site name -> tensor of shape ``(n,) + site shape``.
+        :raises ValueError: if a probability is outside [0, 1].
+        """
+        if args or kwargs:
+            self.materialize(*args, **kwargs)
+        probs = torch.as_tensor(quantiles, dtype=torch.float64)
+        if bool(((probs < 0) | (probs > 1)).any()):
+            raise ValueError(f"quantiles: expected probabilities in [0, 1], got {quantiles}")
+        return self._quantile(probs)
+
+
+_PROTOTYPE_STATE = (
+    "prototype_trace",
+    "_prototype_frames",
+    "_unconstrained_shapes",
+    "_cond_indep_stacks",
+    "plates",
+)
+
+
+def _affine_of(flow: Compose) -> Any:
+    return flow[-1]
+
+
+def _hidden(msg: dict[str, Any]) -> bool:
+    """What the prototype leaves out: all but latents, and of those what the model enumerates."""
+    return bool(AutoContinuous._prototype_hide_fn(msg)) or is_enumerated(msg)
+
+
+def _signature(value: Any) -> Any:
+    """What of a model's arguments can change the number of its latents; hashable."""
+    if isinstance(value, Mapping):
+        return tuple((key, _signature(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    if hasattr(value, "shape"):
+        return tuple(value.shape)
+    return value if isinstance(value, bool | int | str | None) else type(value)

@@ -1,0 +1,5 @@
+"""Distributions built from flows."""
+
+from .flow import FlowDistribution
+
+__all__ = ["FlowDistribution"]

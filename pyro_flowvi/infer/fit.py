@@ -1,0 +1,362 @@
+"""fit: one call from a model and a guide to a trained guide."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import optim as pyro_optim
+from pyro import poutine
+from pyro.infer import ELBO, SVI
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._checks import check_positive, check_positive_int
+from ..autoguide import AutoFlow
+from ..init import UnconstrainedModel, find_modes
+from .particles import Particles
+
+__all__ = ["FitDiverged", "FitResult", "fit"]
+
+NUM_STEPS = 3000
+LEARNING_RATE = 1e-2
+FINAL_RATE = 1e-2
+"""The learning rate ends at this fraction of its start."""
+NUM_PARTICLES = 16
+MAX_MODE_EVALUATIONS = 200
+CHECKS = 50
+"""How often in a run the state is compared with the best and kept."""
+COMPARISON_DRAWS = 256
+"""Draws on which two states of a guide are compared, with common random numbers."""
+
+Program = Callable[..., Any]
+_LINALG_ERROR: type[RuntimeError] = torch._C._LinAlgError
+
+
+class FitDiverged(RuntimeError):
+    """Training met a loss or gradient that is not finite; the guide holds its last good state.
+
+    :param step: the step at which it happened, from 0.
+    :param site: the sample site that is the first with a value, log density or gradient that is not
+        finite; None if it could not be found.
+    :param losses: the losses up to that step.
+
+    Example::
+
+        >>> str(FitDiverged(12, "tau", torch.zeros(12)))
+        "step 12: the loss is not finite, first at site 'tau'; the last good state is restored"
+    """
+
+    def __init__(self, step: int, site: str | None, losses: Tensor) -> None:
+        self.step, self.site, self.losses = step, site, losses
+        where = f"first at site {site!r}" if site else "at no single site"
+        super().__init__(f"step {step}: the loss is not finite, {where}; the last good state is restored")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns.  The guide holds ``best_state`` already.
+
+    :param guide: the trained guide.
+    :param losses: the loss (negative ELBO, nats) of every step, shape ``(steps,)``.
+    :param best_loss: the loss of the best state, over a few hundred fresh draws.
+    :param best_state: name -> value of every trained parameter, the model's included, unconstrained.
+    :param stop_reason: "completed" or "interrupted".
+    :param wall_time: seconds.
+    :param located: whether the guide was moved to a mode before training.
+
+    Example::
+
+        >>> result = FitResult(None, torch.tensor([2.0, 1.0]), 1.0, {}, "completed", 0.5)
+        >>> result
+        FitResult(completed: 2 steps in 0.5 s, loss 2.00 -> 1.00)
+    """
+
+    guide: Any = field(repr=False)
+    losses: Tensor
+    best_loss: float
+    best_state: dict[str, Tensor]
+    stop_reason: str
+    wall_time: float
+    located: bool = False
+
+    def __repr__(self) -> str:
+        first = float(self.losses[0]) if len(self.losses) else math.nan
+        located = ", started at a mode" if self.located else ""
+        return (
+            f"FitResult({self.stop_reason}: {len(self.losses)} steps in {self.wall_time:.1f} s, "
+            f"loss {first:.2f} -> {self.best_loss:.2f}{located})"
+        )
+
+
+class _NotFinite(Exception):
+    """A gradient is not finite; raised before any parameter moves."""
+
+
+class _GuardedOptim(PyroOptim):
+    """Passes steps on to an optimizer, but refuses gradients that are not finite."""
+
+    def __init__(self, optim: PyroOptim) -> None:
+        self.optim = optim
+        self.params: list[Tensor] = []
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        params = sorted(params, key=_param_name)
+        gradients = [param.grad for param in params if param.grad is not None]
+        if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
+            raise _NotFinite
+        self.params = params
+        self.optim(params, *args, **kwargs)
+        if isinstance(self.optim, PyroLRScheduler):
+            with warnings.catch_warnings():
+                # A parameter that appears late has a scheduler that was stepped before it.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.optim.step()
+
+
+def _param_name(param: Tensor) -> str:
+    return pyro.get_param_store().param_name(param) or ""
+
+
+@dataclass
+class _Fit:
+    """One run: the pair, its data and the best state so far."""
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Any
+    judge: Any
+    optim: _GuardedOptim
+    losses: list[float] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)
+    best_loss: float = math.inf
+
+    def evaluate(self) -> float:
+        """The loss on draws that are the same at every call."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            value = float(self.judge.loss(self.model, self.guide, *self.args, **self.kwargs))
+        return value if math.isfinite(value) else math.inf
+
+    def keep_if_better(self) -> None:
+        value = self.evaluate()
+        if value < self.best_loss or not self.best:
+            self.best_loss = value
+            self.best = [param.detach().clone() for param in self.optim.params]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for param, value in zip(self.optim.params, self.best, strict=False):
+            param.copy_(value)
+
+    def find_bad_site(self) -> str | None:
+        """The first site of the step just run that is not finite, in value, density or gradient."""
+        with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for model_trace, guide_trace in self.loss._get_traces(
+                self.model, self.guide, self.args, self.kwargs
+            ):
+                for trace in (guide_trace, model_trace):
+                    for name, site in trace.nodes.items():
+                        if site["type"] == "sample" and _site_is_bad(site):
+                            return str(name)
+                    inputs = list(self.optim.params)
+                    for name, site in trace.nodes.items():
+                        if site["type"] == "sample" and _gradient_is_bad(site, inputs):
+                            return str(name)
+        return None
+
+
+def _site_is_bad(site: dict[str, Any]) -> bool:
+    value, log_prob = site["value"], site.get("log_prob", torch.zeros(()))
+    return not bool(value.isfinite().all() and torch.as_tensor(log_prob).isfinite().all())
+
+
+def _gradient_is_bad(site: dict[str, Any], inputs: list[Tensor]) -> bool:
+    log_prob = site.get("log_prob")
+    if not isinstance(log_prob, Tensor) or not log_prob.requires_grad:
+        return False
+    gradients = torch.autograd.grad(log_prob.sum(), inputs, retain_graph=True, allow_unused=True)
+    return any(g is not None and not bool(g.isfinite().all()) for g in gradients)
+
+
+def _default_optim(lr: float, num_steps: int) -> PyroOptim:
+    schedule: PyroOptim = pyro_optim.CosineAnnealingLR(  # type: ignore[attr-defined]
+        {
+            "optimizer": torch.optim.Adam,
+            "optim_args": {"lr": lr},
+            "T_max": num_steps,
+            "eta_min": FINAL_RATE * lr,
+        }
+    )
+    return schedule
+
+
+def _locate(run: _Fit, guide: Any) -> bool:
+    """Moves the guide's location to a mode if that raises the ELBO; whether it did."""
+    if not isinstance(guide, AutoFlow) or guide.location is None:
+        return False
+    density = UnconstrainedModel(run.model, run.args, run.kwargs, guide.init_loc_fn)
+    best_loc, best_loss = guide.location, run.evaluate()
+    starts = [best_loc, *(best_loc.new_empty(2, density.dim).uniform_(-2, 2))]
+    moved = False
+    for mode in find_modes(density, starts, max_evaluations=MAX_MODE_EVALUATIONS):
+        guide.location = mode
+        loss = run.evaluate()
+        if loss < best_loss:
+            best_loc, best_loss, moved = mode, loss, True
+    guide.location = best_loc
+    return moved
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_steps: int | None = None,
+    lr: float | None = None,
+    num_particles: int | None = None,
+    loss: ELBO | None = None,
+    optim: PyroOptim | None = None,
+    batches: Any = None,
+    validation: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    compile: bool | str = "auto",
+    checkpoint: Any = None,
+    progress: bool = True,
+) -> FitResult:
+    """Trains a guide, and the model's own parameters, by stochastic variational inference.
+
+    A flow guide is first moved to a mode of the posterior, if the ELBO there is higher.  Then Adam with
+    a cosine-decaying rate; the best state by the ELBO on common random numbers is what remains.
+
+    :param model: a Pyro model.
+    :param guide: any Pyro guide for it.
+    :param args: the model's positional arguments.
+    :param num_steps: gradient steps; 3000 by default.
+    :param lr: the learning rate to start from; 1e-2 by default.
+    :param num_particles: draws per step; 16 by default, vectorised where the model allows.
+    :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where the model enumerates a discrete
+        site and ``Trace_ELBO`` elsewhere.
+    :param optim: a Pyro optimizer in place of Adam; a scheduler is stepped once a step.
+    :param batches: not supported yet.
+    :param validation: not supported yet.
+    :param model_kwargs: the model's keyword arguments.
+    :param seed: sets Pyro's seed first.
+    :param compile: "auto" or False; both run eagerly so far.
+    :param checkpoint: not supported yet.
+    :param progress: shows a progress bar.
+    :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
+    :raises ValueError: if an argument is not of the described kind, or the data has NaN.
+    :raises FitDiverged: at a loss or gradient that is not finite; the last good state is restored.
+
+    Example::
+
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1000.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape).to_event(1), obs=y)
+        >>> guide = pyro_flowvi.AutoPlanar(model, num_layers=2)
+        >>> y = torch.tensor([99.0, 100.0, 101.0])
+        >>> result = fit(model, guide, y, num_steps=50, seed=0, progress=False)
+        >>> result.stop_reason, abs(guide.median()["mu"].item() - 100.0) < 0.5
+        ('completed', True)
+    """
+    num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
+    lr = LEARNING_RATE if lr is None else check_positive("lr", lr)
+    if num_particles is not None:
+        check_positive_int("num_particles", num_particles)
+        if loss is not None:
+            raise ValueError("num_particles: expected None with a loss, which has its own, got both")
+    if loss is not None and not isinstance(loss, ELBO):
+        raise ValueError(f"loss: expected a pyro.infer.ELBO, got {loss!r}")
+    if optim is not None and not isinstance(optim, PyroOptim):
+        raise ValueError(f"optim: expected a pyro.optim optimizer, got {optim!r}")
+    for name, value in (("model", model), ("guide", guide)):
+        if not callable(value):
+            raise ValueError(f"{name}: expected a callable, got {value!r}")
+    for name, value in (("batches", batches), ("validation", validation), ("checkpoint", checkpoint)):
+        if value is not None:
+            raise NotImplementedError(f"{name}: not supported yet, expected None")
+    if compile not in ("auto", False):
+        raise NotImplementedError(f"compile: only 'auto' and False so far, got {compile!r}")
+
+    started = time.perf_counter()
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    kwargs = dict(model_kwargs or {})
+    if isinstance(guide, AutoFlow):
+        guide.materialize(*args, **kwargs)
+    particles = Particles(model, guide, args, kwargs)
+    run = _Fit(
+        model,
+        guide,
+        args,
+        kwargs,
+        particles.elbo(num_particles or NUM_PARTICLES) if loss is None else loss,
+        particles.elbo(COMPARISON_DRAWS if particles.vectorized else NUM_PARTICLES),
+        _GuardedOptim(_default_optim(lr, num_steps) if optim is None else optim),
+    )
+    located = _locate(run, guide)
+    stop_reason = _train(run, num_steps, progress)
+    names = [_param_name(param) or str(i) for i, param in enumerate(run.optim.params)]
+    return FitResult(
+        guide=guide,
+        losses=torch.tensor(run.losses),
+        best_loss=run.best_loss,
+        best_state=dict(zip(names, run.best, strict=True)),
+        stop_reason=stop_reason,
+        wall_time=time.perf_counter() - started,
+        located=located,
+    )
+
+
+def _train(run: _Fit, num_steps: int, progress: bool) -> str:
+    """Takes the steps and leaves the best state in place; the reason to stop."""
+    svi = SVI(run.model, run.guide, run.optim, run.loss)
+    every = max(1, num_steps // CHECKS)
+    stop_reason = "completed"
+    with tqdm(total=num_steps, disable=not progress, desc=type(run.guide).__name__) as bar:
+        try:
+            for step in range(num_steps):
+                _step(run, svi, step)
+                bar.update()
+                if (step + 1) % every == 0 or step == num_steps - 1:
+                    run.keep_if_better()
+                    bar.set_postfix_str(f"ELBO {-run.best_loss:.2f}", refresh=False)
+        except KeyboardInterrupt:
+            stop_reason = "interrupted"
+            if not run.best:
+                run.keep_if_better()
+    run.restore()
+    return stop_reason
+
+
+def _step(run: _Fit, svi: SVI, step: int) -> None:
+    random_state = torch.get_rng_state()
+    cause: Exception | None = None
+    try:
+        value = float(svi.step(*run.args, **run.kwargs))
+    except _NotFinite:
+        value = math.nan
+    except (ValueError, _LINALG_ERROR) as error:
+        if step == 0:
+            raise  # most likely the model's own mistake: its message is the best
+        value, cause = math.nan, error
+    if math.isfinite(value):
+        run.losses.append(value)
+        return
+    torch.set_rng_state(random_state)
+    site = run.find_bad_site()
+    for param in run.optim.params:
+        param.grad = None
+    run.restore()
+    raise FitDiverged(step, site, torch.tensor(run.losses)) from cause

@@ -1,0 +1,350 @@
+"""What every transform of the package is: stateless, fused, exact in both directions."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.torch_transform import TransformModule
+from pyro.distributions.util import sum_rightmost
+from torch import Size, Tensor, nn
+from torch.distributions import Transform
+
+from .._checks import check_dtype, check_positive_int
+from ..nn import MLP
+
+__all__ = [
+    "Compose",
+    "Conditional",
+    "ConditionalCompose",
+    "FlowTransform",
+    "ParametricTransform",
+    "forward_and_log_det",
+    "inverse_and_log_det",
+]
+
+MapAndLogDet = Callable[..., tuple[Tensor, Tensor]]
+Raw = Mapping[str, Tensor]
+
+
+def _check_argument(transform: "FlowTransform", name: str, x: Tensor) -> None:
+    check_dtype(name, x.dtype)
+    if x.dim() == 0 or x.shape[-1] != transform.dim:
+        raise ValueError(f"{name}: expected shape (*, {transform.dim}), got {tuple(x.shape)}")
+    for param in transform.parameters():
+        if param.dtype != x.dtype or param.device != x.device:
+            raise ValueError(
+                f"{name}: expected {param.dtype} on {param.device}, as the parameters of "
+                f"{type(transform).__name__} are, got {x.dtype} on {x.device}"
+            )
+        break
+
+
+def _checked(method: MapAndLogDet, name: str) -> MapAndLogDet:
+    @functools.wraps(method)
+    def wrapper(self: "FlowTransform", x: Tensor) -> tuple[Tensor, Tensor]:
+        _check_argument(self, name, x)
+        return method(self, x)
+
+    return wrapper
+
+
+class FlowTransform(TransformModule):
+    """Base class: a bijection of vectors with a tractable log-determinant.
+
+    Subclasses write :meth:`forward_and_log_det` and :meth:`inverse_and_log_det`; all that torch's and
+    Pyro's ``Transform`` offer is derived from them.  Nothing is cached, so a parameter update is seen
+    by the next call.  The arguments of both methods are checked for every subclass.
+
+    :param dim: the length D of the vectors.
+    :raises ValueError: if ``dim`` is not a positive integer; at a call, if the last dimension is not
+        D, the dtype is not float32 or float64, or dtype or device differ from the parameters'.
+
+    Example::
+
+        >>> class Double(FlowTransform):
+        ...     def forward_and_log_det(self, x):
+        ...         return 2 * x, x.new_full(x.shape[:-1], self.dim * math.log(2))
+        ...     def inverse_and_log_det(self, y):
+        ...         return y / 2, y.new_full(y.shape[:-1], -self.dim * math.log(2))
+        >>> Double(3).inv(torch.ones(3))
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    exact_inverse: bool = True
+    """Whether :meth:`inverse_and_log_det` inverts any value, to rounding."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, argument in (("forward_and_log_det", "x"), ("inverse_and_log_det", "y")):
+            if name in cls.__dict__:
+                setattr(cls, name, _checked(cls.__dict__[name], argument))
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(cache_size=0)
+        self.dim = check_positive_int("dim", dim)
+
+    @property
+    def batch_shape(self) -> Size:
+        """The batch shape of the parameters: that of the context, once conditioned."""
+        return Size()
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The image of ``x``, shape ``(*, D)``, and log |det J| there, shape ``(*,)``."""
+        raise NotImplementedError(f"{type(self).__name__}.forward_and_log_det")
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The preimage of ``y`` and the log |det J| *of the inverse* at ``y``."""
+        raise NotImplementedError(f"{type(self).__name__}.inverse_and_log_det")
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_log_det(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_log_det(y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log |det dy/dx| at ``x``, shape ``(*,)``; ``y`` is not needed."""
+        return self.forward_and_log_det(x)[1]
+
+    def with_cache(self, cache_size: int = 1) -> Self:
+        """This transform itself: there is nothing to cache."""
+        return self
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)  # torch's Transform would print the bare class name
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+def forward_and_log_det(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The fused forward call for any ``Transform`` of vectors, ours or not.
+
+    :param transform: a transform of vectors; elementwise ones are taken over the last dimension.
+    :param x: shape ``(*, D)``.
+    :return: image, shape ``(*, D)``, and log-determinant, shape ``(*,)``.
+
+    Example::
+
+        >>> from torch.distributions import transforms as T
+        >>> y, log_det = forward_and_log_det(T.ExpTransform(), torch.zeros(4, 3))
+        >>> y.shape, log_det.shape
+        (torch.Size([4, 3]), torch.Size([4]))
+    """
+    if isinstance(transform, FlowTransform):
+        return transform.forward_and_log_det(x)
+    y = transform(x)
+    log_det = transform.log_abs_det_jacobian(x, y)
+    return y, sum_rightmost(log_det, 1 - transform.domain.event_dim)
+
+
+def inverse_and_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The fused inverse call for any ``Transform`` of vectors, with the inverse's log-determinant.
+
+    :param transform: a transform of vectors; elementwise ones are taken over the last dimension.
+    :param y: shape ``(*, D)``.
+    :return: preimage, shape ``(*, D)``, and log-determinant of the inverse, shape ``(*,)``.
+
+    Example::
+
+        >>> from torch.distributions import transforms as T
+        >>> inverse_and_log_det(T.ExpTransform(), torch.ones(1, 2))
+        (tensor([[0., 0.]]), tensor([-0.]))
+    """
+    if isinstance(transform, FlowTransform):
+        return transform.inverse_and_log_det(y)
+    x = transform.inv(y)
+    log_det = transform.log_abs_det_jacobian(x, y)
+    return x, -sum_rightmost(log_det, 1 - transform.domain.event_dim)
+
+
+class ParametricTransform(FlowTransform):
+    """A transform that is a pure function of its input and its own raw parameters.
+
+    Subclasses register their parameters as attributes and write :meth:`forward_given` and
+    :meth:`inverse_given`.  That the parameters are an argument is what makes the transform
+    conditional: :class:`Conditional` passes others, one set for each context.
+    """
+
+    def raw_parameters(self) -> dict[str, Tensor]:
+        """The trainable raw parameters by name; any real values are valid."""
+        return dict(self.named_parameters(recurse=False))
+
+    def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward_and_log_det` at the parameters ``raw``, whose batch broadcasts with x's."""
+        raise NotImplementedError(f"{type(self).__name__}.forward_given")
+
+    def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`inverse_and_log_det` at the parameters ``raw``."""
+        raise NotImplementedError(f"{type(self).__name__}.inverse_given")
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward_given(self.raw_parameters(), x)
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inverse_given(self.raw_parameters(), y)
+
+
+class _Conditioned(FlowTransform):
+    """A parametric transform at the parameters of one context; lives as long as the call."""
+
+    def __init__(self, layer: ParametricTransform, raw: Raw, batch_shape: Size) -> None:
+        super().__init__(layer.dim)
+        self._layer = (layer,)  # in a tuple: not a submodule, its parameters have an owner
+        self._raw = raw
+        self._batch_shape = batch_shape
+        self.exact_inverse = layer.exact_inverse
+
+    @property
+    def batch_shape(self) -> Size:
+        return self._batch_shape
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._layer[0].forward_given(self._raw, x)
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._layer[0].inverse_given(self._raw, y)
+
+
+class Conditional(ConditionalTransformModule):
+    """A parametric transform whose raw parameters depend on a context.
+
+    Raw parameters = the layer's own + a network of the context whose last layer starts at zero, so
+    the conditional transform starts as the unconditional one.
+
+    :param layer: the transform.
+    :param context_dim: the length of the context vectors.
+    :param hidden: widths of the network's hidden layers.
+    :raises ValueError: if a size is not a positive integer.
+
+    Example::
+
+        >>> from pyro_flowvi.transforms import Planar
+        >>> flow = Conditional(Planar(2), context_dim=3)
+        >>> flow.condition(torch.zeros(5, 3))(torch.zeros(7, 5, 2)).shape
+        torch.Size([7, 5, 2])
+    """
+
+    def __init__(self, layer: ParametricTransform, context_dim: int, hidden: Sequence[int] = (32,)) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dim = layer.dim
+        self.context_dim = check_positive_int("context_dim", context_dim)
+        self._sizes = {name: raw.numel() for name, raw in layer.raw_parameters().items()}
+        self.network = MLP(context_dim, hidden, sum(self._sizes.values()))
+
+    def condition(self, context: Tensor) -> FlowTransform:
+        """The transform given ``context`` of shape ``(*B, context_dim)``; its batch shape is B.
+
+        :raises ValueError: if the last dimension of ``context`` is not ``context_dim``.
+        """
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ValueError(f"context: expected shape (*, {self.context_dim}), got {tuple(context.shape)}")
+        batch_shape = context.shape[:-1]
+        offsets = self.network(context).split(list(self._sizes.values()), -1)
+        raw = {
+            name: own + offset.reshape(batch_shape + own.shape)
+            for (name, own), offset in zip(self.layer.raw_parameters().items(), offsets, strict=True)
+        }
+        return _Conditioned(self.layer, raw, batch_shape)
+
+
+def _common_dim(parts: Sequence[Any]) -> int:
+    dims = {part.dim for part in parts if hasattr(part, "dim")}
+    if len(dims) != 1:
+        raise ValueError(f"parts: expected transforms of one dimension, got {sorted(dims)}")
+    return int(dims.pop())
+
+
+class Compose(FlowTransform):
+    """Transforms applied one after another, the first of ``parts`` first.
+
+    :param parts: transforms of vectors of one dimension; those of torch and Pyro may be among them.
+    :param dim: the dimension, needed only where no part tells it.
+    :raises ValueError: if ``parts`` is empty, a part is no ``Transform``, or dimensions differ.
+
+    Example::
+
+        >>> from pyro_flowvi.transforms import Permute, Planar
+        >>> flow = Compose([Planar(2), Permute([1, 0]), Planar(2)])
+        >>> y, log_det = flow.forward_and_log_det(torch.zeros(2))
+        >>> y.shape, log_det.shape
+        (torch.Size([2]), torch.Size([]))
+    """
+
+    def __init__(self, parts: Iterable[Transform], dim: int | None = None) -> None:
+        parts = list(parts)
+        if not parts:
+            raise ValueError("parts: expected at least one transform, got none")
+        for part in parts:
+            if not isinstance(part, Transform):
+                raise ValueError(f"parts: expected a Transform, got {part!r}")
+        super().__init__(_common_dim(parts) if dim is None else dim)
+        self._plain = {i: p for i, p in enumerate(parts) if not isinstance(p, nn.Module)}
+        self.parts = nn.ModuleDict({str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Module)})
+        self.exact_inverse = all(getattr(part, "exact_inverse", True) for part in parts)
+
+    def __len__(self) -> int:
+        return len(self._plain) + len(self.parts)
+
+    def __getitem__(self, index: int) -> Transform:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected below {len(self)}, got {index}")
+        index %= len(self)
+        part: Any = self._plain[index] if index in self._plain else self.parts[str(index)]
+        transform: Transform = part
+        return transform
+
+    def __iter__(self) -> Iterator[Transform]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def batch_shape(self) -> Size:
+        return Size(torch.broadcast_shapes(*(getattr(part, "batch_shape", ()) for part in self)))
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_dets = []
+        for part in self:
+            x, log_det = forward_and_log_det(part, x)
+            log_dets.append(log_det)
+        return x, functools.reduce(torch.add, log_dets)
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        log_dets = []
+        for i in reversed(range(len(self))):
+            y, log_det = inverse_and_log_det(self[i], y)
+            log_dets.append(log_det)
+        return y, functools.reduce(torch.add, log_dets)
+
+
+class ConditionalCompose(ConditionalTransformModule):
+    """Transforms one after another, of which some depend on a context.
+
+    :param parts: transforms, and conditional transforms (with a ``condition`` method).
+    :raises ValueError: if ``parts`` is empty or dimensions differ.
+
+    Example::
+
+        >>> from pyro_flowvi.transforms import ConditionalPlanar, Permute
+        >>> flow = ConditionalCompose([ConditionalPlanar(2, 3), Permute([1, 0])])
+        >>> flow.condition(torch.zeros(3))(torch.zeros(2)).shape
+        torch.Size([2])
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        if not self.parts:
+            raise ValueError("parts: expected at least one transform, got none")
+        self.dim = _common_dim(list(self.parts))
+
+    def condition(self, context: Tensor) -> Compose:
+        """The transform given ``context``, shape ``(*B, context_dim)``."""
+        parts: list[Any] = list(self.parts)
+        return Compose(part.condition(context) if hasattr(part, "condition") else part for part in parts)

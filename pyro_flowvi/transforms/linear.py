@@ -1,0 +1,194 @@
+"""Affine maps and permutations."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import check_positive, check_positive_int
+from .base import FlowTransform, ParametricTransform, Raw
+
+__all__ = ["ElementwiseAffine", "LowRankAffine", "LowerAffine", "Permute"]
+
+
+def _scale(log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and its log, both finite for any raw value."""
+    bound = 0.9 * math.log(torch.finfo(log_scale.dtype).max)
+    log_scale = log_scale.clamp(-bound, bound)
+    return log_scale.exp(), log_scale
+
+
+def _linear(x: Tensor, matrix: Tensor) -> Tensor:
+    """``matrix @ x`` for vectors, batched where the matrix is."""
+    if matrix.dim() == 2:
+        return F.linear(x, matrix)
+    return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+
+class ElementwiseAffine(ParametricTransform):
+    r"""A location and a scale for each coordinate, :math:`f(x) = loc + e^{log\_scale} x`.
+
+    :param dim: the length D of the vectors.
+    :param scale: the scale to start from.
+    :raises ValueError: if ``dim`` is not a positive integer or ``scale`` not positive.
+
+    Shapes: input ``(*, D)``; ``loc`` and ``log_scale`` ``(D,)``, any real values.
+
+    Example::
+
+        >>> ElementwiseAffine(2, scale=0.5)(torch.ones(2))
+        tensor([0.5000, 0.5000], grad_fn=<AddcmulBackward0>)
+    """
+
+    def __init__(self, dim: int, scale: float = 1.0) -> None:
+        super().__init__(dim)
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.full((dim,), math.log(check_positive("scale", scale))))
+
+    def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, log_scale = _scale(raw["log_scale"])
+        y = torch.addcmul(raw["loc"], scale, x)
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
+
+    def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        scale, log_scale = _scale(raw["log_scale"])
+        x = (y - raw["loc"]) / scale
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
+
+
+class LowerAffine(ParametricTransform):
+    r"""A location and a Cholesky factor, :math:`f(x) = loc + e^{log\_scale} \odot (x + Lx)`.
+
+    L is strictly lower triangular: with x standard normal, f(x) is any multivariate normal.  The scale
+    multiplies rows, so that L has no unit and one learning rate serves badly scaled coordinates.
+
+    :param dim: the length D of the vectors.
+    :param scale: the scale to start from.
+    :raises ValueError: if ``dim`` is not a positive integer or ``scale`` not positive.
+
+    Shapes: input ``(*, D)``; ``loc`` and ``log_scale`` ``(D,)``, ``lower`` ``(D, D)``, of which the part
+    below the diagonal is used (absent if D = 1), any real values.
+
+    Example::
+
+        >>> flow = LowerAffine(3, scale=0.1)
+        >>> flow.forward_and_log_det(torch.zeros(5, 3))[1].shape
+        torch.Size([5])
+    """
+
+    def __init__(self, dim: int, scale: float = 1.0) -> None:
+        super().__init__(dim)
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.full((dim,), math.log(check_positive("scale", scale))))
+        if dim > 1:
+            self.lower = nn.Parameter(torch.zeros(dim, dim))
+
+    def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, log_scale = _scale(raw["log_scale"])
+        if self.dim > 1:
+            x = x + _linear(x, raw["lower"].tril(-1))
+        y = torch.addcmul(raw["loc"], scale, x)
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
+
+    def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        scale, log_scale = _scale(raw["log_scale"])
+        x = (y - raw["loc"]) / scale
+        if self.dim > 1:
+            # x + L x = x0 for the rows of a matrix: X (I + L)^T = X0, one solve for all of them.  The
+            # solver reads neither the diagonal, which is one, nor what lies above it.
+            rows = raw["lower"].dim() == 2 and x.dim() > 1
+            x = torch.linalg.solve_triangular(
+                raw["lower"].mT, x if rows else x.unsqueeze(-2),
+                upper=True, left=False, unitriangular=True,
+            )  # fmt: skip
+            x = x if rows else x.squeeze(-2)
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
+
+
+class LowRankAffine(ParametricTransform):
+    r"""A location and diagonal + low-rank matrix, :math:`f(x) = loc + (diag(s) + W W^T) x`, s > 0.
+
+    Memory and time grow linearly in D: the determinant by the matrix determinant lemma, the inverse by
+    Woodbury's identity, both through the Cholesky factor of the small matrix
+    :math:`I + W^T diag(s)^{-1} W`.
+
+    :param dim: the length D of the vectors.
+    :param rank: the number R of columns of W; by default the rounded square root of D.
+    :param scale: the scale to start from.
+    :raises ValueError: if ``dim`` or ``rank`` is not a positive integer or ``scale`` not positive.
+
+    Shapes: input ``(*, D)``; ``loc`` and ``log_scale`` ``(D,)``, ``factor`` ``(D, R)``, any real values.
+
+    Example::
+
+        >>> LowRankAffine(1000).factor.shape
+        torch.Size([1000, 32])
+    """
+
+    def __init__(self, dim: int, rank: int | None = None, scale: float = 1.0) -> None:
+        super().__init__(dim)
+        rank = round(math.sqrt(dim)) if rank is None else check_positive_int("rank", rank)
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.full((dim,), math.log(check_positive("scale", scale))))
+        # Small but not zero: at W = 0 the gradient of W Wᵀ vanishes.
+        size = 0.1 * math.sqrt(scale / (dim * rank))
+        self.factor = nn.Parameter(size * torch.randn(dim, rank))
+
+    def _small_cholesky(self, factor: Tensor, scale: Tensor) -> Tensor:
+        weighted = factor / scale.unsqueeze(-1)
+        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        cholesky: Tensor = torch.linalg.cholesky(eye + factor.mT @ weighted)
+        return cholesky
+
+    def _log_det(self, log_scale: Tensor, cholesky: Tensor) -> Tensor:
+        return log_scale.sum(-1) + 2.0 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, log_scale = _scale(raw["log_scale"])
+        factor = raw["factor"]
+        y = raw["loc"] + scale * x + _linear(_linear(x, factor.mT), factor)
+        log_det = self._log_det(log_scale, self._small_cholesky(factor, scale))
+        return y, log_det.expand(y.shape[:-1])
+
+    def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        scale, log_scale = _scale(raw["log_scale"])
+        factor = raw["factor"]
+        cholesky = self._small_cholesky(factor, scale)
+        x = (y - raw["loc"]) / scale
+        inner = torch.cholesky_solve(_linear(x, factor.mT).unsqueeze(-1), cholesky).squeeze(-1)
+        x = x - _linear(inner, factor) / scale
+        return x, -self._log_det(log_scale, cholesky).expand(x.shape[:-1])
+
+
+class Permute(FlowTransform):
+    """A fixed permutation of the coordinates, :math:`f(x)_i = x_{p(i)}`.
+
+    :param permutation: the integers 0 ... D - 1 in some order.
+    :raises ValueError: if ``permutation`` is not a permutation.
+
+    Example::
+
+        >>> Permute([2, 0, 1])(torch.tensor([0.0, 1.0, 2.0]))
+        tensor([2., 0., 1.])
+    """
+
+    def __init__(self, permutation: Sequence[int] | Tensor) -> None:
+        order = torch.as_tensor(permutation, device="cpu")
+        if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
+            raise ValueError(
+                f"permutation: expected the integers 0 to D - 1 in some order, got {permutation}"
+            )
+        super().__init__(len(order))
+        order = order.long().to(torch.get_default_device())
+        self.permutation: Tensor
+        self.inverse_permutation: Tensor
+        self.register_buffer("permutation", order)
+        self.register_buffer("inverse_permutation", order.argsort())
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., self.permutation], x.new_zeros(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y[..., self.inverse_permutation], y.new_zeros(y.shape[:-1])
