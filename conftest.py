@@ -30,11 +30,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _fresh_state(request, doctest_namespace):
     torch.set_default_dtype(getattr(torch, request.config.getoption("--dtype")))
-    torch.set_default_device(request.config.getoption("--device"))
+    if request.config.getoption("--device") != "cpu":
+        torch.set_default_device(request.config.getoption("--device"))
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     doctest_namespace.update(math=math, np=np, torch=torch, pyro=pyro, dist=dist, pyro_flowvi=pyro_flowvi)
     with pyro.validation_enabled(True):
         yield
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)

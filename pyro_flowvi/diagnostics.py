@@ -17,8 +17,9 @@ from .psis import effective_sample_size, psis
 __all__ = ["Diagnosis", "diagnose"]
 
 MIN_SAMPLES = 100
-GOOD_SHARE = 0.2
-"""Least effective fraction of the draws for "good": below it only weighted results are right."""
+GOOD_SHARE = 0.5
+"""Least effective fraction of the draws for "good" (a divergence of about a third of a nat); below it only
+weighted results can be right, above it a heavy tail of the weights alone does not make a fit "poor"."""
 USABLE_ESS = 100.0
 """Least effective sample size for "usable"."""
 LARGE_SE = 0.1
@@ -72,9 +73,9 @@ def diagnose(
 ) -> Diagnosis:
     """Judges a fitted guide by the importance weights of its own draws.
 
-    "good": k-hat at most min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024) and an effective sample size of
-    a fifth of the draws.  "usable", that is after importance weighting: k-hat at most 1 and an effective
-    sample size of 100.  "poor" otherwise.  Draws of the guide cannot show a mode that it misses.
+    "good": k-hat at most min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024) and half of the draws effective.
+    "usable", that is after importance weighting: an effective sample size of 100, and k-hat at most 1 or
+    half of the draws effective.  "poor" otherwise.  Draws of the guide cannot show a mode that it misses.
 
     :param model: a Pyro model.
     :param guide: any Pyro guide for it.
@@ -88,7 +89,7 @@ def diagnose(
 
         >>> def model():
         ...     pyro.sample("x", dist.Normal(3.0, 2.0))
-        >>> guide = pyro_flowvi.AutoRadial(model, num_layers=1)
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
         >>> _ = pyro_flowvi.fit(model, guide, num_steps=500, lr=0.05, seed=0, progress=False)
         >>> diagnose(model, guide, seed=0).verdict
         'good'
@@ -122,7 +123,8 @@ def _judge(khat: float, ess: float, elbo_se: float, num_samples: int, dropped: i
     if khat <= threshold and share >= GOOD_SHARE:
         verdict = "good"
     else:
-        verdict = "usable" if khat <= 1.0 and ess >= USABLE_ESS else "poor"
+        usable = ess >= USABLE_ESS and (khat <= 1.0 or share >= GOOD_SHARE)
+        verdict = "usable" if usable else "poor"
     reasons = [
         f"k-hat {khat:.2f} is at most {threshold:.2f}"
         if khat <= threshold

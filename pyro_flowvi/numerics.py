@@ -58,8 +58,8 @@ def shifted_softplus(t: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     #                        m = t + log1p(a expm1(-t))        (t >= 0)
     # so the argument of expm1 is never positive, and nothing overflows or cancels.
     a = math.exp(floor)
-    decay = torch.expm1(-t.abs())
     positive = t >= 0
+    decay = torch.expm1(torch.where(positive, -t, t))  # not -|t|, whose gradient at 0 is 0
     log_term = torch.log1p(torch.where(positive, a * decay, (1.0 - a) * decay))
     m = torch.where(positive, t + log_term, log_term)
     excess = torch.where(positive, log_term, log_term - t)

@@ -36,7 +36,7 @@ COMPARISON_DRAWS = 256
 """Draws on which two states of a guide are compared, with common random numbers."""
 
 Program = Callable[..., Any]
-_LINALG_ERROR: type[RuntimeError] = torch._C._LinAlgError
+_LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class FitDiverged(RuntimeError):

@@ -45,6 +45,13 @@ class Particles:
             model_trace = self._replay(guide_trace)
             sites: list[Any] = [*guide_trace.nodes.values(), *model_trace.nodes.values()]
             sites = [site for site in sites if site["type"] == "sample"]
+            self._shapes = {
+                name: site["value"].shape
+                for name, site in guide_trace.nodes.items()
+                if site["type"] == "sample"
+                and not site["infer"].get("is_auxiliary")
+                and not site_is_subsample(site)
+            }
             self.enumerated = any(is_enumerated(site) for site in sites)
             """Whether a discrete site is summed out, so that ``TraceEnum_ELBO`` is the objective."""
             self.subsampled = any(
@@ -139,6 +146,23 @@ class Particles:
             vectorize_particles=self.vectorized and num_particles > 1,
             max_plate_nesting=self._nesting,
         )
+
+    @torch.no_grad()
+    def draws(self, num_samples: int) -> dict[str, Tensor]:
+        """Independent draws of every latent site: name -> shape ``(num_samples,) + site shape``."""
+        with poutine.block():
+            if self.vectorized:
+                trace: Trace = poutine.trace(self._batched(self.guide, num_samples)).get_trace(
+                    *self.args, **self.kwargs
+                )
+                return {
+                    name: trace.nodes[name]["value"].reshape((num_samples,) + shape)
+                    for name, shape in self._shapes.items()
+                }
+            traces: list[Any] = [
+                poutine.trace(self.guide).get_trace(*self.args, **self.kwargs) for _ in range(num_samples)
+            ]
+        return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in self._shapes}
 
     @torch.no_grad()
     def log_weights(self, num_samples: int, max_batch: int = 4096) -> Tensor:

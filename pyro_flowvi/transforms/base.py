@@ -8,7 +8,6 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
-from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
@@ -123,6 +122,10 @@ class FlowTransform(TransformModule):
         return f"dim={self.dim}"
 
 
+def _sum_event(log_det: Tensor, transform: Transform) -> Tensor:
+    return log_det.sum(-1) if transform.domain.event_dim == 0 else log_det
+
+
 def forward_and_log_det(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """The fused forward call for any ``Transform`` of vectors, ours or not.
 
@@ -141,7 +144,7 @@ def forward_and_log_det(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor
         return transform.forward_and_log_det(x)
     y = transform(x)
     log_det = transform.log_abs_det_jacobian(x, y)
-    return y, sum_rightmost(log_det, 1 - transform.domain.event_dim)
+    return y, _sum_event(log_det, transform)
 
 
 def inverse_and_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +164,7 @@ def inverse_and_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor
         return transform.inverse_and_log_det(y)
     x = transform.inv(y)
     log_det = transform.log_abs_det_jacobian(x, y)
-    return x, -sum_rightmost(log_det, 1 - transform.domain.event_dim)
+    return x, -_sum_event(log_det, transform)
 
 
 class ParametricTransform(FlowTransform):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 

@@ -1,0 +1,221 @@
+"""The demonstration: one model, three guides, a table and a picture."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from .autoguide import AutoPlanar, AutoRadial
+from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
+from .diagnostics import Diagnosis, diagnose
+from .infer import fit
+from .infer.particles import Particles
+from .plotting import pair_panels
+
+__all__ = ["GUIDES", "Row", "eight_schools", "load_data", "load_model", "run_demo", "table"]
+
+GUIDES: Final[dict[str, Callable[..., Any]]] = {
+    "AutoNormal (Pyro)": AutoNormal,
+    "AutoPlanar": AutoPlanar,
+    "AutoRadial": AutoRadial,
+}
+NUM_STEPS: Final = 4000
+NUM_DRAWS: Final = 20_000
+
+
+def eight_schools(y: Tensor, sigma: Tensor) -> None:
+    """The centred eight-schools model (Rubin 1981): a funnel in ``tau`` and ``theta``.
+
+    Example::
+
+        >>> eight_schools(*(torch.tensor(EIGHT_SCHOOLS[key]) for key in ("y", "sigma")))
+    """
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("obs", dist.Normal(theta, sigma), obs=y)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One guide's line of the table.
+
+    :param name: of the guide.
+    :param diagnosis: of its fit.
+    :param error: worst |mean - reference mean| / reference sd; None without a reference.
+    :param seconds: that the fit took.
+    :param draws: name of a scalar -> draws, shape ``(S,)``.
+    """
+
+    name: str
+    diagnosis: Diagnosis
+    error: float | None
+    seconds: float
+    draws: dict[str, NDArray[Any]]
+
+
+def load_model(spec: str) -> Callable[..., Any]:
+    """The model of ``path.py:name``.
+
+    :raises ValueError: if the file or the name in it does not exist, or it is not callable.
+
+    Example::
+
+        >>> load_model("nowhere.py:model")
+        Traceback (most recent call last):
+        ValueError: --model: expected an existing file, got 'nowhere.py'
+    """
+    path, colon, name = spec.rpartition(":")
+    if not colon or not name:
+        raise ValueError(f"--model: expected path.py:name, got {spec!r}")
+    if not Path(path).is_file():
+        raise ValueError(f"--model: expected an existing file, got {path!r}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"--model: expected a Python file, got {path!r}")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    model = getattr(module, name, None)
+    if not callable(model):
+        raise ValueError(f"--model: expected a function {name!r} in {path}, got {model!r}")
+    found: Callable[..., Any] = model
+    return found
+
+
+def _tensors(value: Any) -> Any:
+    return torch.tensor(value) if isinstance(value, list) else value
+
+
+def load_data(path: str) -> dict[str, Any]:
+    """The model's arguments from a JSON object: lists become tensors, the rest stays as it is.
+
+    :raises ValueError: if the file does not exist or holds no JSON object.
+
+    Example::
+
+        >>> load_data("nowhere.json")
+        Traceback (most recent call last):
+        ValueError: --data: expected an existing file, got 'nowhere.json'
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--data: expected an existing file, got {path!r}")
+    try:
+        data = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--data: expected JSON, got {path!r}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"--data: expected a JSON object of the model's arguments, got {data!r}")
+    return {key: _tensors(value) for key, value in data.items()}
+
+
+def _scalars(draws: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Draws by scalar name: ``theta`` of shape (S, 2) becomes ``theta[0]`` and ``theta[1]``."""
+    scalars = {}
+    for name, value in draws.items():
+        values = value.double().cpu().numpy()
+        for index in np.ndindex(values.shape[1:]):
+            suffix = f"[{','.join(map(str, index))}]" if index else ""
+            scalars[name + suffix] = values[(slice(None), *index)]
+    return scalars
+
+
+def _worst_error(draws: Mapping[str, NDArray[Any]], reference: Reference) -> float:
+    means = np.array([draws[name].mean() for name in reference.names])
+    return float(np.abs((means - reference.mean) / reference.sd).max())
+
+
+def run_demo(
+    model: Callable[..., Any] = eight_schools,
+    data: Mapping[str, Any] | None = None,
+    *,
+    num_steps: int = NUM_STEPS,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Row]:
+    """Fits the model with every guide of :data:`GUIDES` and judges the fits.
+
+    :param model: a Pyro model.
+    :param data: its keyword arguments; those of the eight schools if None and the model is that one.
+    :param num_steps: gradient steps for each guide.
+    :param seed: of every fit.
+    :param progress: shows progress bars.
+
+    Example::
+
+        >>> rows = run_demo(num_steps=10, progress=False)
+        >>> [row.name for row in rows]
+        ['AutoNormal (Pyro)', 'AutoPlanar', 'AutoRadial']
+    """
+    reference = None
+    if model is eight_schools and data is None:
+        data = {key: torch.tensor(value) for key, value in EIGHT_SCHOOLS.items()}
+        reference = eight_schools_reference()
+    kwargs = dict(data or {})
+    rows = []
+    for name, make in GUIDES.items():
+        started = time.perf_counter()
+        pyro.set_rng_seed(seed)
+        guide = make(model)
+        with pyro.get_param_store().scope():  # leaves the caller's parameters alone
+            fit(model, guide, num_steps=num_steps, model_kwargs=kwargs, seed=seed, progress=progress)
+            seconds = time.perf_counter() - started
+            diagnosis = diagnose(model, guide, model_kwargs=kwargs, seed=seed)
+            draws = _scalars(Particles(model, guide, (), kwargs).draws(NUM_DRAWS))
+        error = None if reference is None else _worst_error(draws, reference)
+        rows.append(Row(name, diagnosis, error, seconds, draws))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The figures of all rows as aligned text.
+
+    Example::
+
+        >>> good = Diagnosis(-3.2, 0.01, -3.1, 3500.0, 0.2, 4000, "good", ())
+        >>> print(table([Row("AutoPlanar", good, 0.05, 3.0, {})]))
+        guide       ELBO ± s.e. (nats)  PSIS k-hat  verdict  worst |mean error|/sd  seconds
+        AutoPlanar        -3.20 ± 0.01        0.20     good                   0.05      3.0
+    """
+    header = ["guide", "ELBO ± s.e. (nats)", "PSIS k-hat", "verdict", "worst |mean error|/sd", "seconds"]
+    lines = [header]
+    for row in rows:
+        d = row.diagnosis
+        error = "-" if row.error is None else f"{row.error:.2f}"
+        elbo = f"{d.elbo:.2f} ± {d.elbo_se:.2f}"
+        lines.append([row.name, elbo, f"{d.khat:.2f}", d.verdict, error, f"{row.seconds:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def picture(rows: list[Row], reference: Reference | None = None) -> Any:
+    """A panel for each guide: the funnel of the eight schools, else the model's first two scalars."""
+    names = list(rows[0].draws)
+    if reference is not None:
+        x, y = "theta[0]", "tau"
+        behind = {name: reference.draws[:, i] for i, name in enumerate(reference.names)}
+        return pair_panels(
+            {row.name: (row.draws[x], np.log(row.draws[y])) for row in rows},
+            ("theta[0], points", "log tau"),
+            (behind[x], np.log(behind[y])),
+            "NUTS",
+        )
+    x, y = names[0], names[min(1, len(names) - 1)]
+    return pair_panels({row.name: (row.draws[x], row.draws[y]) for row in rows}, (x, y))

@@ -1,0 +1,469 @@
+"""Every line of the guide contract, on the zoo."""
+
+import copy
+import gc
+import io
+import pickle
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    SVI,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+)
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_sample, init_to_value
+from pyro.infer.reparam import NeuTraReparam
+from pyro.optim import Adam
+
+from pyro_flowvi import FLOWS, AutoFlow, AutoPlanar, AutoRadial
+from pyro_flowvi.infer.particles import Particles
+from tests import zoo
+
+GUIDES = {
+    "planar": partial(AutoPlanar, num_layers=3),
+    "radial": partial(AutoRadial, num_layers=3),
+    "flow": partial(AutoFlow, build=partial(FLOWS["planar_radial"], num_layers=4)),
+}
+BASIC = ("hierarchy", "log_normal", "dirichlet")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found no sample sites configured for enumeration")
+
+
+def case(name):
+    return zoo.make_zoo()[name]
+
+
+def step(model, guide, args, loss):
+    """Two steps of stock SVI, after which every parameter has moved."""
+    before = [param.detach().clone() for param in guide.materialize(*args).parameters()]
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), loss)
+    assert all(torch.tensor(svi.step(*args)).isfinite() for _ in range(2))
+    assert not any(torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("kind", GUIDES)
+class TestZoo:
+    def test_objectives(self, kind, name):
+        model, args = case(name)
+        losses = [TraceEnum_ELBO(max_plate_nesting=2)]
+        if name != "enumerated":
+            losses += [
+                Trace_ELBO(num_particles=3, vectorize_particles=name != "not_for_batches"),
+                TraceGraph_ELBO(),
+                RenyiELBO(num_particles=2),
+            ]
+        for loss in losses:
+            step(model, GUIDES[kind](model), args, loss)
+
+    def test_draws_are_in_the_support_and_scored(self, kind, name):
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        draws = guide.sample_posterior(7)
+        for site, value in draws.items():
+            support = guide.prototype_trace.nodes[site]["fn"].support
+            shape = guide.prototype_trace.nodes[site]["value"].shape
+            assert value.shape == (7,) + shape
+            assert support.check(value).all()
+        log_prob = guide.log_prob(draws)
+        assert log_prob.shape == (7,)
+        assert log_prob.isfinite().all()
+        single = {site: value[0] for site, value in draws.items()}
+        torch.testing.assert_close(guide.log_prob(single), log_prob[0])
+
+    def test_constrained_log_prob_is_what_pyro_scores(self, kind, name):
+        """log_prob of a draw equals the guide trace's own log density."""
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        trace = poutine.trace(guide).get_trace(*args)
+        values = {site: trace.nodes[site]["value"].detach() for site in guide._unconstrained_shapes}
+        torch.testing.assert_close(guide.log_prob(values), trace.log_prob_sum(), rtol=1e-6, atol=1e-6)
+
+    def test_summaries(self, kind, name):
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        median, quantiles = guide.median(), guide.quantiles([0.1, 0.5, 0.9])
+        for site, value in median.items():
+            assert value.shape == guide.prototype_trace.nodes[site]["value"].shape
+            assert quantiles[site].shape == (3,) + value.shape
+            torch.testing.assert_close(quantiles[site][1], value)
+            support = guide.prototype_trace.nodes[site]["fn"].support
+            assert support.check(quantiles[site]).all()
+            if support.event_dim == 0:
+                assert (quantiles[site].diff(dim=0) > 0).all()
+
+    def test_state_dict_round_trip(self, kind, name):
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        twin = GUIDES[kind](model)
+        twin.load_state_dict(guide.state_dict())  # before it has seen data
+        assert twin.state_dict().keys() == guide.state_dict().keys()
+        twin.materialize(*args)
+        for key, value in guide.state_dict().items():
+            assert torch.equal(twin.state_dict()[key], value)
+
+    def test_particles_vectorize(self, kind, name):
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        assert Particles(model, guide, args).vectorized == (name != "not_for_batches")
+
+
+@pytest.mark.parametrize("name", BASIC)
+@pytest.mark.parametrize("kind", GUIDES)
+class TestDropIn:
+    def test_elbo_module(self, kind, name):
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        elbo = Trace_ELBO(num_particles=2)(model, guide)
+        optimizer = torch.optim.Adam(elbo.parameters(), lr=1e-2)
+        before = guide.state_dict()["flow.parts.1.loc"].clone()
+        elbo(*args).backward()
+        optimizer.step()
+        assert not torch.equal(guide.state_dict()["flow.parts.1.loc"], before)
+
+    @pytest.mark.parametrize("parallel", [False, True])
+    def test_predictive(self, kind, name, parallel):
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        with pyro.validation_enabled(False):
+            draws = Predictive(model, guide=guide, num_samples=5, parallel=parallel)(*args)
+        for site in guide._unconstrained_shapes:
+            value = guide.prototype_trace.nodes[site]["value"]
+            assert draws[site].numel() == 5 * value.numel()
+
+    def test_neutra(self, kind, name):
+        model, args = case(name)
+        guide = GUIDES[kind](model).materialize(*args)
+        neutra = NeuTraReparam(guide)
+        kernel = NUTS(neutra.reparam(model), max_tree_depth=3)
+        mcmc = MCMC(kernel, num_samples=3, warmup_steps=3, disable_progbar=True)
+        mcmc.run(*args)
+        (draws,) = mcmc.get_samples().values()
+        values = neutra.transform_sample(draws.unsqueeze(-2))  # left of the model's plate
+        assert set(values) == set(guide._unconstrained_shapes)
+
+    def test_module_local_params(self, kind, name):
+        """Fact 14: with SVI, Pyro's guides with plain parameters raise AttributeError."""
+        model, args = case(name)
+        with pyro.settings.context(module_local_params=True):
+            step(model, GUIDES[kind](model), args, Trace_ELBO())
+            elbo = Trace_ELBO()(model, GUIDES[kind](model).materialize(*args))
+            elbo(*args).backward()
+
+
+def test_neutra_density_is_the_models():
+    """The reparameterised model's density is p(x(z)) |dx/dz|."""
+    model, args = case("hierarchy")
+    guide = AutoPlanar(model, num_layers=2).materialize(*args)
+    reparam = NeuTraReparam(guide).reparam(model)
+    z = torch.randn(guide.latent_dim)
+    trace = poutine.trace(poutine.condition(reparam, {"mu_shared_latent": z})).get_trace(*args)
+    x, log_det = guide.get_transform().forward_and_log_det(z)
+    values = {"mu": x[0], "theta": x[1:]}
+    truth = poutine.trace(poutine.condition(model, values)).get_trace(*args).log_prob_sum() + log_det
+    torch.testing.assert_close(trace.log_prob_sum(), truth)
+
+
+class TestSetUp:
+    def test_parameters_exist_after_materialize(self):
+        model, args = case("far")
+        guide = AutoPlanar(model, num_layers=2)
+        assert not list(guide.parameters())
+        assert guide.materialize(*args) is guide
+        assert {name for name, _ in guide.named_parameters()} == {
+            f"flow.parts.{name}" for name in ("0.w", "0.u", "0.b", "1.loc", "1.log_scale")
+        }
+
+    def test_set_up_is_not_captured(self):
+        """A parameter trace of the first call holds the guide's parameters and nothing of the model's."""
+
+        def model():
+            pyro.param("from_the_model", torch.ones(()))
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+        guide = AutoPlanar(model, name="guide")
+        with poutine.trace(param_only=True) as capture:
+            guide()
+        assert {name.split(".")[0] for name in capture.trace.nodes} == {"guide"}
+
+    def test_first_call_inside_vectorized_particles(self):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model)
+        with pyro.plate("particles", 6, dim=-2):
+            guide(*args)
+        assert guide.latent_dim == 5
+
+    def test_starts_from_init_loc_fn_and_init_scale(self):
+        """Fact 9: Pyro's flow guide ignores its starting point."""
+        model, args = case("far")
+        init = init_to_value(values={"mu": torch.tensor(100.0)})
+        guide = AutoPlanar(model, init_loc_fn=init, init_scale=0.01).materialize(*args)
+        draws = guide.sample_posterior(2000)["mu"]
+        assert draws.mean() == pytest.approx(100.0, abs=0.01)
+        assert draws.std() == pytest.approx(0.01, rel=0.1)
+
+    @pytest.mark.parametrize("affine", ["lower", "elementwise", "low_rank"])
+    def test_affine_kinds_start_alike(self, affine):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model, affine=affine, init_loc_fn=init_to_sample).materialize(*args)
+        draws = guide.get_posterior().sample((4000,))
+        torch.testing.assert_close(draws.mean(0), guide.location, atol=0.02, rtol=0.0)
+        torch.testing.assert_close(draws.std(0), torch.full((5,), 0.1), atol=0.02, rtol=0.0)
+
+    def test_without_affine_the_base_is_standard_normal(self):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model, affine=None).materialize(*args)
+        assert guide.location is None
+        draws = guide.get_posterior().sample((4000,))
+        assert draws.std(0) == pytest.approx(torch.ones(5), abs=0.1)
+
+    def test_many_latents_get_a_low_rank_affine(self):
+        def model():
+            pyro.sample("x", dist.Normal(torch.zeros(201), 1.0).to_event(1))
+
+        names = [name for name, _ in AutoPlanar(model).materialize().named_parameters()]
+        assert "flow.parts.1.factor" in names
+        assert "flow.parts.1.lower" not in names
+
+
+class TestNames:
+    def test_two_guides_never_share_parameters(self):
+        """Fact 5: in Pyro the second guide of a class is silently not trained."""
+        model, args = case("far")
+        first, second = AutoPlanar(model), AutoPlanar(model)
+        assert first.name != second.name
+        for guide in (first, second):
+            step(model, guide, args, Trace_ELBO())
+
+    def test_name_is_free_again_after_its_guide(self):
+        model, _ = case("far")
+        name = AutoPlanar(model).name
+        gc.collect()
+        assert AutoPlanar(model).name == name
+
+    def test_taken_name_is_refused(self):
+        model, _ = case("far")
+        guide = AutoPlanar(model, name="mine")
+        with pytest.raises(ValueError, match="name: expected one that no live guide holds, got 'mine'"):
+            AutoPlanar(model, name=guide.name)
+
+    def test_prefix_in_the_store(self):
+        model, args = case("far")
+        guide = AutoPlanar(model, name="mine")
+        guide(*args)
+        assert set(pyro.get_param_store()) == {
+            f"mine.{name.removeprefix('flow.')}" for name, _ in guide.named_parameters()
+        }
+
+
+class TestStore:
+    def trained(self, model, args):
+        guide = AutoPlanar(model, name="guide")
+        svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+        for _ in range(5):
+            svi.step(*args)
+        return guide
+
+    def test_restored_store_is_adopted_and_trains_on(self):
+        """Fact 4: in Pyro a restored store gives random parameters, and then nothing moves."""
+        model, args = case("hierarchy")
+        guide = self.trained(model, args)
+        state = {key: value.clone() for key, value in guide.state_dict().items()}
+        file = io.BytesIO()
+        torch.save(pyro.get_param_store().get_state(), file)
+        del guide
+        pyro.clear_param_store()
+        file.seek(0)
+        pyro.get_param_store().set_state(torch.load(file, weights_only=False))
+        fresh = AutoPlanar(model, name="guide").materialize(*args)
+        fresh.sample_posterior(3)
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(value, state[key])
+        SVI(model, fresh, Adam({"lr": 0.1}), Trace_ELBO()).step(*args)
+        for key, value in fresh.state_dict().items():
+            assert not torch.equal(value, state[key])
+            assert pyro.get_param_store()._params[f"guide.{key.removeprefix('flow.')}"].equal(value)
+
+    def test_later_load_state_dict_wins(self):
+        model, args = case("hierarchy")
+        guide = self.trained(model, args)
+        other = AutoPlanar(model).materialize(*args).state_dict()
+        store = pyro.get_param_store().get_state()
+        del guide
+        pyro.get_param_store().set_state(store)
+        fresh = AutoPlanar(model, name="guide").materialize(*args)
+        fresh.load_state_dict(other)
+        fresh(*args)
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(value, other[key])
+
+    def test_store_of_another_shape_is_refused(self):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model, num_layers=3, name="guide").materialize(*args)
+        guide(*args)
+        del guide
+        fresh = AutoPlanar(model, num_layers=4, name="guide").materialize(*args)
+        with pytest.raises(ValueError, match=r"param store entry 'guide.parts.0.w': expected shape"):
+            fresh(*args)
+
+    def test_cleared_store_does_not_lose_the_guide(self):
+        model, args = case("hierarchy")
+        guide = self.trained(model, args)
+        before = copy.deepcopy(guide.state_dict())
+        pyro.clear_param_store()
+        guide(*args)
+        for key, value in guide.state_dict().items():
+            assert torch.equal(value, before[key])
+
+
+class TestCopies:
+    """Fact 7: in Pyro, deepcopy after a call raises, and pickling takes the original's model away."""
+
+    @pytest.mark.parametrize("used", [False, True])
+    def test_deepcopy_keeps_the_model_and_the_original(self, used):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model).materialize(*args)
+        if used:
+            step(model, guide, args, Trace_ELBO())
+        twin = copy.deepcopy(guide)
+        assert twin.model is guide.model
+        assert twin.name != guide.name
+        for key, value in guide.state_dict().items():
+            assert torch.equal(twin.state_dict()[key], value)
+        state = copy.deepcopy(guide.state_dict())
+        step(model, twin, args, Trace_ELBO())
+        for key, value in guide.state_dict().items():
+            assert torch.equal(state[key], value)
+        step(model, guide, args, Trace_ELBO())
+
+    def test_pickle_with_a_model_that_can_be_pickled(self):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model)
+        step(model, guide, args, Trace_ELBO())
+        twin = pickle.loads(pickle.dumps(guide))
+        step(model, guide, args, Trace_ELBO())
+        step(model, twin, args, Trace_ELBO())
+
+    def test_pickle_with_a_model_that_cannot(self):
+        _, args = case("hierarchy")
+        guide = AutoPlanar(lambda y: zoo.hierarchy(y)).materialize(*args)
+        twin = pickle.loads(pickle.dumps(guide))
+        assert guide.model is not None
+        values = guide.sample_posterior(3)
+        torch.testing.assert_close(twin.log_prob(values), guide.log_prob(values))
+        fresh = pickle.loads(pickle.dumps(AutoPlanar(lambda y: zoo.hierarchy(y))))
+        with pytest.raises(RuntimeError, match="lost its model"):
+            fresh.materialize(*args)
+
+    def test_torch_save(self):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model).materialize(*args)
+        guide(*args)
+        file = io.BytesIO()
+        torch.save(guide, file)
+        file.seek(0)
+        values = guide.sample_posterior(3)
+        loaded = torch.load(file, weights_only=False)
+        torch.testing.assert_close(loaded.log_prob(values), guide.log_prob(values))
+
+
+class TestPlacement:
+    @pytest.mark.parametrize("before", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_dtype(self, dtype, before):
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model)
+        if before:
+            guide.to(dtype).materialize(*args)
+        else:
+            guide.materialize(*args).to(dtype)
+        assert {param.dtype for param in guide.parameters()} == {dtype}
+        assert guide.sample_posterior(2)["mu"].dtype == dtype
+        assert guide.get_posterior().rsample((2,)).dtype == dtype
+        args = tuple(arg.to(dtype) for arg in args)
+        step(model, guide, args, Trace_ELBO())
+
+    def test_half_precision_is_refused(self):
+        model, args = case("hierarchy")
+        with pytest.raises(ValueError, match=r"dtype: expected torch.float32 or torch.float64"):
+            AutoPlanar(model).materialize(*args).half()
+
+    def test_default_dtype_is_honoured(self):
+        torch.set_default_dtype(torch.float32)
+        model, args = case("hierarchy")
+        guide = AutoPlanar(model).materialize(*args)
+        assert {param.dtype for param in guide.parameters()} == {torch.float32}
+
+    def test_model_dtype_is_honoured(self):
+        torch.set_default_dtype(torch.float32)
+
+        def model():
+            pyro.sample("x", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+
+        assert AutoPlanar(model).materialize().sample_posterior(2)["x"].dtype == torch.float64
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    @pytest.mark.parametrize("before", [False, True])
+    def test_cuda(self, before):
+        model, args = case("hierarchy")
+        cuda = tuple(arg.cuda() for arg in args)
+        guide = AutoPlanar(model)
+        if before:
+            guide.to("cuda").materialize(*cuda)
+        else:
+            guide.materialize(*args).to("cuda")
+        assert guide.sample_posterior(2)["mu"].is_cuda
+        step(model, guide, cuda, Trace_ELBO())
+
+
+class TestLocals:
+    @staticmethod
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(y), subsample_size=4) as index:
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+    def test_subsampled_locals_are_refused(self):
+        """Fact 8: Pyro freezes the dimension of the first subsample, in silence."""
+        with pytest.raises(ValueError, match=r"site 'theta'.*plate 'data' \(4 of 12\).*AutoGuideList"):
+            AutoPlanar(self.model).materialize(torch.randn(12))
+
+    def test_the_alternative_works(self):
+        guide = AutoGuideList(self.model)
+        guide.append(AutoPlanar(poutine.block(self.model, hide=["theta"])))
+        guide.append(AutoNormal(poutine.block(self.model, expose=["theta"])))
+        svi = SVI(self.model, guide, Adam({"lr": 0.05}), Trace_ELBO())
+        y = 5 + torch.randn(12)
+        first = sum(svi.step(y) for _ in range(20))
+        for _ in range(1500):
+            svi.step(y)
+        assert sum(svi.step(y) for _ in range(20)) < first
+        # The marginal model y ~ N(mu, 1 + tau²) locates mu near the mean of the data.
+        assert guide.median(y)["mu"] == pytest.approx(y.mean(), abs=1.0)
+
+    def test_explicit_subsample_without_locals_is_left_to_the_model(self):
+        seen = []
+
+        def model(y, index):
+            mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+            with pyro.plate("data", len(y), subsample=index) as drawn:
+                seen.append(drawn)
+                pyro.sample("y", dist.Normal(mu, 1.0), obs=y[drawn])
+
+        guide = AutoPlanar(model)
+        svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+        index = torch.tensor([1, 3])
+        svi.step(torch.randn(12), index)
+        assert all(torch.equal(drawn, index) for drawn in seen)

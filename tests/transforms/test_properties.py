@@ -1,0 +1,141 @@
+"""The registry, and every layer, through the property checks."""
+
+import pytest
+import torch
+
+from pyro_flowvi import FLOWS
+from pyro_flowvi.testing import check_transform
+from pyro_flowvi.transforms import (
+    Compose,
+    Conditional,
+    ConditionalPlanar,
+    ConditionalRadial,
+    ElementwiseAffine,
+    LowerAffine,
+    LowRankAffine,
+    Permute,
+    Planar,
+    Radial,
+)
+
+LAYERS = {
+    "planar": lambda dim: Planar(dim),
+    "radial": lambda dim: Radial(dim),
+    "elementwise": lambda dim: ElementwiseAffine(dim, scale=0.3),
+    "lower": lambda dim: LowerAffine(dim, scale=0.3),
+    "low_rank": lambda dim: LowRankAffine(dim, scale=0.3),
+    "permute": lambda dim: Permute(torch.randperm(dim)),
+    "compose": lambda dim: Compose([Planar(dim), Permute(torch.randperm(dim)), LowerAffine(dim)]),
+}
+
+
+def randomized(transform, scale):
+    with torch.no_grad():
+        for param in transform.parameters():
+            param.add_(scale * torch.randn_like(param))
+    return transform
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name, dim, scale):
+    check_transform(randomized(LAYERS[name](dim), scale), torch.randn(6, dim))
+
+
+@pytest.mark.parametrize("batch", [(4,), (2, 3)])
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("name", FLOWS)
+def test_registry(name, dim, batch):
+    flow = randomized(FLOWS[name](dim, num_layers=3), 0.3)
+    check_transform(flow, torch.randn(*batch, dim))
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("name", FLOWS)
+def test_conditional_registry(name, dim):
+    flow = randomized(FLOWS[name](dim, num_layers=2, hidden=(4,), context_dim=2), 0.3)
+    check_transform(flow, torch.randn(3, dim), context=torch.randn(3, 2))
+
+
+@pytest.mark.parametrize(
+    "layer", [ConditionalPlanar(2, 3, hidden=(4,)), ConditionalRadial(2, 3, hidden=(4,))]
+)
+def test_conditional_layer_trains_every_parameter_from_its_start(layer):
+    check_transform(layer, torch.randn(5, 2), context=torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("name", ["elementwise", "lower", "low_rank"])
+def test_any_parametric_layer_can_be_conditional(name):
+    flow = randomized(Conditional(LAYERS[name](3), context_dim=2, hidden=(4,)), 0.3)
+    check_transform(flow, torch.randn(4, 3), context=torch.randn(4, 2))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 50])
+@pytest.mark.parametrize("name", FLOWS)
+def test_registry_starts_near_the_identity(name, dim):
+    x = torch.randn(100, dim)
+    y, log_det = FLOWS[name](dim).forward_and_log_det(x)
+    assert (y - x).abs().max() <= 0.1
+    assert log_det.abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_registry_starts_near_the_identity_for_any_context(name):
+    x, context = torch.randn(100, 3), 10 * torch.randn(100, 2)
+    y = FLOWS[name](3, context_dim=2).condition(context)(x)
+    assert (y - x).abs().max() <= 0.1
+
+
+def test_conditional_batch_is_row_by_row():
+    """Each row of a batched context gives what that context gives alone."""
+    flow = randomized(ConditionalPlanar(3, 2, num_layers=2), 0.5)
+    x, context = torch.randn(7, 5, 3), torch.randn(5, 2)
+    y, log_det = flow.condition(context).forward_and_log_det(x)
+    for i in range(5):
+        y_i, log_det_i = flow.condition(context[i]).forward_and_log_det(x[:, i])
+        torch.testing.assert_close(y[:, i], y_i)
+        torch.testing.assert_close(log_det[:, i], log_det_i)
+
+
+class TestCheckTransform:
+    """The checks themselves must fail on what is wrong."""
+
+    class WrongLogDet(Planar):
+        def forward_and_log_det(self, x):
+            y, log_det = super().forward_and_log_det(x)
+            return y, log_det + 1e-4
+
+    class WrongInverse(Planar):
+        def inverse_and_log_det(self, y):
+            x, log_det = super().inverse_and_log_det(y)
+            return x + 1e-5, log_det
+
+    class DetachedParameter(Planar):
+        def forward_given(self, raw, x):
+            return super().forward_given({**raw, "w": raw["w"].detach()}, x)
+
+    class Baked(Planar):
+        def forward_and_log_det(self, x):
+            shift = x.detach().sum().item()
+            y, log_det = super().forward_and_log_det(x)
+            return y + 0.0 * shift, log_det
+
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            (WrongLogDet, "log_det off"),
+            (WrongInverse, r"f⁻¹\(f\(x\)\) - x"),
+            (DetachedParameter, "gradcheck"),
+        ],
+    )
+    def test_finds(self, kind, message):
+        with pytest.raises(AssertionError, match=message):
+            check_transform(randomized(kind(3), 0.5), torch.randn(4, 3))
+
+    def test_finds_what_cannot_be_traced(self):
+        with pytest.raises(Exception, match=r"vmap|item"):
+            check_transform(self.Baked(3), torch.randn(4, 3))
+
+    def test_takes_foreign_transforms(self):
+        check_transform(torch.distributions.transforms.SigmoidTransform(), torch.randn(4, 3))
