@@ -43,6 +43,10 @@ _AFFINES: dict[str, Callable[..., FlowTransform]] = {
 _MAX_SIGNATURES = 100
 _QUANTILE_DRAWS = 8192
 
+_Store = dict[str, Tensor]
+_registered: dict[str, tuple["weakref.ref[Tensor]", _Store]] = {}
+"""Parameter name -> the tensor that a guide of this process put into the param store, and that store."""
+
 _live: "weakref.WeakValueDictionary[str, AutoFlow]" = weakref.WeakValueDictionary()
 
 
@@ -79,7 +83,8 @@ class AutoFlow(AutoContinuous):
     :param build: a key of :data:`pyro_flowvi.FLOWS`, or a callable from the number of latents to a
         transform of vectors, Pyro's own included.
     :param name: prefix of the guide's parameters in the param store; by default the class name, with
-        _1, _2, ... while another live guide holds it.
+        _1, _2, ... while another live guide holds it.  A guide adopts the values of a restored store; one
+        that is given a name also adopts what an earlier guide of that name left in the store.
     :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
     :param init_scale: standard deviation, in unconstrained units, to start from.
     :param affine: "lower" (location and Cholesky factor), "low_rank" (diagonal and low rank),
@@ -134,6 +139,7 @@ class AutoFlow(AutoContinuous):
         self._store_wins = True
         self._stale = False
         self._signatures: set[Any] = set()
+        self._named = name is not None
         self._claim_name(name)
 
     # -- names ---------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ class AutoFlow(AutoContinuous):
         transform = build(self.latent_dim)
         if not isinstance(transform, Transform):
             raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
-        parts = [transform]
+        parts: list[Any] = [transform]
         if self._affine is not None:
             kind = "lower" if self.latent_dim <= MAX_CHOLESKY_DIM else "low_rank"
             make = _AFFINES[kind if self._affine == "auto" else self._affine]
@@ -224,7 +230,7 @@ class AutoFlow(AutoContinuous):
             param.data = param.data.contiguous()
         self._modules["flow"] = flow  # not as an attribute: PyroModule would register it as well
         if self._affine is not None:
-            _affine_of(flow).loc.data.copy_(loc)
+            parts[-1].loc.data.copy_(loc)
         if self._pending_state:
             flow.load_state_dict(self._pending_state)
             self._pending_state = {}
@@ -283,7 +289,7 @@ class AutoFlow(AutoContinuous):
             stored = store._params.get(full_name)
             if stored is param or stored is None:
                 continue
-            if self._store_wins:
+            if self._store_wins and (self._named or not _is_leftover(full_name, stored)):
                 if stored.shape != param.shape:
                     raise ValueError(
                         f"param store entry {full_name!r}: expected shape {tuple(param.shape)}, "
@@ -305,6 +311,7 @@ class AutoFlow(AutoContinuous):
                 continue
             if not local:
                 pyro.param(full_name, param)
+                _registered[full_name] = weakref.ref(param), pyro.get_param_store()._params
                 continue
             param.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
             effectful(type="param")(lambda *_, _value=param, **__: _value)(
@@ -379,16 +386,9 @@ class AutoFlow(AutoContinuous):
         return self._init_fn.init_loc_fn
 
     @property
-    def location(self) -> Tensor | None:
-        """The affine map's location, unconstrained, shape ``(D,)``; None without an affine map."""
-        return None if self._affine is None else _affine_of(self._flow).loc.detach().clone()
-
-    @location.setter
-    def location(self, value: Tensor) -> None:
-        if self._affine is None:
-            raise ValueError("location: the guide has no affine map")
-        with torch.no_grad():
-            _affine_of(self._flow).loc.copy_(value)
+    def affine(self) -> Any:
+        """The trainable affine map after the flow, with ``loc`` and ``log_scale``; None without one."""
+        return None if self._affine is None else self._flow[-1]
 
     def get_base_dist(self) -> Any:
         """The standard normal over the latents."""
@@ -541,8 +541,14 @@ _PROTOTYPE_STATE = (
 )
 
 
-def _affine_of(flow: Compose) -> Any:
-    return flow[-1]
+def _is_leftover(full_name: str, stored: Tensor) -> bool:
+    """Whether a store entry is what another guide of this process left, and not a restored value.
+
+    A guide without a name of its own starts afresh, whatever an earlier one of its class left behind.
+    Clearing or restoring the store makes a new dictionary, or new tensors in it.
+    """
+    param, store = _registered.get(full_name, (None, None))
+    return param is not None and param() is stored and store is pyro.get_param_store()._params
 
 
 def _hidden(msg: dict[str, Any]) -> bool:

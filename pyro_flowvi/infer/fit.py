@@ -1,6 +1,7 @@
 """fit: one call from a model and a guide to a trained guide."""
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,8 @@ FINAL_RATE = 1e-2
 """The learning rate ends at this fraction of its start."""
 NUM_PARTICLES = 16
 MAX_MODE_EVALUATIONS = 200
+SCALE_FACTORS = (1e-4, 1e-3, 1e-2, 0.1, 10.0, 100.0, 1e3, 1e4)
+"""Multiples of the initial scale that are tried at the best mode."""
 CHECKS = 50
 """How often in a run the state is compared with the best and kept."""
 COMPARISON_DRAWS = 256
@@ -133,24 +136,41 @@ class _Fit:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     loss: Any
-    judge: Any
+    particles: Particles
     optim: _GuardedOptim
     losses: list[float] = field(default_factory=list)
     best: list[Tensor] = field(default_factory=list)
-    best_loss: float = math.inf
+    best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
 
-    def evaluate(self) -> float:
-        """The loss on draws that are the same at every call."""
-        with torch.random.fork_rng(), torch.no_grad():
+    def evaluate(self) -> Tensor:
+        """Log weights on draws that are the same at every call; their mean is the ELBO.
+
+        A state that the model cannot evaluate has the ELBO minus infinity.
+        """
+        size = COMPARISON_DRAWS if self.particles.vectorized else NUM_PARTICLES
+        with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            value = float(self.judge.loss(self.model, self.guide, *self.args, **self.kwargs))
-        return value if math.isfinite(value) else math.inf
+            try:
+                weights = self.particles.log_weights(size)
+            except (ValueError, RuntimeError):
+                return torch.full((size,), -math.inf)
+        return weights.nan_to_num(-math.inf, -math.inf, -math.inf)
 
-    def keep_if_better(self) -> None:
-        value = self.evaluate()
-        if value < self.best_loss or not self.best:
-            self.best_loss = value
-            self.best = [param.detach().clone() for param in self.optim.params]
+    def keep_unless_worse(self) -> None:
+        """Keeps the present state as the best, unless an earlier one is better beyond its noise."""
+        weights = self.evaluate()
+        if self.best and not self.particles.subsampled:  # one subsample cannot rank states
+            gain = weights - self.best_weights
+            noise = gain.std() / math.sqrt(len(gain))
+            if not bool(gain.mean() >= -2.0 * noise):
+                return
+        self.best_weights = weights
+        self.best = [param.detach().clone() for param in self.optim.params]
+
+    @property
+    def best_loss(self) -> float:
+        return -float(self.best_weights.mean())
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -201,20 +221,27 @@ def _default_optim(lr: float, num_steps: int) -> PyroOptim:
 
 
 def _locate(run: _Fit, guide: Any) -> bool:
-    """Moves the guide's location to a mode if that raises the ELBO; whether it did."""
-    if not isinstance(guide, AutoFlow) or guide.location is None:
+    """Moves the guide to a mode, and to the best of a few scales there; whether that raised the ELBO."""
+    affine = guide.affine if isinstance(guide, AutoFlow) else None
+    if affine is None:
         return False
     density = UnconstrainedModel(run.model, run.args, run.kwargs, guide.init_loc_fn)
-    best_loc, best_loss = guide.location, run.evaluate()
-    starts = [best_loc, *(best_loc.new_empty(2, density.dim).uniform_(-2, 2))]
-    moved = False
-    for mode in find_modes(density, starts, max_evaluations=MAX_MODE_EVALUATIONS):
-        guide.location = mode
-        loss = run.evaluate()
-        if loss < best_loss:
-            best_loc, best_loss, moved = mode, loss, True
-    guide.location = best_loc
-    return moved
+    loc, log_scale = affine.loc, affine.log_scale
+    best_elbo, best = run.evaluate().mean(), (loc.detach().clone(), log_scale.detach().clone())
+    first = best
+    starts = [best[0], *best[0].new_empty(2, density.dim).uniform_(-2, 2)]
+    with torch.no_grad():
+        modes = find_modes(density, starts, max_evaluations=MAX_MODE_EVALUATIONS)
+        for mode, factor in [*((mode, 1.0) for mode in modes), *((None, f) for f in SCALE_FACTORS)]:
+            # All modes at the scale of the start, then all scales at the best of them.
+            loc.copy_(best[0] if mode is None else mode)
+            log_scale.copy_(first[1] + math.log(factor))
+            elbo = run.evaluate().mean()
+            if elbo > best_elbo:
+                best_elbo, best = elbo, (loc.clone(), log_scale.clone())
+        loc.copy_(best[0])
+        log_scale.copy_(best[1])
+    return not torch.equal(best[0], first[0])
 
 
 def fit(
@@ -236,8 +263,9 @@ def fit(
 ) -> FitResult:
     """Trains a guide, and the model's own parameters, by stochastic variational inference.
 
-    A flow guide is first moved to a mode of the posterior, if the ELBO there is higher.  Then Adam with
-    a cosine-decaying rate; the best state by the ELBO on common random numbers is what remains.
+    A flow guide is first moved to a mode of the posterior and to the best of a few scales there, if that
+    raises the ELBO.  Then Adam with a cosine-decaying rate; the latest state remains, or an
+    earlier one whose ELBO, on common random numbers, is better beyond its noise.
 
     :param model: a Pyro model.
     :param guide: any Pyro guide for it.
@@ -302,7 +330,7 @@ def fit(
         args,
         kwargs,
         particles.elbo(num_particles or NUM_PARTICLES) if loss is None else loss,
-        particles.elbo(COMPARISON_DRAWS if particles.vectorized else NUM_PARTICLES),
+        particles,
         _GuardedOptim(_default_optim(lr, num_steps) if optim is None else optim),
     )
     located = _locate(run, guide)
@@ -330,12 +358,12 @@ def _train(run: _Fit, num_steps: int, progress: bool) -> str:
                 _step(run, svi, step)
                 bar.update()
                 if (step + 1) % every == 0 or step == num_steps - 1:
-                    run.keep_if_better()
+                    run.keep_unless_worse()
                     bar.set_postfix_str(f"ELBO {-run.best_loss:.2f}", refresh=False)
         except KeyboardInterrupt:
             stop_reason = "interrupted"
             if not run.best:
-                run.keep_if_better()
+                run.keep_unless_worse()
     run.restore()
     return stop_reason
 
@@ -355,7 +383,8 @@ def _step(run: _Fit, svi: SVI, step: int) -> None:
         run.losses.append(value)
         return
     torch.set_rng_state(random_state)
-    site = run.find_bad_site()
+    named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
+    site = named.group(1) if named else run.find_bad_site()
     for param in run.optim.params:
         param.grad = None
     run.restore()

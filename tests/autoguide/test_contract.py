@@ -217,13 +217,13 @@ class TestSetUp:
         model, args = case("hierarchy")
         guide = AutoPlanar(model, affine=affine, init_loc_fn=init_to_sample).materialize(*args)
         draws = guide.get_posterior().sample((4000,))
-        torch.testing.assert_close(draws.mean(0), guide.location, atol=0.02, rtol=0.0)
+        torch.testing.assert_close(draws.mean(0), guide.affine.loc.detach(), atol=0.02, rtol=0.0)
         torch.testing.assert_close(draws.std(0), torch.full((5,), 0.1), atol=0.02, rtol=0.0)
 
     def test_without_affine_the_base_is_standard_normal(self):
         model, args = case("hierarchy")
         guide = AutoPlanar(model, affine=None).materialize(*args)
-        assert guide.location is None
+        assert guide.affine is None
         draws = guide.get_posterior().sample((4000,))
         assert draws.std(0) == pytest.approx(torch.ones(5), abs=0.1)
 
@@ -250,6 +250,36 @@ class TestNames:
         name = AutoPlanar(model).name
         gc.collect()
         assert AutoPlanar(model).name == name
+
+    def test_a_new_guide_starts_afresh(self):
+        """What an earlier guide of the same default name left in the store is not its start."""
+        model, args = case("far")
+        guide = AutoPlanar(model)
+        name = guide.name
+        for _ in range(5):
+            step(model, guide, args, Trace_ELBO())
+        trained = guide.affine.loc.detach().clone()
+        del guide
+        gc.collect()
+        again = AutoPlanar(model)
+        assert again.name == name
+        again(*args)
+        assert not torch.equal(again.affine.loc, trained)
+        other_model, other_args = case("hierarchy")
+        del again
+        gc.collect()
+        step(other_model, AutoPlanar(other_model), other_args, Trace_ELBO())
+
+    def test_a_given_name_continues(self):
+        model, args = case("far")
+        guide = AutoPlanar(model, name="mine")
+        step(model, guide, args, Trace_ELBO())
+        trained = guide.affine.loc.detach().clone()
+        del guide
+        gc.collect()
+        again = AutoPlanar(model, name="mine")
+        again(*args)
+        assert torch.equal(again.affine.loc, trained)
 
     def test_taken_name_is_refused(self):
         model, _ = case("far")
