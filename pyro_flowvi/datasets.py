@@ -25,6 +25,12 @@ class Reference:
     :param mean: posterior means of the whole run, shape ``(D,)``.
     :param sd: posterior standard deviations of the whole run, shape ``(D,)``.
     :param draws: a thinned subset, shape ``(S, D)``.
+
+    Example::
+
+        >>> reference = Reference(("x",), np.zeros(1), np.ones(1), np.zeros((5, 1), np.float32))
+        >>> reference.draws.shape
+        (5, 1)
     """
 
     names: tuple[str, ...]

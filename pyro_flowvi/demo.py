@@ -57,6 +57,11 @@ class Row:
     :param error: worst |mean - reference mean| / reference sd; None without a reference.
     :param seconds: that the fit took.
     :param draws: name of a scalar -> draws, shape ``(S,)``.
+
+    Example::
+
+        >>> Row("guide", Diagnosis(0.0, 0.0, 0.0, 1.0, 0.0, 100, "good", ()), None, 1.0, {}).name
+        'guide'
     """
 
     name: str

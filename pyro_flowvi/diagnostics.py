@@ -101,6 +101,7 @@ def diagnose(
     if isinstance(guide, AutoFlow):
         guide.materialize(*args, **(model_kwargs or {}))
     particles = Particles(model, guide, args, model_kwargs)
+    fixed = [name for name, value in particles.draws(2).items() if value.numel() and value[0].equal(value[1])]
     log_weights = particles.log_weights(num_samples).double().cpu().numpy()
     finite = log_weights[np.isfinite(log_weights)]
     dropped = num_samples - len(finite)
@@ -112,6 +113,9 @@ def diagnose(
     elbo, elbo_se = float(finite.mean()), float(finite.std(ddof=1) / math.sqrt(len(finite)))
     iw_elbo = float(torch.logsumexp(torch.from_numpy(finite), 0)) - math.log(num_samples)
     verdict, reasons = _judge(khat, ess, elbo_se, num_samples, dropped)
+    if fixed:
+        verdict = "poor"
+        reasons.append(f"the guide is a point mass at {fixed}: it has no density there to weigh by")
     if particles.subsampled:
         reasons.append("the model subsamples its data: the weights contain that noise as well")
     return Diagnosis(elbo, elbo_se, iw_elbo, ess, khat, num_samples, verdict, tuple(reasons))

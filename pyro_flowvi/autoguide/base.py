@@ -200,8 +200,11 @@ class AutoFlow(AutoContinuous):
         model = self._require_model()
         # Outside any handler: set-up is no part of the step that happens to come first.
         with poutine.block(), torch.no_grad():
-            prototype(model, args, kwargs, self._init_fn.init_loc_fn)
+            clear = self._pyro_context.cache.clear
+            clear()
+            prototype(model, args, kwargs, self._init_fn.init_loc_fn, before_run=clear)
             try:
+                clear()
                 super()._setup_prototype(*args, **kwargs)
                 if self.master is None:
                     self._create_plates(*args, **kwargs)
@@ -239,8 +242,14 @@ class AutoFlow(AutoContinuous):
         """Traces the model again; the latents must be those that the flow was built for."""
         before = dict(self._unconstrained_shapes)
         saved = {key: self.__dict__[key] for key in _PROTOTYPE_STATE}
-        with poutine.block(), torch.no_grad():
-            super()._setup_prototype(*args, **kwargs)
+        # Sites that were observed at set-up and now are not (a prediction) are the model's to draw.
+        self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in before
+        try:
+            with poutine.block(), torch.no_grad():
+                self._pyro_context.cache.clear()
+                super()._setup_prototype(*args, **kwargs)
+        finally:
+            del self.__dict__["_prototype_hide_fn"]
         after = self._unconstrained_shapes
         if after != before:
             self.__dict__.update(saved)
@@ -293,7 +302,7 @@ class AutoFlow(AutoContinuous):
                 if stored.shape != param.shape:
                     raise ValueError(
                         f"param store entry {full_name!r}: expected shape {tuple(param.shape)}, "
-                        f"got {tuple(stored.shape)}"
+                        f"got {tuple(stored.shape)}; call pyro.clear_param_store() or choose another name"
                     )
                 with torch.no_grad():
                     param.copy_(stored)
@@ -487,6 +496,7 @@ class AutoFlow(AutoContinuous):
 
     def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
         """Marginal quantiles of each site, ``probs.shape + site shape``, by quasi-Monte Carlo."""
+        flow = self._flow
         # The same points at every call: summaries are repeatable and leave Pyro's generator alone.
         engine = torch.quasirandom.SobolEngine(min(self.latent_dim, 21201), scramble=True, seed=0)
         uniform = engine.draw(_QUANTILE_DRAWS, dtype=torch.float64)
@@ -495,12 +505,14 @@ class AutoFlow(AutoContinuous):
             extra = (len(uniform), self.latent_dim - uniform.shape[-1])
             uniform = torch.cat([uniform, torch.rand(extra, generator=generator)], -1)
         base = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
-        like = next(self._flow.parameters(), torch.zeros(()))
+        like = next(flow.parameters(), torch.zeros(()))
         probs = probs.to(like)
         result = {}
-        for name, free in self._split(self._flow(base.to(like))).items():
+        for name, free in self._split(flow(base.to(like))).items():
             bijection = self._bijection(name)
-            if bijection.domain.event_dim == 0:  # elementwise: exact for decreasing maps as well
+            if free.numel() == 0:
+                result[name] = bijection(free[0].expand(probs.shape + free.shape[1:]))
+            elif bijection.domain.event_dim == 0:  # elementwise: exact for decreasing maps as well
                 result[name] = torch.quantile(bijection(free), probs, dim=0)
             else:
                 result[name] = bijection(torch.quantile(free, probs, dim=0))
@@ -537,6 +549,7 @@ _PROTOTYPE_STATE = (
     "_prototype_frames",
     "_unconstrained_shapes",
     "_cond_indep_stacks",
+    "latent_dim",
     "plates",
 )
 
@@ -562,6 +575,7 @@ def _signature(value: Any) -> Any:
         return tuple((key, _signature(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_signature, value))
-    if hasattr(value, "shape"):
-        return tuple(value.shape)
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):  # of a distribution it is a method
+        return tuple(shape)
     return value if isinstance(value, bool | int | str | None) else type(value)

@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from .._checks import check_dtype, check_positive_int
-from ..transforms.base import forward_and_log_det, inverse_and_log_det
+from ..transforms.base import forward_and_log_det, inverse_and_log_det, own_dim
 
 __all__ = ["FlowDistribution"]
 
@@ -72,7 +72,7 @@ class FlowDistribution(TorchDistribution):
             hint = ": condition it on a context first" if hasattr(transform, "condition") else ""
             raise ValueError(f"transform: expected a Transform, got {type(transform).__name__}{hint}")
         if dim is None:
-            dim = getattr(transform, "dim", None)
+            dim = own_dim(transform)
         if dim is None and base is not None and len(base.event_shape) == 1:
             dim = base.event_shape[0]
         if base is not None and base.event_shape != (dim,):

@@ -110,11 +110,10 @@ class _GuardedOptim(PyroOptim):
         self.params: list[Tensor] = []
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        params = sorted(params, key=_param_name)
+        self.params = params = sorted(params, key=_param_name)
         gradients = [param.grad for param in params if param.grad is not None]
         if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
             raise _NotFinite
-        self.params = params
         self.optim(params, *args, **kwargs)
         if isinstance(self.optim, PyroLRScheduler):
             with warnings.catch_warnings():
@@ -372,7 +371,9 @@ def _step(run: _Fit, svi: SVI, step: int) -> None:
     random_state = torch.get_rng_state()
     cause: Exception | None = None
     try:
-        value = float(svi.step(*run.args, **run.kwargs))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # it is an error here
+            value = float(svi.step(*run.args, **run.kwargs))
     except _NotFinite:
         value = math.nan
     except (ValueError, _LINALG_ERROR) as error:

@@ -7,6 +7,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.traceenum_elbo import _compute_model_factors
+from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
@@ -64,7 +66,8 @@ class Particles:
                 (-frame.dim for s in sites for frame in s["cond_indep_stack"] if frame.vectorized),
                 default=0,
             )
-            self.vectorized = self._vectorizes(guide_trace, model_trace)
+            sequential = any(site["infer"].get("enumerate") == "sequential" for site in sites)
+            self.vectorized = not sequential and self._vectorizes(guide_trace, model_trace)
             """Whether the model gives the same log density for many particles at once."""
 
     def _replay(self, guide_trace: Trace, model: Program | None = None) -> Trace:
@@ -168,10 +171,10 @@ class Particles:
     def log_weights(self, num_samples: int, max_batch: int = 4096) -> Tensor:
         """log p(x, z) - log q(z) of independent draws, shape ``(num_samples,)``.
 
-        Enumerated sites are summed out of p, by Pyro, one draw at a time.
+        Enumerated sites are summed out of p.
         """
         with poutine.block():
-            if self.enumerated or not self.vectorized:
+            if not self.vectorized:
                 loss = self.elbo(num_particles=1)
                 losses = [
                     loss.loss(self.model, self.guide, *self.args, **self.kwargs) for _ in range(num_samples)
@@ -180,6 +183,31 @@ class Particles:
             parts = []
             for first in range(0, num_samples, max_batch):
                 size = min(max_batch, num_samples - first)
-                guide_trace, model_trace = self._traces(size)
-                parts.append(self._score(model_trace, size) - self._score(guide_trace, size))
+                if self.enumerated:
+                    parts.append(self._enumerated_log_weights(size))
+                else:
+                    guide_trace, model_trace = self._traces(size)
+                    parts.append(self._score(model_trace, size) - self._score(guide_trace, size))
             return torch.cat(parts)
+
+    def _enumerated_log_weights(self, size: int) -> Tensor:
+        """As Pyro's ``TraceEnum_ELBO`` sums discrete sites out, but keeping the particles apart."""
+        elbo = self.elbo(size)
+        ((model_trace, guide_trace),) = elbo._get_traces(self.model, self.guide, self.args, self.kwargs)
+        costs, factors, _, sum_dims, scale = _compute_model_factors(model_trace, guide_trace)
+        particle = model_trace.plate_to_symbol["num_particles_vectorized"]
+
+        def apart(packed: Any) -> Tensor:
+            """Sums a packed tensor over all its dimensions but the particles'."""
+            dims = packed._pyro_dims
+            others = [i for i, dim in enumerate(dims) if dim != particle]
+            total: Tensor = packed.sum(others) if others else packed
+            return total if particle in dims else total.expand(size)
+
+        terms = [apart(cost) for group in costs.values() for cost in group]
+        if factors:
+            terms.append(scale * contract_to_tensor(factors, sum_dims, frozenset(particle)))
+        for site in guide_trace.nodes.values():
+            if site["type"] == "sample":
+                terms.append(-apart(site["packed"]["log_prob"]))
+        return torch.stack(terms).sum(0)

@@ -75,6 +75,7 @@ class FlowTransform(TransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+    sign = 1
     exact_inverse: bool = True
     """Whether :meth:`inverse_and_log_det` inverts any value, to rounding."""
 
@@ -114,6 +115,9 @@ class FlowTransform(TransformModule):
     def with_cache(self, cache_size: int = 1) -> Self:
         """This transform itself: there is nothing to cache."""
         return self
+
+    def __hash__(self) -> int:
+        return id(self)  # Pyro's goes through super(), which torch.compile cannot follow
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)  # torch's Transform would print the bare class name
@@ -173,6 +177,19 @@ class ParametricTransform(FlowTransform):
     Subclasses register their parameters as attributes and write :meth:`forward_given` and
     :meth:`inverse_given`.  That the parameters are an argument is what makes the transform
     conditional: :class:`Conditional` passes others, one set for each context.
+
+    Example::
+
+        >>> class Shift(ParametricTransform):
+        ...     def __init__(self, dim):
+        ...         super().__init__(dim)
+        ...         self.loc = torch.nn.Parameter(torch.zeros(dim))
+        ...     def forward_given(self, raw, x):
+        ...         return x + raw["loc"], x.new_zeros(x.shape[:-1])
+        ...     def inverse_given(self, raw, y):
+        ...         return y - raw["loc"], y.new_zeros(y.shape[:-1])
+        >>> Conditional(Shift(2), context_dim=3).condition(torch.zeros(5, 3)).batch_shape
+        torch.Size([5])
     """
 
     def raw_parameters(self) -> dict[str, Tensor]:
@@ -258,11 +275,18 @@ class Conditional(ConditionalTransformModule):
         return _Conditioned(self.layer, raw, batch_shape)
 
 
+def own_dim(transform: Any) -> int | None:
+    """The length of a transform's vectors; None for a foreign one, whose ``dim`` may be an axis."""
+    return transform.dim if isinstance(transform, FlowTransform | Conditional) else None
+
+
 def _common_dim(parts: Sequence[Any]) -> int:
-    dims = {part.dim for part in parts if hasattr(part, "dim")}
-    if len(dims) != 1:
+    dims = {dim for dim in map(own_dim, parts) if dim is not None}
+    if not dims:
+        raise ValueError("dim: expected the dimension, which none of the parts tells, got None")
+    if len(dims) > 1:
         raise ValueError(f"parts: expected transforms of one dimension, got {sorted(dims)}")
-    return int(dims.pop())
+    return dims.pop()
 
 
 class Compose(FlowTransform):

@@ -113,8 +113,8 @@ def _planar_residual(s: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 def _planar_start(t: Tensor, c: Tensor) -> Tensor:
     size = t.abs()
-    # artanh(q) = log1p(2 q / (1 - q)) / 2; beyond q = 1 the maximum takes t - c.
-    artanh = 0.5 * torch.log1p(2.0 * size / ((1.0 + c) - size).clamp(min=1.0))
+    # artanh(q) = log1p(q / ((1 - q) / 2)) / 2; near and beyond q = 1 the clamp and t - c take over.
+    artanh = 0.5 * torch.log1p(size / torch.sub(0.5 * (1.0 + c), size, alpha=0.5).clamp(min=1.0))
     expanding = torch.maximum(artanh, size - c)
     # Of large t any start will do, for there the first step is exact, and its square would overflow.
     near = size.clamp(max=100.0)

@@ -181,6 +181,8 @@ class Permute(FlowTransform):
                 f"permutation: expected the integers 0 to D - 1 in some order, got {permutation}"
             )
         super().__init__(len(order))
+        inversions = sum(a > b for i, a in enumerate(order.tolist()) for b in order.tolist()[i + 1 :])
+        self.sign = 1 - 2 * (inversions % 2)
         order = order.long().to(torch.get_default_device())
         self.permutation: Tensor
         self.inverse_permutation: Tensor

@@ -23,6 +23,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_sample, init_to_value
 from pyro.infer.reparam import NeuTraReparam
+from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 
 from pyro_flowvi import FLOWS, AutoFlow, AutoPlanar, AutoRadial
@@ -497,3 +498,62 @@ class TestLocals:
         index = torch.tensor([1, 3])
         svi.step(torch.randn(12), index)
         assert all(torch.equal(drawn, index) for drawn in seen)
+
+
+class TestPrediction:
+    """After training with y, a call without it predicts: y is then no latent of the guide."""
+
+    @staticmethod
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            return pyro.sample("y", dist.Normal(w * x, 0.1), obs=y)
+
+    @pytest.mark.parametrize("parallel", [False, True])
+    @pytest.mark.parametrize("rows", [5, 9])
+    def test_posterior_predictive(self, parallel, rows):
+        guide = AutoPlanar(self.model)
+        step(self.model, guide, (torch.ones(5), torch.ones(5)), Trace_ELBO())
+        draws = Predictive(self.model, guide=guide, num_samples=3, parallel=parallel)(torch.ones(rows))
+        assert draws["y"].shape == (3, rows)
+
+    def test_model_and_guide_in_one_module(self):
+        class Prior(PyroModule):
+            def __init__(self):
+                super().__init__()
+                self.w = PyroSample(dist.Normal(0.0, 1.0))
+
+            def forward(self, y):
+                return pyro.sample("y", dist.Normal(self.w, 1.0), obs=y)
+
+        class Both(PyroModule):
+            def __init__(self):
+                super().__init__()
+                self.prior = Prior()
+                self.guide = AutoPlanar(self.prior)
+
+        assert set(Both().guide(torch.tensor(1.0))) == {"prior.w"}
+
+    def test_distribution_as_argument(self):
+        guide = AutoPlanar(lambda prior: pyro.sample("x", prior))
+        assert set(guide(dist.Normal(0.0, 1.0))) == {"x"}
+
+    def test_empty_site(self):
+        def model():
+            pyro.sample("empty", dist.Normal(0.0, 1.0).expand([0]).to_event(1))
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+        guide = AutoPlanar(model).materialize()
+        assert guide.median()["empty"].shape == (0,)
+        assert guide.quantiles([0.1, 0.9])["empty"].shape == (2, 0)
+
+
+@pytest.mark.parametrize("build", ["spline", "affine_coupling", "affine_autoregressive", "planar", "radial"])
+def test_pyros_own_transforms(build):
+    """Pyro's planar and radial have no inverse: a draw is scored from its own forward pass."""
+    model, args = case("hierarchy")
+    make = getattr(dist.transforms, build)
+    guide = AutoFlow(model, lambda dim: make(dim))
+    svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(torch.tensor(svi.step(*args)).isfinite() for _ in range(3))
+    assert guide.median()["theta"].shape == (4,)

@@ -1,0 +1,262 @@
+"""fit: the driver's promises."""
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam
+
+from pyro_flowvi import AutoPlanar, FitDiverged, fit
+from pyro_flowvi.infer.particles import Particles
+from tests import zoo
+
+
+def case(name):
+    return zoo.make_zoo()[name]
+
+
+def test_result():
+    model, args = case("hierarchy")
+    guide = AutoPlanar(model, num_layers=2)
+    result = fit(model, guide, *args, num_steps=60, seed=0, progress=False)
+    assert result.guide is guide
+    assert result.losses.shape == (60,)
+    assert result.stop_reason == "completed"
+    assert result.wall_time > 0
+    assert set(result.best_state) == {
+        f"{guide.name}.{name.removeprefix('flow.')}" for name, _ in guide.named_parameters()
+    }
+    for name, param in guide.named_parameters():
+        assert torch.equal(result.best_state[f"{guide.name}.{name.removeprefix('flow.')}"], param)
+    assert "completed: 60 steps" in repr(result)
+
+
+def test_best_loss_is_the_guides():
+    model, args = case("hierarchy")
+    guide = AutoPlanar(model, num_layers=2)
+    result = fit(model, guide, *args, num_steps=200, seed=0, progress=False)
+    weights = Particles(model, guide, args).log_weights(4000)
+    assert result.best_loss == pytest.approx(-weights.mean().item(), abs=0.2)
+
+
+def test_a_seed_gives_the_same_run_twice():
+    model, args = case("hierarchy")
+    runs = [
+        fit(model, AutoPlanar(model), *args, num_steps=30, seed=3, progress=False).losses for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+    other = fit(model, AutoPlanar(model), *args, num_steps=30, seed=4, progress=False).losses
+    assert not torch.equal(runs[0], other)
+
+
+def test_a_far_posterior_is_located():
+    model, args = case("far")
+    guide = AutoPlanar(model)
+    result = fit(model, guide, *args, num_steps=1, seed=0, progress=False)
+    assert result.located
+    assert guide.median()["mu"] == pytest.approx(100.0, abs=1.0)
+
+
+def test_a_mode_that_is_a_bad_start_is_not_taken():
+    """The density of a centred funnel is unbounded where its neck narrows; no fit should go there."""
+
+    def funnel():
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        pyro.sample("x", dist.Normal(torch.zeros(8), (v / 2).exp().unsqueeze(-1)).to_event(1))
+
+    guide = AutoPlanar(funnel)
+    result = fit(funnel, guide, num_steps=1, seed=0, progress=False)
+    assert -result.best_loss > -20.0
+    assert guide.median()["v"] > -5.0
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
+def test_takes_pyros_guides(make):
+    model, args = case("hierarchy")
+    result = fit(model, make(model), *args, num_steps=300, seed=0, progress=False)
+    assert result.losses[-20:].mean() < result.losses[:20].mean()
+
+
+def test_takes_a_guide_list_and_a_function():
+    model, args = case("hierarchy")
+    parts = AutoGuideList(model)
+    parts.append(AutoPlanar(pyro.poutine.block(model, hide=["theta"])))
+    parts.append(AutoNormal(pyro.poutine.block(model, expose=["theta"])))
+    fit(model, parts, *args, num_steps=20, progress=False)
+
+    def guide(y):
+        loc = pyro.param("loc", torch.zeros(()))
+        mu = pyro.sample("mu", dist.Normal(loc, 0.5))
+        with pyro.plate("groups", len(y)):
+            pyro.sample("theta", dist.Normal(mu, 0.5))
+
+    result = fit(model, guide, *args, num_steps=20, progress=False)
+    assert set(result.best_state) == {"loc"}
+
+
+@pytest.mark.parametrize("name", ["enumerated", "not_for_batches", "subsampled_globals"])
+def test_takes_models_of_every_kind(name):
+    model, args = case(name)
+    result = fit(model, AutoPlanar(model, num_layers=2), *args, num_steps=20, progress=False)
+    assert result.losses.isfinite().all()
+
+
+def test_chooses_the_objective():
+    for name, kind in (("hierarchy", Trace_ELBO), ("enumerated", TraceEnum_ELBO)):
+        model, args = case(name)
+        guide = AutoPlanar(model).materialize(*args)
+        elbo = Particles(model, guide, args).elbo(8)
+        assert type(elbo) is kind
+        assert elbo.vectorize_particles
+    model, args = case("not_for_batches")
+    guide = AutoPlanar(model).materialize(*args)
+    assert not Particles(model, guide, args).elbo(8).vectorize_particles
+
+
+def test_vectorization_that_runs_but_is_wrong_is_found():
+    """mu[0] of a batch of particles is the first particle, not the first coordinate."""
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(mu[0].sum(), 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoPlanar(model).materialize()
+    assert not Particles(model, guide).vectorized
+
+
+def test_parameters_of_the_model_are_trained_and_kept():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.scale = PyroParam(torch.tensor(3.0), dist.constraints.positive)
+
+        def forward(self, y):
+            bias = pyro.param("bias", torch.tensor(0.0))
+            mu = pyro.sample("mu", dist.Normal(0.0, 0.1))
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(mu + bias, self.scale), obs=y)
+
+    y = 2 + 0.5 * torch.randn(200)
+    model = Model()
+    result = fit(model, AutoPlanar(model), y, num_steps=1500, lr=0.02, seed=0, progress=False)
+    assert {"bias", "scale"} <= set(result.best_state)
+    assert pyro.param("bias").item() == pytest.approx(y.mean().item(), abs=0.15)
+    assert model.scale.item() == pytest.approx(y.std().item(), rel=0.1)
+
+
+def test_kwargs_loss_and_optim():
+    model, (y,) = case("hierarchy")
+    schedule = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9}
+    )
+    for optim in (pyro.optim.ClippedAdam({"lr": 0.01}), schedule):
+        result = fit(
+            model,
+            AutoPlanar(model),
+            model_kwargs={"y": y},
+            num_steps=20,
+            loss=Trace_ELBO(num_particles=2),
+            optim=optim,
+            progress=False,
+        )
+        assert result.losses.isfinite().all()
+
+
+class TestDivergence:
+    @staticmethod
+    def model_that_breaks(at):
+        calls = {"count": 0}
+
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            calls["count"] += 1
+            bad = float("nan") if calls["count"] >= at else 0.0
+            pyro.sample("y", dist.Normal(x + bad, 1.0, validate_args=False), obs=torch.tensor(0.5))
+
+        return model, calls
+
+    def test_names_step_and_site_and_restores(self):
+        model, calls = self.model_that_breaks(at=10**9)
+        guide = AutoPlanar(model, num_layers=2)
+        with pyro.validation_enabled(False):
+            fit(model, guide, num_steps=50, seed=0, progress=False)
+            before = copy.deepcopy(guide.state_dict())
+            used = calls["count"]
+            model, _ = self.model_that_breaks(at=used + 60)
+            with pytest.raises(FitDiverged, match=r"step \d+: .* first at site 'y'") as error:
+                fit(model, guide, num_steps=10**4, lr=1e-3, seed=0, progress=False)
+        assert error.value.step > 0
+        assert error.value.site == "y"
+        assert len(error.value.losses) == error.value.step
+        for key, value in guide.state_dict().items():
+            assert value.isfinite().all()
+            assert (value - before[key]).abs().max() < 1.0
+
+    def test_at_the_first_step_the_guide_is_untouched(self):
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.factor("bad", x * float("inf"))
+
+        guide = AutoPlanar(model, num_layers=2).materialize()
+        before = copy.deepcopy(guide.state_dict())
+        with pyro.validation_enabled(False), pytest.raises(FitDiverged, match=r"step 0.*'bad'"):
+            fit(model, guide, num_steps=5, progress=False)
+        for key, value in guide.state_dict().items():
+            if not key.endswith(("loc", "log_scale")):
+                assert torch.equal(value, before[key])
+            assert value.isfinite().all()
+
+    def test_infinite_gradient_is_met_before_a_parameter_moves(self):
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.factor("root", -(x - x.detach()).abs().sqrt())  # finite value, infinite slope
+
+        guide = AutoPlanar(model, num_layers=2)
+        with pyro.validation_enabled(False), pytest.raises(FitDiverged, match="root"):
+            fit(model, guide, num_steps=5, progress=False)
+        assert all(param.isfinite().all() for param in guide.parameters())
+
+    def test_a_value_that_pyro_refuses_is_named(self):
+        seen = {"steps": 0}
+
+        class Counting(Trace_ELBO):
+            def loss_and_grads(self, *args, **kwargs):
+                seen["steps"] += 1
+                return super().loss_and_grads(*args, **kwargs)
+
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            y = torch.tensor(1.0 if seen["steps"] < 30 else -1.0)
+            pyro.sample("y", dist.Exponential(x.exp()), obs=y)
+
+        with pytest.raises(FitDiverged, match=r"step 29: .*'y'") as error:
+            fit(model, AutoPlanar(model), num_steps=40, loss=Counting(), progress=False)
+        assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_ctrl_c_returns_the_best_state_so_far():
+    model, args = case("hierarchy")
+    calls = {"count": 0}
+
+    def interrupted(y):
+        calls["count"] += 1
+        if calls["count"] == 700:
+            raise KeyboardInterrupt
+        model(y)
+
+    guide = AutoPlanar(interrupted, num_layers=2)
+    result = fit(interrupted, guide, *args, num_steps=10**5, progress=False)
+    assert result.stop_reason == "interrupted"
+    assert 0 < len(result.losses) < 10**5
+    assert result.best_state
+    assert "interrupted" in repr(result)
+
+
+def test_progress_bar(capsys):
+    model, args = case("hierarchy")
+    fit(model, AutoPlanar(model), *args, num_steps=5)
+    assert "5/5" in capsys.readouterr().err

@@ -1,0 +1,161 @@
+"""diagnose and psis against known cases."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+from pyro_flowvi import AutoPlanar, AutoRadial, diagnose, fit
+from pyro_flowvi.infer.particles import Particles
+from pyro_flowvi.psis import effective_sample_size, psis
+from tests import zoo
+
+
+def normal_guide(scale, loc=0.0):
+    return lambda: pyro.sample("x", dist.Normal(loc, scale))
+
+
+def standard_normal():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+class TestPsis:
+    def test_sign(self):
+        """Weights of a light-tailed proposal are heavy-tailed; of a heavy-tailed one, bounded."""
+        x = np.random.default_rng(0).standard_normal(4000)
+
+        def log_ratio(sd):  # of N(0, 1) over N(0, sd²) at draws of the latter
+            return -0.5 * (sd * x) ** 2 + 0.5 * x**2 + math.log(sd)
+
+        assert psis(log_ratio(0.3))[1] > 0.7  # in theory 1 - sd²
+        assert psis(log_ratio(1.5))[1] < 0.3
+
+    def test_khat_of_pareto_weights(self):
+        """The density ratio r with P(r > t) = t^(-1/k) has shape k."""
+        uniform = np.random.default_rng(0).random(100_000)
+        for shape in (0.3, 0.5, 0.9):
+            assert psis(-shape * np.log(uniform))[1] == pytest.approx(shape, abs=0.1)
+
+    def test_smoothed_weights_estimate_a_mean(self):
+        x = 1.3 * np.random.default_rng(1).standard_normal(20_000)
+        log_weights, _ = psis(-0.5 * (x - 0.5) ** 2 + 0.5 * (x / 1.3) ** 2)
+        assert (np.exp(log_weights) * x).sum() == pytest.approx(0.5, abs=0.03)
+        assert np.exp(log_weights).sum() == pytest.approx(1.0)
+
+    def test_equal_weights(self):
+        log_weights, khat = psis(np.zeros(100))
+        assert khat == -np.inf
+        np.testing.assert_allclose(np.exp(log_weights), 0.01)
+
+    def test_effective_sample_size(self):
+        weights = np.random.default_rng(0).random(50)
+        expected = weights.sum() ** 2 / (weights**2).sum()
+        assert effective_sample_size(np.log(weights) + 1000) == pytest.approx(expected)
+
+    @pytest.mark.parametrize("bad", [[], [[0.0]], [0.0, math.nan]])
+    def test_bad_input(self, bad):
+        for function in (psis, effective_sample_size):
+            with pytest.raises(ValueError, match="expected a vector of finite numbers"):
+                function(bad)
+
+
+class TestDiagnose:
+    def test_exact_guide(self):
+        found = diagnose(standard_normal, normal_guide(1.0), seed=0)
+        assert found.elbo == pytest.approx(0.0, abs=1e-6)
+        assert found.ess == pytest.approx(4000)
+        assert found.verdict == "good"
+
+    @pytest.mark.parametrize("scale", [0.5, 0.8, 1.5])
+    def test_elbo_and_ess_against_closed_forms(self, scale):
+        found = diagnose(standard_normal, normal_guide(scale), seed=0, num_samples=40_000)
+        divergence = 0.5 * (scale**2 - 1) - math.log(scale)
+        assert found.elbo == pytest.approx(-divergence, abs=5 * found.elbo_se)
+        assert found.elbo_se == pytest.approx(abs(scale**2 - 1) / math.sqrt(2) / 200, rel=0.1)
+        if scale > 1 / math.sqrt(2):  # else the weights have no variance
+            second_moment = scale**2 / math.sqrt(2 * scale**2 - 1)
+            assert found.ess / 40_000 == pytest.approx(1 / second_moment, rel=0.05)
+        assert found.elbo <= found.iw_elbo <= 0.05
+
+    def test_light_tails_are_poor(self):
+        found = diagnose(standard_normal, normal_guide(0.1), seed=0)
+        assert found.verdict == "poor"
+        assert "tails" in found.reasons[0]
+
+    def test_wrong_place_is_poor(self):
+        assert diagnose(standard_normal, normal_guide(1.0, loc=5.0), seed=0).verdict == "poor"
+
+    def test_draws_without_density_are_poor(self):
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.factor("half", torch.where(x > 0, 0.0, -torch.inf))
+
+        found = diagnose(model, normal_guide(1.0), seed=0)
+        assert found.verdict == "poor"
+        assert any("not finite" in reason for reason in found.reasons)
+
+    def test_all_draws_without_density(self):
+        def model():
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.factor("never", torch.tensor(-torch.inf))
+
+        assert diagnose(model, normal_guide(1.0)).verdict == "poor"
+
+    def test_point_mass(self):
+        """A Delta has no density to weigh by; its equal weights must not pass for a fit."""
+        model, args = zoo.make_zoo()["hierarchy"]
+        guide = AutoDelta(model)
+        guide(*args)
+        assert diagnose(model, guide, *args).verdict == "poor"
+
+    @pytest.mark.parametrize("name", ["enumerated", "not_for_batches"])
+    def test_draw_by_draw(self, name):
+        model, args = zoo.make_zoo()[name]
+        guide = AutoPlanar(model, num_layers=2)
+        fit(model, guide, *args, num_steps=100, progress=False)
+        found = diagnose(model, guide, *args, num_samples=200)
+        assert math.isfinite(found.elbo)
+
+    def test_enumerated_weights_equal_a_hand_computation(self):
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(x + 2 * z, 1.0), obs=torch.tensor(1.0))
+
+        def evidence():
+            parts = [0.7 * dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0)).exp(),
+                     0.3 * dist.Normal(2.0, 2**0.5).log_prob(torch.tensor(1.0)).exp()]  # fmt: skip
+            return float(sum(parts).log())
+
+        guide = AutoPlanar(model)
+        fit(model, guide, num_steps=600, lr=0.03, progress=False, seed=0)
+        found = diagnose(model, guide, num_samples=1000, seed=0)
+        assert found.iw_elbo == pytest.approx(evidence(), abs=0.02)
+        assert found.elbo <= evidence() + 3 * found.elbo_se
+
+    def test_enumerated_weights_equal_pyros_one_by_one(self):
+        """The batched contraction against TraceEnum_ELBO of single draws, on a plate of mixtures."""
+        model, args = zoo.make_zoo()["enumerated"]
+        particles = Particles(model, AutoPlanar(model), args)
+        assert particles.vectorized
+        batched = particles.log_weights(20_000)
+        particles.vectorized = False
+        single = particles.log_weights(400)
+        assert batched.mean() == pytest.approx(single.mean(), abs=4 * single.std() / 20)
+        assert batched.std() == pytest.approx(single.std(), rel=0.3)
+
+    def test_says_that_weights_are_noisy_under_subsampling(self):
+        model, args = zoo.make_zoo()["subsampled_globals"]
+        found = diagnose(model, AutoPlanar(model), *args)
+        assert any("subsamples" in reason for reason in found.reasons)
+
+    def test_any_guide_and_kwargs(self):
+        model, (y,) = zoo.make_zoo()["hierarchy"]
+        for make in (AutoNormal, AutoRadial):
+            guide = make(model)
+            fit(model, guide, y, num_steps=50, progress=False)
+            assert diagnose(model, guide, model_kwargs={"y": y}).verdict in ("good", "usable", "poor")

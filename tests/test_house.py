@@ -1,0 +1,117 @@
+"""The layering of the package, its public names, and README's examples."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyro_flowvi
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pyro_flowvi"
+
+# A row imports from its own row and from those above it.
+ROWS = [
+    {"_checks", "numerics", "psis"},
+    {"nn"},
+    {"transforms"},
+    {"distributions"},
+    {"init"},
+    {"autoguide"},
+    {"infer"},
+    {"diagnostics"},
+    {"models"},
+    {"plotting", "datasets", "testing"},
+    {"demo", "__main__"},
+]
+RANK = {name: i for i, row in enumerate(ROWS) for name in row}
+ONLY_TORCH = {"numerics", "nn", "transforms.functional", "_checks"}
+EXTRAS = {"matplotlib", "arviz", "sklearn", "normflows", "zuko", "nbformat", "nbclient"}
+
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path, module):
+    """Absolute names of what a module imports at its top level and anywhere: (name, at top)."""
+    tree = ast.parse(path.read_text())
+    package = ["pyro_flowvi", *module.split(".")[:-1]]
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield ".".join([*base, *([node.module] if node.module else [])]), top
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
+def test_layering(module):
+    own = module.split(".")[0]
+    for name, top in imports(MODULES[module], module):
+        root, *rest = name.split(".")
+        if root == "pyro_flowvi" and rest:
+            assert RANK[rest[0]] <= RANK[own], f"{module} imports {name}"
+        if top:
+            assert root not in EXTRAS, f"{module} imports the extra {root} at its top"
+        if module in ONLY_TORCH:
+            assert root not in ("pyro", "numpy", "scipy"), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_each_module_imports_alone(module):
+    name = "pyro_flowvi." + module.removesuffix(".__init__") if module != "__init__" else "pyro_flowvi"
+    if module == "__main__":
+        return
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {name}"], check=True, cwd=ROOT)
+
+
+def public_objects():
+    for info in pkgutil.walk_packages(pyro_flowvi.__path__, "pyro_flowvi."):
+        module = importlib.import_module(info.name)
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == info.name:
+                yield pytest.param(value, id=f"{info.name}.{name}")
+
+
+@pytest.mark.parametrize("value", list(public_objects()))
+def test_public_names_are_documented(value):
+    assert value.__doc__, "no docstring"
+    if "_checks" in value.__module__ or "particles" in value.__module__:
+        return  # internal: not imported by users
+    assert doctest.DocTestParser().get_examples(value.__doc__) or value.__module__.endswith(
+        ("functional", "init")
+    ), "no runnable example"
+
+
+def test_exports():
+    for name in pyro_flowvi.__all__:
+        assert hasattr(pyro_flowvi, name)
+
+
+def test_no_file_is_long():
+    long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    assert set(long) <= {"base.py"}, long
+
+
+README_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_readme_blocks_run(monkeypatch, tmp_path):
+    """In order, in one namespace, as a reader would paste them."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    namespace = {}
+    for block in README_BLOCKS:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert README_BLOCKS
