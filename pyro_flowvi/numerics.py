@@ -34,7 +34,7 @@ def safe_norm(x: Tensor) -> Tensor:
         >>> safe_norm(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    return (x.square().sum(-1) + norm_floor(x.dtype)).sqrt()
+    return ((x * x).sum(-1) + norm_floor(x.dtype)).sqrt()
 
 
 def shifted_softplus(t: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,5 @@
 """AutoFlow: a normalizing flow over all continuous latents of an unmodified Pyro model."""
 
-import copy
-import gc
-import pickle
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -14,9 +10,8 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn.module import _is_module_local_param_enabled
-from pyro.poutine.runtime import effectful
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
 from ..distributions.flow import FlowDistribution, Shape
@@ -29,6 +24,7 @@ from ..transforms import (
     LowerAffine,
     LowRankAffine,
 )
+from .params import PROTOTYPE_STATE, NamedGuide
 
 __all__ = ["AutoFlow"]
 
@@ -42,12 +38,6 @@ _AFFINES: dict[str, Callable[..., FlowTransform]] = {
 }
 _MAX_SIGNATURES = 100
 _QUANTILE_DRAWS = 8192
-
-_Store = dict[str, Tensor]
-_registered: dict[str, tuple["weakref.ref[Tensor]", _Store]] = {}
-"""Parameter name -> the tensor that a guide of this process put into the param store, and that store."""
-
-_live: "weakref.WeakValueDictionary[str, AutoFlow]" = weakref.WeakValueDictionary()
 
 
 class _CallPosterior(FlowDistribution):
@@ -71,7 +61,7 @@ class _CallPosterior(FlowDistribution):
         return super().expand(batch_shape, self._get_checked_instance(_CallPosterior, _instance))
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(NamedGuide):
     """A guide whose posterior is a normalizing flow over all continuous latents of the model.
 
     Posterior = flow(standard normal) followed by a trainable affine map that starts from
@@ -128,48 +118,11 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"affine: expected 'auto', None or {list(_AFFINES)}, got {affine!r}")
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
-        self._init_fn = SafeInit(init_loc_fn)
-        super().__init__(model, init_loc_fn=self._init_fn)
-        self._raw_model: tuple[Callable[..., Any] | None] = (model,)
+        super().__init__(model, SafeInit(init_loc_fn), name)
         self._build = build
         self._init_scale = check_positive("init_scale", init_scale)
         self._affine = affine
-        self._placement: tuple[torch.device | None, torch.dtype | None] = (None, None)
-        self._pending_state: dict[str, Tensor] = {}
-        self._store_wins = True
-        self._stale = False
         self._signatures: set[Any] = set()
-        self._named = name is not None
-        self._claim_name(name)
-
-    # -- names ---------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """Prefix of the guide's parameters in the param store."""
-        return self.__dict__["_store_name"]  # type: ignore[no-any-return]
-
-    def _claim_name(self, name: str | None) -> None:
-        """Takes ``name``, or the first free one from the class name; no two live guides share one."""
-        wanted = name or type(self).__name__
-        if wanted in _live:
-            gc.collect()  # a guide in a reference cycle outlives its last use
-        if name is not None and wanted in _live:
-            raise ValueError(
-                f"name: expected one that no live guide holds, got {name!r}; delete the other guide "
-                "or choose another name"
-            )
-        self._claim_free_name(wanted)
-
-    def _claim_free_name(self, wanted: str) -> None:
-        free, count = wanted, 0
-        while free in _live:
-            count += 1
-            free = f"{wanted}_{count}"
-        _live[free] = self
-        self.__dict__["_store_name"] = free
-        if self.master is None:
-            self._pyro_name = free
 
     # -- set-up --------------------------------------------------------------------------------
 
@@ -241,7 +194,7 @@ class AutoFlow(AutoContinuous):
     def _reset_prototype(self, args: Any, kwargs: Any) -> None:
         """Traces the model again; the latents must be those that the flow was built for."""
         before = dict(self._unconstrained_shapes)
-        saved = {key: self.__dict__[key] for key in _PROTOTYPE_STATE}
+        saved = {key: self.__dict__[key] for key in PROTOTYPE_STATE}
         # Sites that were observed at set-up and now are not (a prediction) are the model's to draw.
         self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in before
         try:
@@ -288,111 +241,13 @@ class AutoFlow(AutoContinuous):
         whole: Compose = flow
         return whole
 
-    # -- parameters ----------------------------------------------------------------------------
-
-    def _adopt_store(self, flow: Compose) -> None:
-        """Takes over the values of a param store that was restored since the last call."""
-        store = pyro.get_param_store()
-        for name, param in flow.named_parameters():
-            full_name = f"{self.name}.{name}"
-            stored = store._params.get(full_name)
-            if stored is param or stored is None:
-                continue
-            if self._store_wins and (self._named or not _is_leftover(full_name, stored)):
-                if stored.shape != param.shape:
-                    raise ValueError(
-                        f"param store entry {full_name!r}: expected shape {tuple(param.shape)}, "
-                        f"got {tuple(stored.shape)}; call pyro.clear_param_store() or choose another name"
-                    )
-                with torch.no_grad():
-                    param.copy_(stored)
-            store._param_to_name.pop(stored, None)
-            store._params[full_name] = param
-            store._param_to_name[param] = full_name
-        self._store_wins = True
-
-    def _announce_params(self) -> None:
-        """Shows every parameter to Pyro, under its name, so that an optimizer finds it."""
-        local = _is_module_local_param_enabled()
-        for name, param in self._flow.named_parameters():
-            full_name = f"{self.name}.{name}"
-            if not param.requires_grad:
-                continue
-            if not local:
-                pyro.param(full_name, param)
-                _registered[full_name] = weakref.ref(param), pyro.get_param_store()._params
-                continue
-            param.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
-            effectful(type="param")(lambda *_, _value=param, **__: _value)(
-                full_name, param, constraint=constraints.real, name=full_name
-            )
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        self._store_wins = False
-        if self.prototype_trace is None:
-            start = f"{prefix}flow."
-            self._pending_state = {
-                key.removeprefix(start): value.detach().clone()
-                for key, value in state_dict.items()
-                if key.startswith(start)
-            }
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, value in self._pending_state.items():
-            destination[f"{prefix}flow.{key}"] = value
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Two probes tell what ``fn`` fixes: a device always, a dtype only if both come out alike.
-        single, double = (fn(torch.zeros((), dtype=t)) for t in (torch.float32, torch.float64))
-        dtype = single.dtype if single.dtype == double.dtype else self._placement[1]
-        if dtype is not None:
-            check_dtype("dtype", dtype)
-        self._placement = (single.device, dtype)
-        self._stale = self.prototype_trace is not None
-        super()._apply(fn, recurse)
-        return self
-
-    # -- copies --------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["master"] = None
-        for param in self.parameters():
-            param.__dict__.pop("unconstrained", None)  # Pyro's weak reference; it sets it anew
-        try:
-            pickle.dumps((self._model, self._raw_model, self._init_fn))
-        except Exception:  # whatever a user's model raises when pickled
-            state["_model"] = state["_raw_model"] = (None,)
-            state["_init_fn"] = None
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._store_wins = False
-        self._claim_free_name(state["_store_name"])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        state = self.__dict__.copy()
-        state["master"] = None
-        for key in ("_model", "_raw_model", *_PROTOTYPE_STATE):
-            if key in state:
-                memo[id(state[key])] = state[key]  # by reference
-        new.__setstate__(copy.deepcopy(state, memo))
-        return new
-
     # -- posterior -----------------------------------------------------------------------------
 
     @property
     def init_loc_fn(self) -> Callable[..., Any]:
         """The per-site function that chose the starting point."""
-        return self._init_fn.init_loc_fn
+        chosen: Callable[..., Any] = self._init_fn.init_loc_fn
+        return chosen
 
     @property
     def affine(self) -> Any:
@@ -542,26 +397,6 @@ class AutoFlow(AutoContinuous):
         if bool(((probs < 0) | (probs > 1)).any()):
             raise ValueError(f"quantiles: expected probabilities in [0, 1], got {quantiles}")
         return self._quantile(probs)
-
-
-_PROTOTYPE_STATE = (
-    "prototype_trace",
-    "_prototype_frames",
-    "_unconstrained_shapes",
-    "_cond_indep_stacks",
-    "latent_dim",
-    "plates",
-)
-
-
-def _is_leftover(full_name: str, stored: Tensor) -> bool:
-    """Whether a store entry is what another guide of this process left, and not a restored value.
-
-    A guide without a name of its own starts afresh, whatever an earlier one of its class left behind.
-    Clearing or restoring the store makes a new dictionary, or new tensors in it.
-    """
-    param, store = _registered.get(full_name, (None, None))
-    return param is not None and param() is stored and store is pyro.get_param_store()._params
 
 
 def _hidden(msg: dict[str, Any]) -> bool:

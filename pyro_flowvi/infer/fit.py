@@ -16,7 +16,7 @@ from pyro.infer import ELBO, SVI
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .._checks import check_positive, check_positive_int
 from ..autoguide import AutoFlow

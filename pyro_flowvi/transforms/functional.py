@@ -141,16 +141,16 @@ def planar_inverse(y: Tensor, w: Tensor, u_hat: Tensor, c: Tensor, b: Tensor) ->
 
 
 def radial_params(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """α = softplus(a) + 1e-3 and β = softplus(b) - softplus(a) > -α of a radial flow.
+    """α = softplus(a) + 1e-3 and β = softplus(a + b) - softplus(a) > -α of a radial flow.
 
-    The identity at a = b.  The floor keeps the slope at the centre, 1 + β/α, finite for any a.
+    The identity at b = 0.  The floor keeps the slope at the centre, 1 + β/α, finite for any a.
 
     :param a: any shape.
     :param b: shape of ``a``.
     :return: ``(alpha, beta)``.
     """
     alpha = F.softplus(a)
-    return alpha + RADIAL_FLOOR, F.softplus(b) - alpha
+    return alpha + RADIAL_FLOOR, F.softplus(a + b) - alpha
 
 
 def _radial_log_det(r: Tensor, alpha: Tensor, beta: Tensor, dim: int) -> Tensor:

@@ -18,11 +18,12 @@ class Planar(ParametricTransform):
 
     Each layer stretches space across one hyperplane (Rezende and Mohamed, *Variational Inference with
     Normalizing Flows*, 2015, equations 10 to 12).  The inverse is exact: a scalar equation, solved to
-    machine precision by a fixed number of Newton steps, differentiable by the implicit function theorem
+    machine precision by a fixed number of Halley steps, differentiable by the implicit function theorem
     (derivation in :mod:`pyro_flowvi.transforms.functional`).  Pyro, zuko and normflows have none for tanh.
 
     The parameters of all layers are stacked, so that a call has few and large operations.  Starts as the
-    identity (u = 0), with w and b random.
+    identity (u = 0), with w and b random.  The raw u is divided by K: together the layers then move as far
+    in an optimizer's step as one would, and do not outrun the affine map of a guide.
 
     :param dim: the length D of the vectors.
     :param num_layers: the number K of layers.
@@ -47,10 +48,12 @@ class Planar(ParametricTransform):
         self.b = nn.Parameter(torch.randn(num_layers))
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
-        return planar_forward(x, raw["w"], *planar_params(raw["w"], raw["u"]), raw["b"])
+        u_hat, c = planar_params(raw["w"], raw["u"] / self.num_layers)
+        return planar_forward(x, raw["w"], u_hat, c, raw["b"])
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
-        return planar_inverse(y, raw["w"], *planar_params(raw["w"], raw["u"]), raw["b"])
+        u_hat, c = planar_params(raw["w"], raw["u"] / self.num_layers)
+        return planar_inverse(y, raw["w"], u_hat, c, raw["b"])
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_layers={self.num_layers}"

@@ -20,14 +20,15 @@ class Radial(ParametricTransform):
     with Normalizing Flows*, 2015, equations 13 and 14).  The inverse is the closed form derived in
     :mod:`pyro_flowvi.transforms.functional`; Pyro, zuko and normflows have none.
 
-    The parameters of all layers are stacked.  Starts as the identity (β = 0) around random centres.
+    The parameters of all layers are stacked.  Starts as the identity (b = 0) around random centres.  The
+    raw b is divided by K, as u is in :class:`~pyro_flowvi.transforms.Planar`.
 
     :param dim: the length D of the vectors.
     :param num_layers: the number K of layers.
     :raises ValueError: if a size is not a positive integer.
 
     Shapes: input ``(*, D)``; ``centre`` ``(K, D)``, ``a`` and ``b`` ``(K,)``, any real values, with
-    α = softplus(a) + 1e-3 and β = softplus(b) - softplus(a).
+    α = softplus(a) + 1e-3 and β = softplus(a + b / K) - softplus(a).
 
     Example::
 
@@ -45,13 +46,13 @@ class Radial(ParametricTransform):
         start = math.log(math.expm1(math.sqrt(dim)))
         self.centre = nn.Parameter(torch.randn(num_layers, dim))
         self.a = nn.Parameter(torch.full((num_layers,), start))
-        self.b = nn.Parameter(torch.full((num_layers,), start))
+        self.b = nn.Parameter(torch.zeros(num_layers))
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
-        return radial_forward(x, raw["centre"], *radial_params(raw["a"], raw["b"]))
+        return radial_forward(x, raw["centre"], *radial_params(raw["a"], raw["b"] / self.num_layers))
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
-        return radial_inverse(y, raw["centre"], *radial_params(raw["a"], raw["b"]))
+        return radial_inverse(y, raw["centre"], *radial_params(raw["a"], raw["b"] / self.num_layers))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_layers={self.num_layers}"
