@@ -153,9 +153,11 @@ def radial_params(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return alpha + RADIAL_FLOOR, F.softplus(a + b) - alpha
 
 
-def _radial_log_det(r: Tensor, alpha: Tensor, beta: Tensor, dim: int) -> Tensor:
-    h = 1.0 / (alpha + r)
-    return (dim - 1) * torch.log1p(beta * h) + torch.log1p(alpha * beta * h.square())
+def _radial_log_det(heights: list[Tensor], alpha: Tensor, beta: Tensor, dim: int) -> Tensor:
+    """The sum over layers, of which each gives h = 1 / (α + r)."""
+    h = torch.stack(heights, -1)
+    stretch = beta * h
+    return torch.add(torch.log1p(alpha * h * stretch), torch.log1p(stretch), alpha=dim - 1).sum(-1)
 
 
 def radial_forward(x: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,19 +169,19 @@ def radial_forward(x: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tu
     :param beta: shape ``(*, K)``, larger than ``-alpha``.
     :return: y of shape ``(*, D)`` and the log-determinant, shape ``(*,)``.
     """
-    radii = []
+    heights = []
     layers = zip(centre.unbind(-2), alpha.unbind(-1), beta.unbind(-1), strict=True)
     for centre_k, alpha_k, beta_k in layers:
         delta = x - centre_k
-        r = safe_norm(delta)
-        x = torch.addcmul(x, delta, (beta_k / (alpha_k + r)).unsqueeze(-1))
-        radii.append(r)
-    return x, _radial_log_det(torch.stack(radii, -1), alpha, beta, x.shape[-1]).sum(-1)
+        h = (alpha_k + safe_norm(delta)).reciprocal()
+        x = torch.addcmul(x, delta, (beta_k * h).unsqueeze(-1))
+        heights.append(h)
+    return x, _radial_log_det(heights, alpha, beta, x.shape[-1])
 
 
 def radial_inverse(y: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse of :func:`radial_forward` in closed form, with the log-determinant of the inverse."""
-    radii = []
+    heights = []
     layers = zip(centre.unbind(-2), alpha.unbind(-1), beta.unbind(-1), strict=True)
     for centre_k, alpha_k, beta_k in reversed(list(layers)):
         delta = y - centre_k
@@ -188,6 +190,7 @@ def radial_inverse(y: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tu
         root = (b.square() + 4.0 * alpha_k * r_out).sqrt()
         size = b.abs() + root
         r = torch.where(b <= 0, 0.5 * size, 2.0 * alpha_k * r_out / size)
-        y = centre_k + delta / (1.0 + beta_k / (alpha_k + r)).unsqueeze(-1)
-        radii.append(r)
-    return y, -_radial_log_det(torch.stack(radii[::-1], -1), alpha, beta, y.shape[-1]).sum(-1)
+        h = (alpha_k + r).reciprocal()
+        y = centre_k + delta / (1.0 + beta_k * h).unsqueeze(-1)
+        heights.append(h)
+    return y, -_radial_log_det(heights[::-1], alpha, beta, y.shape[-1])
