@@ -30,6 +30,8 @@ LEARNING_RATE = 1e-2
 FINAL_RATE = 1e-2
 """The learning rate ends at this fraction of its start."""
 NUM_PARTICLES = 16
+NUM_PARTICLES_APART = 4
+"""Particles a step where the model cannot run them together, so that each costs a full step."""
 MAX_MODE_EVALUATIONS = 200
 SCALE_FACTORS = (1e-4, 1e-3, 1e-2, 0.1, 10.0, 100.0, 1e3, 1e4)
 """Multiples of the initial scale that are tried at the best mode."""
@@ -271,7 +273,8 @@ def fit(
     :param args: the model's positional arguments.
     :param num_steps: gradient steps; 3000 by default.
     :param lr: the learning rate to start from; 1e-2 by default.
-    :param num_particles: draws per step; 16 by default, vectorised where the model allows.
+    :param num_particles: draws per step; by default 16, in one run of the model, or 4 where a batch of
+        draws would not give the model the same log density as one by one.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where the model enumerates a discrete
         site and ``Trace_ELBO`` elsewhere.
     :param optim: a Pyro optimizer in place of Adam; a scheduler is stepped once a step.
@@ -323,12 +326,13 @@ def fit(
     if isinstance(guide, AutoFlow):
         guide.materialize(*args, **kwargs)
     particles = Particles(model, guide, args, kwargs)
+    default = NUM_PARTICLES if particles.vectorized else NUM_PARTICLES_APART
     run = _Fit(
         model,
         guide,
         args,
         kwargs,
-        particles.elbo(num_particles or NUM_PARTICLES) if loss is None else loss,
+        particles.elbo(num_particles or default) if loss is None else loss,
         particles,
         _GuardedOptim(_default_optim(lr, num_steps) if optim is None else optim),
     )
