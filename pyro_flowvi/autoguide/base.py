@@ -1,6 +1,7 @@
 """AutoFlow: a normalizing flow over all continuous latents of an unmodified Pyro model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import pyro
@@ -149,12 +150,26 @@ class AutoFlow(NamedGuide):
             )
         return self._raw_model[0]
 
+    @contextmanager
+    def _apart(self) -> Iterator[Callable[[], None]]:
+        """Runs of the model that are no part of the step that happens to be under way.
+
+        No handler sees them, and what a PyroModule caches in a call is neither used nor lost.  Gives the
+        function that empties that cache, to be called between runs.
+        """
+        cache = self._pyro_context.cache
+        kept = dict(cache)
+        cache.clear()
+        try:
+            with poutine.block(), torch.no_grad():
+                yield cache.clear
+        finally:
+            cache.clear()
+            cache.update(kept)
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._require_model()
-        # Outside any handler: set-up is no part of the step that happens to come first.
-        with poutine.block(), torch.no_grad():
-            clear = self._pyro_context.cache.clear
-            clear()
+        with self._apart() as clear:
             prototype(model, args, kwargs, self._init_fn.init_loc_fn, before_run=clear)
             try:
                 clear()
@@ -198,9 +213,11 @@ class AutoFlow(NamedGuide):
         # Sites that were observed at set-up and now are not (a prediction) are the model's to draw.
         self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in before
         try:
-            with poutine.block(), torch.no_grad():
-                self._pyro_context.cache.clear()
+            with self._apart():
                 super()._setup_prototype(*args, **kwargs)
+        except BaseException:
+            self.__dict__.update(saved)
+            raise
         finally:
             del self.__dict__["_prototype_hide_fn"]
         after = self._unconstrained_shapes

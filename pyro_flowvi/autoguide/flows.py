@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pyro.infer.autoguide.initialization import init_to_median
 
@@ -13,7 +13,29 @@ from .base import AutoFlow
 __all__ = ["AutoPlanar", "AutoRadial"]
 
 
-class AutoPlanar(AutoFlow):
+class _Layered(AutoFlow):
+    """AutoFlow with ``num_layers`` layers of one flow of the registry."""
+
+    _flow_key: ClassVar[str]
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_layers: int = 16,
+        *,
+        name: str | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+        affine: str | None = "auto",
+    ) -> None:
+        layers = check_positive_int("num_layers", num_layers)
+        build = partial(FLOWS[self._flow_key], num_layers=layers)
+        super().__init__(
+            model, build, name=name, init_loc_fn=init_loc_fn, init_scale=init_scale, affine=affine
+        )
+
+
+class AutoPlanar(_Layered):
     """A planar flow over all continuous latents (Rezende and Mohamed 2015).
 
     :param model: a Pyro model.
@@ -31,23 +53,10 @@ class AutoPlanar(AutoFlow):
         ['x', 'y']
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        num_layers: int = 16,
-        *,
-        name: str | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
-        affine: str | None = "auto",
-    ) -> None:
-        build = partial(FLOWS["planar"], num_layers=check_positive_int("num_layers", num_layers))
-        super().__init__(
-            model, build, name=name, init_loc_fn=init_loc_fn, init_scale=init_scale, affine=affine
-        )
+    _flow_key = "planar"
 
 
-class AutoRadial(AutoFlow):
+class AutoRadial(_Layered):
     """A radial flow over all continuous latents (Rezende and Mohamed 2015).
 
     :param model: a Pyro model.
@@ -63,17 +72,4 @@ class AutoRadial(AutoFlow):
         torch.Size([5])
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        num_layers: int = 16,
-        *,
-        name: str | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
-        affine: str | None = "auto",
-    ) -> None:
-        build = partial(FLOWS["radial"], num_layers=check_positive_int("num_layers", num_layers))
-        super().__init__(
-            model, build, name=name, init_loc_fn=init_loc_fn, init_scale=init_scale, affine=affine
-        )
+    _flow_key = "radial"
