@@ -238,6 +238,8 @@ class AutoFlow(NamedGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
             return
+        if torch.jit.is_tracing():  # sizes are tensors then
+            return
         signature = _signature((args, kwargs))
         known = signature in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
         if (self._stale or not known) and self._raw_model[0] is not None:

@@ -15,6 +15,7 @@ from pyro.infer import (
     MCMC,
     NUTS,
     SVI,
+    JitTrace_ELBO,
     Predictive,
     RenyiELBO,
     Trace_ELBO,
@@ -557,3 +558,30 @@ def test_pyros_own_transforms(build):
     svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
     assert all(torch.tensor(svi.step(*args)).isfinite() for _ in range(3))
     assert guide.median()["theta"].shape == (4,)
+
+
+def test_every_parameter_has_one_name():
+    """Fact 6: in Pyro one Parameter is registered under two names, and JitTrace_ELBO fails on it."""
+    model, args = case("hierarchy")
+    guide = AutoPlanar(model).materialize(*args)
+    with poutine.trace(param_only=True) as capture:
+        guide(*args)
+    shown = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+    assert len(shown) == len({id(param) for param in shown}) == len(list(guide.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_elbo():
+    model, args = case("hierarchy")
+    step(model, AutoPlanar(model, num_layers=2), args, JitTrace_ELBO(ignore_jit_warnings=True))
+
+
+def test_every_coordinate_is_transformed():
+    """Fact 17: a coupling without permutation leaves half of the coordinates as they were."""
+    for kind in GUIDES.values():
+        guide = kind(zoo.hierarchy, affine=None).materialize(torch.zeros(4))
+        with torch.no_grad():
+            for param in guide.parameters():
+                param.add_(0.5 * torch.randn_like(param))
+        x = torch.randn(50, 5)
+        assert ((guide.get_transform()(x) - x).abs().amax(0) > 1e-3).all()
