@@ -111,7 +111,7 @@ def diagnose(
     if isinstance(guide, AutoFlow):
         guide.materialize(*args, **(model_kwargs or {}))
     particles = Particles(model, guide, args, model_kwargs)
-    fixed = [name for name, value in particles.draws(2).items() if value.numel() and value[0].equal(value[1])]
+    fixed = particles.point_masses()
     log_weights = particles.log_weights(num_samples).double().cpu().numpy()
     finite = log_weights[np.isfinite(log_weights)]
     dropped = num_samples - len(finite)
@@ -121,6 +121,8 @@ def diagnose(
     _, khat = psis(finite)
     ess = effective_sample_size(finite)
     elbo, elbo_se = float(finite.mean()), float(finite.std(ddof=1) / math.sqrt(len(finite)))
+    if dropped:
+        elbo, elbo_se = -math.inf, math.nan
     iw_elbo = float(torch.logsumexp(torch.from_numpy(finite), 0)) - math.log(num_samples)
     verdict, reasons = _judge(khat, ess, elbo_se, num_samples, dropped)
     if fixed:

@@ -144,8 +144,13 @@ def prototype(
         _check_data(trace)
         bounds = {name: list(_bounds(site["fn"].support)) for name, site in latents.items()}
         if any(bounds.values()):
-            moved = dict(latent_sites(run(jitter=0.5)))
-            _check_static_supports(bounds, moved)
+            for jitter in (0.5, 0.05):
+                try:
+                    moved = dict(latent_sites(run(jitter)))
+                except (ValueError, RuntimeError):  # the model does not run everywhere: try closer by
+                    continue
+                _check_static_supports(bounds, moved)
+                break
     return trace
 
 
@@ -284,10 +289,6 @@ class UnconstrainedModel:
             strict_enumeration_warning=False,
             max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
         )
-
-    def unpack(self, z: Tensor) -> dict[str, Tensor]:
-        """The sites' values at ``z`` of shape ``(*S, D)``: name -> ``S + site shape``."""
-        return {name: latent.constrain(free)[0] for name, latent, free in self._split(z)}
 
     def _split(self, z: Tensor) -> Iterator[tuple[str, _Latent, Tensor]]:
         sizes = [latent.free_shape.numel() for latent in self._latents.values()]

@@ -45,7 +45,10 @@ def psis(log_ratios: ArrayLike) -> tuple[Array, float]:
     if np.ptp(ratios) < 1e-12:  # equal weights have no tail to fit
         return np.full_like(ratios, -np.log(len(ratios))), -np.inf
     smoothed: Any
-    smoothed, khat = array_stats.psislw(-ratios)  # it takes negated log ratios
+    try:
+        smoothed, khat = array_stats.psislw(-ratios)  # it takes negated log ratios
+    except ValueError:  # the largest weights are equal: bounded, no tail to fit
+        smoothed, khat = ratios, -np.inf
     weights: Array = np.asarray(smoothed, dtype=np.float64)
     return weights - _logsumexp(weights), float(khat)
 

@@ -44,6 +44,7 @@ def test_shapes():
     z, log_prob = wide.rsample_and_log_prob((5,))
     assert (z.shape, log_prob.shape) == ((5, 4, 2, 3), (5, 4, 2))
     assert wide.log_prob(z).shape == (5, 4, 2)
+    assert flow.expand((5,)).log_prob(torch.zeros(3)).shape == (5,)
     assert flow.sample().shape == (3,)
     assert not flow.sample().requires_grad
     assert flow.rsample().requires_grad

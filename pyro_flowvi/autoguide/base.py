@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Self
 
 import pyro
@@ -11,12 +12,12 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn.module import _is_module_local_param_enabled
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
 from ..distributions.flow import FlowDistribution, Shape
-from ..init import SafeInit, is_enumerated, prototype
+from ..init import SafeInit, UnconstrainedModel, is_enumerated, prototype
 from ..transforms import (
     FLOWS,
     Compose,
@@ -137,6 +138,7 @@ class AutoFlow(NamedGuide):
             with self._pyro_context:
                 self._setup_prototype(*args, **kwargs)
         elif self._stale:
+            self._require_model()
             self._reset_prototype(args, kwargs)
         return self
 
@@ -203,8 +205,8 @@ class AutoFlow(NamedGuide):
         if self._affine is not None:
             parts[-1].loc.data.copy_(loc)
         if self._pending_state:
-            flow.load_state_dict(self._pending_state)
-            self._pending_state = {}
+            state, self._pending_state = self._pending_state, {}
+            flow.load_state_dict(state)
 
     def _reset_prototype(self, args: Any, kwargs: Any) -> None:
         """Traces the model again; the latents must be those that the flow was built for."""
@@ -238,7 +240,7 @@ class AutoFlow(NamedGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
             return
-        if torch.jit.is_tracing():  # sizes are tensors then
+        if torch._C._get_tracing_state():  # of torch.jit: sizes are tensors then
             return
         signature = _signature((args, kwargs))
         known = signature in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
@@ -260,13 +262,14 @@ class AutoFlow(NamedGuide):
         whole: Compose = flow
         return whole
 
-    # -- posterior -----------------------------------------------------------------------------
+    def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
+        """The log density of the guide's model over the latents as the guide packs them.
 
-    @property
-    def init_loc_fn(self) -> Callable[..., Any]:
-        """The per-site function that chose the starting point."""
-        chosen: Callable[..., Any] = self._init_fn.init_loc_fn
-        return chosen
+        :raises RuntimeError: if the guide lost its model in a copy or a pickle.
+        """
+        return UnconstrainedModel(self._require_model(), args, kwargs, self._init_fn.init_loc_fn)
+
+    # -- posterior -----------------------------------------------------------------------------
 
     @property
     def affine(self) -> Any:
@@ -322,7 +325,8 @@ class AutoFlow(NamedGuide):
         :param num_samples: number of draws, or a sample shape.
         :return: site name -> tensor of shape ``sample shape + site shape``.
         """
-        shape = (num_samples,) if isinstance(num_samples, int) else tuple(num_samples)
+        single = isinstance(num_samples, Integral)
+        shape: Any = (int(num_samples),) if single else tuple(num_samples)  # type: ignore[arg-type]
         latent = self.get_posterior().sample(shape)
         return {name: self._bijection(name)(free) for name, free in self._split(latent).items()}
 
@@ -351,14 +355,14 @@ class AutoFlow(NamedGuide):
                     f"NaN, got {tuple(value.shape)}"
                 )
             support = site["fn"].support
-            valid = support.check(value).reshape(batch + (-1,)).all(-1)
+            valid = _rows(support.check(value), batch).all(-1)
             # An invalid value would put NaN into the gradient of the valid ones.
             mask = valid.reshape(batch + (1,) * len(shape))
             value = torch.where(mask, value, site["value"].to(value))
             bijection = biject_to(support)
             free = bijection.inv(value)
             site_log_det = bijection.log_abs_det_jacobian(free, value)
-            log_det = log_det + site_log_det.reshape(batch + (-1,)).sum(-1)
+            log_det = log_det + _rows(site_log_det, batch).sum(-1)
             inside = inside & valid
             free_values.append(free.reshape(batch + (free_shape.numel(),)))
         batch = torch.broadcast_shapes(*(free.shape[:-1] for free in free_values))
@@ -416,6 +420,11 @@ class AutoFlow(NamedGuide):
         if bool(((probs < 0) | (probs > 1)).any()):
             raise ValueError(f"quantiles: expected probabilities in [0, 1], got {quantiles}")
         return self._quantile(probs)
+
+
+def _rows(value: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """``value`` of shape ``batch + rest`` as ``batch + (n,)``, also where it has no elements."""
+    return value.reshape(batch + (Size(value.shape[len(batch) :]).numel(),))
 
 
 def _hidden(msg: dict[str, Any]) -> bool:

@@ -142,6 +142,9 @@ class NamedGuide(AutoContinuous):
         self._store_wins = False
         if self.prototype_trace is None:
             start = f"{prefix}flow."
+            if state_dict and not any(key.startswith(start) for key in state_dict):
+                missing_keys = args[2]
+                missing_keys.append(start + "*")
             self._pending_state = {
                 key.removeprefix(start): value.detach().clone()
                 for key, value in state_dict.items()
@@ -168,7 +171,15 @@ class NamedGuide(AutoContinuous):
 
     # -- copies --------------------------------------------------------------------------------
 
+    def _drop_caches(self) -> None:
+        """Empties the caches of Pyro's transforms, which hold tensors of a graph that has no copy."""
+        for module in self.modules():
+            for key, value in vars(module).items():
+                if key.startswith("_cache") and key != "_cache_size":
+                    vars(module)[key] = (None, None) if isinstance(value, tuple) else None
+
     def __getstate__(self) -> dict[str, Any]:
+        self._drop_caches()
         state = self.__dict__.copy()
         state["master"] = None
         for param in self.parameters():
@@ -186,6 +197,7 @@ class NamedGuide(AutoContinuous):
         self._claim_free_name(state["_store_name"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._drop_caches()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         state = self.__dict__.copy()

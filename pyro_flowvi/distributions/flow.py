@@ -136,10 +136,9 @@ class FlowDistribution(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         x, log_det = inverse_and_log_det(self.transform, value)
-        if self.base is None:
-            return _standard_normal_log_prob(x) + log_det
-        log_prob: Tensor = self.base.log_prob(x)
-        return log_prob + log_det
+        base_log_prob = _standard_normal_log_prob(x) if self.base is None else self.base.log_prob(x)
+        log_prob: Tensor = base_log_prob + log_det
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def expand(self, batch_shape: Shape, _instance: Self | None = None) -> Self:
         """The same law with a larger batch shape."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .._checks import check_positive, check_positive_int
 from ..autoguide import AutoFlow
-from ..init import UnconstrainedModel, find_modes
+from ..init import find_modes
 from .particles import Particles
 
 __all__ = ["FitDiverged", "FitResult", "fit"]
@@ -105,27 +105,46 @@ class _NotFinite(Exception):
 
 
 class _GuardedOptim(PyroOptim):
-    """Passes steps on to an optimizer, but refuses gradients that are not finite."""
+    """Passes steps on to an optimizer, but refuses gradients that are not finite.
 
-    def __init__(self, optim: PyroOptim) -> None:
+    Keeps every parameter that it has met, by name, and the value at which it met it.
+    """
+
+    def __init__(self, optim: PyroOptim, *programs: Any) -> None:
         self.optim = optim
-        self.params: list[Tensor] = []
+        self.params: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}
+        self._modules = [program for program in programs if isinstance(program, torch.nn.Module)]
+
+    def _names(self) -> dict[int, str]:
+        """Names of parameters that live in modules and not in the param store, by identity."""
+        return {id(p): name for module in self._modules for name, p in module.named_parameters()}
+
+    def _meet(self, params: Any) -> None:
+        store, local = pyro.get_param_store(), None
+        for param in params:
+            name = store.param_name(param)
+            if name is None:
+                local = self._names() if local is None else local
+                name = local.get(id(param), f"param_{len(self.params)}")
+            if self.params.get(name) is not param:
+                self.params[name] = param
+                self.first[name] = param.detach().clone()
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.params = params = sorted(params, key=_param_name)
+        params = list(params)
+        if not {id(p) for p in params} <= {id(p) for p in self.params.values()}:
+            self._meet(params)
         gradients = [param.grad for param in params if param.grad is not None]
         if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
             raise _NotFinite
-        self.optim(params, *args, **kwargs)
+        order = {id(param): name for name, param in self.params.items()}
+        self.optim(sorted(params, key=lambda param: order[id(param)]), *args, **kwargs)
         if isinstance(self.optim, PyroLRScheduler):
             with warnings.catch_warnings():
                 # A parameter that appears late has a scheduler that was stepped before it.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 self.optim.step()
-
-
-def _param_name(param: Tensor) -> str:
-    return pyro.get_param_store().param_name(param) or ""
 
 
 @dataclass
@@ -139,8 +158,9 @@ class _Fit:
     loss: Any
     particles: Particles
     optim: _GuardedOptim
+    ranked: bool
     losses: list[float] = field(default_factory=list)
-    best: list[Tensor] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
     best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
 
     def evaluate(self) -> Tensor:
@@ -161,13 +181,10 @@ class _Fit:
     def keep_unless_worse(self) -> None:
         """Keeps the present state as the best, unless an earlier one is better beyond its noise."""
         weights = self.evaluate()
-        if self.best and not self.particles.subsampled:  # one subsample cannot rank states
-            gain = weights - self.best_weights
-            noise = gain.std() / math.sqrt(len(gain))
-            if not bool(gain.mean() >= -2.0 * noise):
-                return
+        if self.best and self.ranked and _is_worse(weights, self.best_weights):
+            return
         self.best_weights = weights
-        self.best = [param.detach().clone() for param in self.optim.params]
+        self.best = {name: param.detach().clone() for name, param in self.optim.params.items()}
 
     @property
     def best_loss(self) -> float:
@@ -175,8 +192,9 @@ class _Fit:
 
     @torch.no_grad()
     def restore(self) -> None:
-        for param, value in zip(self.optim.params, self.best, strict=False):
-            param.copy_(value)
+        """Puts the best state back; what it does not know yet goes back to where it started."""
+        for name, param in self.optim.params.items():
+            param.copy_(self.best.get(name, self.optim.first[name]))
 
     def find_bad_site(self) -> str | None:
         """The first site of the step just run that is not finite, in value, density or gradient."""
@@ -189,11 +207,20 @@ class _Fit:
                     for name, site in trace.nodes.items():
                         if site["type"] == "sample" and _site_is_bad(site):
                             return str(name)
-                    inputs = list(self.optim.params)
+                    inputs = list(self.optim.params.values())
                     for name, site in trace.nodes.items():
                         if site["type"] == "sample" and _gradient_is_bad(site, inputs):
                             return str(name)
         return None
+
+
+def _is_worse(weights: Tensor, best: Tensor) -> bool:
+    """Whether the mean of paired log weights fell, beyond twice its standard error."""
+    now, before = weights.isfinite(), best.isfinite()
+    if int(now.sum()) != int(before.sum()):  # draws without a density decide
+        return bool(now.sum() < before.sum())
+    gain = (weights - best)[now & before]
+    return len(gain) > 1 and bool(gain.mean() < -2.0 * gain.std() / math.sqrt(len(gain)))
 
 
 def _site_is_bad(site: dict[str, Any]) -> bool:
@@ -224,9 +251,9 @@ def _default_optim(lr: float, num_steps: int) -> PyroOptim:
 def _locate(run: _Fit, guide: Any) -> bool:
     """Moves the guide to a mode, and to the best of a few scales there; whether that raised the ELBO."""
     affine = guide.affine if isinstance(guide, AutoFlow) else None
-    if affine is None:
+    if affine is None or not (affine.loc.requires_grad and affine.log_scale.requires_grad):
         return False
-    density = UnconstrainedModel(run.model, run.args, run.kwargs, guide.init_loc_fn)
+    density = guide.density(*run.args, **run.kwargs)
     loc, log_scale = affine.loc, affine.log_scale
     best_elbo, best = run.evaluate().mean(), (loc.detach().clone(), log_scale.detach().clone())
     first = best
@@ -266,7 +293,8 @@ def fit(
 
     A flow guide is first moved to a mode of the posterior and to the best of a few scales there, if that
     raises the ELBO.  Then Adam with a cosine-decaying rate; the latest state remains, or an
-    earlier one whose ELBO, on common random numbers, is better beyond its noise.
+    earlier one whose ELBO, on common random numbers, is better beyond its noise (always the latest with a
+    loss of your own, or where the model subsamples its data).
 
     :param model: a Pyro model.
     :param guide: any Pyro guide for it.
@@ -310,6 +338,8 @@ def fit(
         raise ValueError(f"loss: expected a pyro.infer.ELBO, got {loss!r}")
     if optim is not None and not isinstance(optim, PyroOptim):
         raise ValueError(f"optim: expected a pyro.optim optimizer, got {optim!r}")
+    if getattr(optim, "pt_scheduler_constructor", None) is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        raise ValueError("optim: expected a schedule by steps, got ReduceLROnPlateau, which needs a metric")
     for name, value in (("model", model), ("guide", guide)):
         if not callable(value):
             raise ValueError(f"{name}: expected a callable, got {value!r}")
@@ -334,16 +364,16 @@ def fit(
         kwargs,
         particles.elbo(num_particles or default) if loss is None else loss,
         particles,
-        _GuardedOptim(_default_optim(lr, num_steps) if optim is None else optim),
+        _GuardedOptim(_default_optim(lr, num_steps) if optim is None else optim, guide, model),
+        ranked=loss is None and not particles.subsampled,
     )
     located = _locate(run, guide)
     stop_reason = _train(run, num_steps, progress)
-    names = [_param_name(param) or str(i) for i, param in enumerate(run.optim.params)]
     return FitResult(
         guide=guide,
         losses=torch.tensor(run.losses),
         best_loss=run.best_loss,
-        best_state=dict(zip(names, run.best, strict=True)),
+        best_state=run.best,
         stop_reason=stop_reason,
         wall_time=time.perf_counter() - started,
         located=located,
@@ -390,7 +420,7 @@ def _step(run: _Fit, svi: SVI, step: int) -> None:
     torch.set_rng_state(random_state)
     named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
     site = named.group(1) if named else run.find_bad_site()
-    for param in run.optim.params:
+    for param in run.optim.params.values():
         param.grad = None
     run.restore()
     raise FitDiverged(step, site, torch.tensor(run.losses)) from cause

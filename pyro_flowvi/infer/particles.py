@@ -19,16 +19,29 @@ __all__ = ["Particles"]
 Program = Callable[..., Any]
 Trace = Any  # Pyro's type admits no site without a value
 _PLATE = "_particles"
+_PROBES = 3
+"""Particles in the test of vectorisation: not two, so that an event of size two is not taken for them."""
+_ROUNDING = 256.0
+"""Multiples of eps by which a site's log density may depend on being one of a batch."""
+
+
+def _samples(trace: Trace, drawn: bool = False) -> dict[str, Any]:
+    """The sample sites of a trace by name; of those that were ``drawn``, subsamples included."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not (drawn and site["is_observed"])
+    }
 
 
 class Particles:
     """Draws from a guide with their log weights, in one vectorised run where the model allows.
 
-    Whether it does is tested, not assumed: two particles are run at once and one by one, and the log
-    densities compared.
+    Whether it does is tested, not assumed: a few particles are run at once and one by one, and the log
+    densities of every site compared.
 
     :param model: a Pyro model.
-    :param guide: a guide that has been set up.
+    :param guide: a guide for it.
     :param args: the model's positional arguments.
     :param kwargs: the model's keyword arguments.
     """
@@ -45,14 +58,19 @@ class Particles:
         with poutine.block(), torch.no_grad():
             guide_trace: Trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
             model_trace = self._replay(guide_trace)
-            sites: list[Any] = [*guide_trace.nodes.values(), *model_trace.nodes.values()]
-            sites = [site for site in sites if site["type"] == "sample"]
+            sites: list[Any] = [*_samples(guide_trace).values(), *_samples(model_trace).values()]
+            self._guide_enumerates = any(map(is_enumerated, _samples(guide_trace).values()))
             self._shapes = {
                 name: site["value"].shape
                 for name, site in guide_trace.nodes.items()
                 if site["type"] == "sample"
                 and not site["infer"].get("is_auxiliary")
                 and not site_is_subsample(site)
+            }
+            self._discrete = {
+                name
+                for name, site in _samples(prune_subsample_sites(model_trace)).items()
+                if site["fn"].support.is_discrete
             }
             self.enumerated = any(is_enumerated(site) for site in sites)
             """Whether a discrete site is summed out, so that ``TraceEnum_ELBO`` is the objective."""
@@ -90,56 +108,65 @@ class Particles:
         """The log density of each particle, shape ``(size,)``."""
         trace = prune_subsample_sites(trace)
         trace.compute_log_prob()
-        total = torch.zeros(size)
-        for site in trace.nodes.values():
-            if site["type"] != "sample":
-                continue
-            log_prob = site["log_prob"]
-            if log_prob.dim() > self._nesting:
-                log_prob = log_prob.reshape(log_prob.shape[-1 - self._nesting], -1).sum(-1)
-                total = total.to(log_prob) + log_prob
-            else:  # a site that all particles share
-                total = total.to(log_prob) + log_prob.sum()
-        return total
+        parts = [self._apart(site["log_prob"], size) for site in _samples(trace).values()]
+        return torch.stack(parts).sum(0)
+
+    def _apart(self, log_prob: Tensor, size: int) -> Tensor:
+        """A site's log density summed for each particle; one that all share counts for each."""
+        if log_prob.dim() <= self._nesting:
+            return log_prob.sum().expand(size)
+        return log_prob.reshape(log_prob.shape[-1 - self._nesting], -1).sum(-1).expand(size)
 
     def _vectorizes(self, guide_one: Trace, model_one: Trace) -> bool:
+        """Whether every site scores each of a few particles run together as it does alone."""
         try:
-            guide_two, model_two = self._traces(2)
-            together = self._score(model_two, 2)
-            apart = torch.stack(
-                [self._single(i, guide_one, model_one, guide_two, model_two) for i in range(2)]
-            )
-        except Exception:  # whatever a model raises that was not written for batches
+            guide_all, model_all = self._traces(_PROBES)
+            pairs = [(self.model, model_one, model_all)]
+            if not any(site["infer"].get("is_auxiliary") for site in _samples(guide_one).values()):
+                # A packed latent determines the other sites to the last bit only in its own run.
+                pairs.append((self.guide, guide_one, guide_all))
+            values = {**_samples(guide_one, drawn=True), **_samples(model_one, drawn=True)}
+            for program, one, batched in pairs:
+                apart = [
+                    self._site_scores(self._slice(i, program, values, guide_all, model_all))
+                    for i in range(_PROBES)
+                ]
+                together = self._site_scores(batched, _PROBES)
+                if set(together) != set(self._site_scores(one)):
+                    return False
+                for name, (scores, size) in together.items():
+                    alone = torch.stack([part[name][0] for part in apart]).reshape(_PROBES)
+                    allowed = _ROUNDING * torch.finfo(scores.dtype).eps * (1.0 + float(size))
+                    if not torch.allclose(scores, alone, rtol=0.0, atol=allowed, equal_nan=True):
+                        return False
+        except Exception:  # whatever a program raises that was not written for batches
             return False
-        scale = together.abs().max().clamp(min=1.0) * torch.finfo(together.dtype).eps ** 0.5
-        return bool(torch.allclose(together, apart, rtol=0.0, atol=float(scale), equal_nan=True))
+        return True
 
-    def _single(
-        self,
-        index: int,
-        guide_one: Trace,
-        model_one: Trace,
-        guide_two: Trace,
-        model_two: Trace,
-    ) -> Tensor:
-        """The model's log density at particle ``index`` of a batched run, evaluated by itself."""
-        sliced = guide_one.copy()
-        for template, batched in ((guide_one, guide_two), (model_one, model_two)):
-            for name, site in template.nodes.items():
-                if site["type"] != "sample" or site["is_observed"] or name not in batched.nodes:
-                    continue
-                value = batched.nodes[name]["value"]
-                if not site_is_subsample(site):
-                    rank = 1 + self._nesting + site["fn"].event_dim
-                    if value.dim() >= rank and value.shape[-rank] == 2:
-                        value = value.select(-rank, index)
-                    value = value.reshape(site["value"].shape)
-                if name not in sliced.nodes:
-                    sliced.add_node(name, **{**site, "value": value})
-                sliced.nodes[name] = {**site, "value": value}
-        trace: Trace = prune_subsample_sites(self._replay(sliced))
-        log_prob: Tensor = trace.log_prob_sum()
-        return log_prob
+    def _site_scores(self, trace: Trace, size: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Log density of each site, for one particle or ``size`` of them, and the sum of magnitudes."""
+        trace = prune_subsample_sites(trace)
+        trace.compute_log_prob()
+        scores = {}
+        for name, site in _samples(trace).items():
+            log_prob = site["log_prob"]
+            magnitude = log_prob.nan_to_num(0.0, 0.0, 0.0).abs().sum()
+            scores[name] = log_prob.sum() if size is None else self._apart(log_prob, size), magnitude
+        return scores
+
+    def _slice(self, index: int, program: Program, templates: Any, *batched: Trace) -> Trace:
+        """A run of one program by itself, at the values of particle ``index`` of a batched run."""
+        nodes = {name: site for trace in batched for name, site in trace.nodes.items()}
+        replayed = poutine.Trace()
+        for name, site in templates.items():
+            value = nodes[name]["value"]
+            if not site_is_subsample(site):
+                rank = 1 + self._nesting + site["fn"].event_dim
+                if value.dim() >= rank and value.shape[-rank] == _PROBES:
+                    value = value.select(-rank, index)
+                value = value.reshape(site["value"].shape)
+            replayed.add_node(name, **{**site, "value": value})
+        return self._replay(replayed, program)
 
     def elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
         """Pyro's objective for this pair, with that many particles."""
@@ -167,6 +194,16 @@ class Particles:
             ]
         return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in self._shapes}
 
+    def point_masses(self) -> list[str]:
+        """Continuous sites of which all draws are one value: the guide has no density there."""
+        draws = self.draws(2)
+        return [
+            name
+            for name, value in draws.items()
+            if value.is_floating_point() and value.numel() and name not in self._discrete
+            if value[0].equal(value[1])
+        ]
+
     @torch.no_grad()
     def log_weights(self, num_samples: int, max_batch: int = 4096) -> Tensor:
         """log p(x, z) - log q(z) of independent draws, shape ``(num_samples,)``.
@@ -174,15 +211,16 @@ class Particles:
         Enumerated sites are summed out of p.
         """
         with poutine.block():
-            if not self.vectorized:
+            if not self.vectorized or self._guide_enumerates:
                 loss = self.elbo(num_particles=1)
                 losses = [
                     loss.loss(self.model, self.guide, *self.args, **self.kwargs) for _ in range(num_samples)
                 ]
                 return -torch.tensor(losses, dtype=torch.float64)
             parts = []
-            for first in range(0, num_samples, max_batch):
-                size = min(max_batch, num_samples - first)
+            num_batches = -(-num_samples // max_batch)
+            for batch in range(num_batches):
+                size = num_samples // num_batches + (batch < num_samples % num_batches)
                 if self.enumerated:
                     parts.append(self._enumerated_log_weights(size))
                 else:
@@ -192,7 +230,9 @@ class Particles:
 
     def _enumerated_log_weights(self, size: int) -> Tensor:
         """As Pyro's ``TraceEnum_ELBO`` sums discrete sites out, but keeping the particles apart."""
-        elbo = self.elbo(size)
+        if size == 1:  # Pyro has no plate for one particle
+            return self._enumerated_log_weights(2)[:1]
+        elbo = TraceEnum_ELBO(num_particles=size, vectorize_particles=True, max_plate_nesting=self._nesting)
         ((model_trace, guide_trace),) = elbo._get_traces(self.model, self.guide, self.args, self.kwargs)
         costs, factors, _, sum_dims, scale = _compute_model_factors(model_trace, guide_trace)
         particle = model_trace.plate_to_symbol["num_particles_vectorized"]

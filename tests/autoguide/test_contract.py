@@ -6,6 +6,7 @@ import io
 import pickle
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -585,3 +586,55 @@ def test_every_coordinate_is_transformed():
                 param.add_(0.5 * torch.randn_like(param))
         x = torch.randn(50, 5)
         assert ((guide.get_transform()(x) - x).abs().amax(0) > 1e-3).all()
+
+
+@pytest.mark.parametrize("build", ["planar", "spline", "affine_coupling", "affine_autoregressive"])
+def test_deepcopy_with_pyros_cached_transforms(build):
+    model, args = case("hierarchy")
+    guide = AutoFlow(model, lambda dim: getattr(dist.transforms, build)(dim))
+    guide(*args)
+    twin = copy.deepcopy(guide)
+    twin(*args)
+    guide(*args)
+
+
+def test_foreign_state_is_refused():
+    model, args = case("hierarchy")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        AutoPlanar(model).load_state_dict({"loc": torch.zeros(5)})
+    longer = AutoPlanar(model, num_layers=3).materialize(*args).state_dict()
+    guide = AutoPlanar(model, num_layers=2)
+    guide.load_state_dict(longer)  # nothing to compare with yet
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        guide.materialize(*args)
+    guide.materialize(*args)  # and the guide is not spoilt
+
+
+def test_lost_model_after_a_move():
+    _, args = case("hierarchy")
+    guide = AutoPlanar(lambda y: zoo.hierarchy(y)).materialize(*args)
+    twin = pickle.loads(pickle.dumps(guide)).to(torch.float32)
+    with pytest.raises(RuntimeError, match="lost its model"):
+        twin.materialize(*args)
+
+
+def test_number_of_draws():
+    model, args = case("hierarchy")
+    guide = AutoPlanar(model).materialize(*args)
+    assert guide.sample_posterior(np.int64(3))["theta"].shape == (3, 4)
+    assert guide.sample_posterior((2, 3))["theta"].shape == (2, 3, 4)
+    assert guide.log_prob(guide.sample_posterior((2, 3))).shape == (2, 3)
+    assert guide.sample_posterior(0)["theta"].shape == (0, 4)
+    assert guide.sample_posterior()["mu"].shape == ()
+
+
+def test_a_model_that_runs_only_near_its_start():
+    """The check of supports looks around the start; a model that fails there is not refused."""
+
+    def model():
+        b = pyro.sample("b", dist.Uniform(torch.tensor(-1.0), torch.tensor(1.0)))
+        torch.linalg.cholesky((b - 0.29).reshape(1, 1))
+
+    init = init_to_value(values={"b": torch.tensor(0.3)})
+    for _ in range(5):
+        AutoPlanar(model, init_loc_fn=init).materialize()

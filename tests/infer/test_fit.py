@@ -260,3 +260,88 @@ def test_progress_bar(capsys):
     model, args = case("hierarchy")
     fit(model, AutoPlanar(model), *args, num_steps=5)
     assert "5/5" in capsys.readouterr().err
+
+
+class TestBestState:
+    def test_a_start_without_density_does_not_freeze_the_run(self):
+        """-inf among the first weights must not make every later state look worse."""
+        y = 3 + torch.randn(20)
+
+        def model(y):
+            x = pyro.sample("x", dist.Normal(0.0, 5.0))
+            pyro.factor("half", torch.where(x > -2, 0.0, -torch.inf))
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(x.unsqueeze(-1), 1.0), obs=y)
+
+        for seed in range(5):
+            pyro.clear_param_store()
+            guide = AutoNormal(model, init_scale=1.0)
+            try:
+                result = fit(
+                    model, guide, y, num_steps=500, num_particles=2, lr=0.05, seed=seed, progress=False
+                )
+            except FitDiverged:
+                continue  # a draw without density ended this seed
+            assert guide.median()["x"].item() == pytest.approx(y.mean().item(), abs=0.6)
+            assert result.best_loss < 100.0
+
+    def test_early_divergence_goes_back_to_the_start(self):
+        seen = {"steps": 0}
+
+        class Counting(Trace_ELBO):
+            def loss_and_grads(self, *args, **kwargs):
+                seen["steps"] += 1
+                return super().loss_and_grads(*args, **kwargs)
+
+        def guide():
+            loc = pyro.param("loc", torch.tensor(0.0))
+            pyro.sample("x", dist.Normal(loc, 1.0))
+
+        def model():
+            x = pyro.sample("x", dist.Normal(5.0, 1.0))
+            pyro.factor("bad", x * (float("nan") if seen["steps"] > 4 else 0.0))
+
+        options = {"num_steps": 3000, "lr": 0.3, "loss": Counting(), "progress": False}
+        with pyro.validation_enabled(False), pytest.raises(FitDiverged, match="step 4"):
+            fit(model, guide, **options)
+        assert pyro.param("loc").item() == 0.0
+
+    def test_parameters_that_come_and_go(self):
+        seen = {"calls": 0}
+
+        def guide():
+            seen["calls"] += 1
+            loc = pyro.param("z_loc", torch.tensor(0.0))
+            name, size = (("a", 2), ("c", 3), ("c", 3))[seen["calls"] % 3]
+            loc = loc + pyro.param(name, torch.zeros(size)).sum()
+            pyro.sample("x", dist.Normal(loc, 1.0))
+
+        def model():
+            pyro.sample("x", dist.Normal(1.0, 1.0))
+
+        result = fit(model, guide, num_steps=40, progress=False, num_particles=1)
+        assert {"z_loc", "a", "c"} <= set(result.best_state)
+        for name, value in result.best_state.items():
+            assert torch.equal(pyro.param(name), value)
+
+    def test_names_under_module_local_params(self):
+        model, args = case("hierarchy")
+        with pyro.settings.context(module_local_params=True):
+            guide = AutoPlanar(model, num_layers=2)
+            result = fit(model, guide, *args, num_steps=20, progress=False)
+        assert set(result.best_state) == {name for name, _ in guide.named_parameters()}
+
+    def test_frozen_location_stays(self):
+        model, args = case("far")
+        guide = AutoPlanar(model).materialize(*args)
+        guide.affine.loc.requires_grad_(False)
+        before = guide.affine.loc.clone()
+        fit(model, guide, *args, num_steps=5, progress=False)
+        assert torch.equal(guide.affine.loc, before)
+
+
+def test_a_schedule_by_metric_is_refused():
+    model, args = case("hierarchy")
+    adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}}
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
+        fit(model, AutoPlanar(model), *args, optim=pyro.optim.ReduceLROnPlateau(adam))

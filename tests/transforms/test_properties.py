@@ -139,3 +139,9 @@ class TestCheckTransform:
 
     def test_takes_foreign_transforms(self):
         check_transform(torch.distributions.transforms.SigmoidTransform(), torch.randn(4, 3))
+
+    def test_takes_frozen_parameters_and_single_vectors(self):
+        flow = randomized(Planar(3), 0.3)
+        flow.b.requires_grad_(False)
+        check_transform(flow, torch.randn(4, 3))
+        check_transform(flow, torch.randn(3))
