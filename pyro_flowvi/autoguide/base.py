@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn.module import _is_module_local_param_enabled
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
@@ -26,7 +26,8 @@ from ..transforms import (
     LowerAffine,
     LowRankAffine,
 )
-from .params import PROTOTYPE_STATE, NamedGuide
+from .params import PROTOTYPE_STATE, NamedGuide, signature
+from .posterior import CallPosterior, reference_normal, rows
 
 __all__ = ["AutoFlow"]
 
@@ -40,27 +41,6 @@ _AFFINES: dict[str, Callable[..., FlowTransform]] = {
 }
 _MAX_SIGNATURES = 100
 _QUANTILE_DRAWS = 8192
-
-
-class _CallPosterior(FlowDistribution):
-    """The latent of one guide call: answers from memory for the very tensor that it drew.
-
-    That saves the inverse pass, and serves transforms that have none.
-    """
-
-    _drawn: tuple[Tensor, Tensor] | None = None
-
-    def rsample(self, sample_shape: Shape = ()) -> Tensor:
-        self._drawn = self.rsample_and_log_prob(sample_shape)
-        return self._drawn[0]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._drawn is not None and value is self._drawn[0]:
-            return self._drawn[1]
-        return super().log_prob(value)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_CallPosterior":
-        return super().expand(batch_shape, self._get_checked_instance(_CallPosterior, _instance))
 
 
 class AutoFlow(NamedGuide):
@@ -182,7 +162,7 @@ class AutoFlow(NamedGuide):
             except BaseException:
                 self.prototype_trace = None
                 raise
-        self._signatures = {_signature((args, kwargs))}
+        self._signatures = {signature((args, kwargs))}
 
     def _build_flow(self) -> None:
         loc = self._init_loc()
@@ -242,11 +222,11 @@ class AutoFlow(NamedGuide):
             return
         if torch._C._get_tracing_state():  # of torch.jit: sizes are tensors then
             return
-        signature = _signature((args, kwargs))
-        known = signature in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
+        seen = signature((args, kwargs))
+        known = seen in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
         if (self._stale or not known) and self._raw_model[0] is not None:
             self._reset_prototype(args, kwargs)
-        self._signatures.add(signature)
+        self._signatures.add(seen)
 
     @property
     def _flow(self) -> Compose:
@@ -291,7 +271,7 @@ class AutoFlow(NamedGuide):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the packed unconstrained latents as an auxiliary site."""
-        posterior = _CallPosterior(self._flow, dim=self.latent_dim)
+        posterior = CallPosterior(self._flow, dim=self.latent_dim)
         latent: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         return latent
 
@@ -355,14 +335,14 @@ class AutoFlow(NamedGuide):
                     f"NaN, got {tuple(value.shape)}"
                 )
             support = site["fn"].support
-            valid = _rows(support.check(value), batch).all(-1)
+            valid = rows(support.check(value), batch).all(-1)
             # An invalid value would put NaN into the gradient of the valid ones.
             mask = valid.reshape(batch + (1,) * len(shape))
             value = torch.where(mask, value, site["value"].to(value))
             bijection = biject_to(support)
             free = bijection.inv(value)
             site_log_det = bijection.log_abs_det_jacobian(free, value)
-            log_det = log_det + _rows(site_log_det, batch).sum(-1)
+            log_det = log_det + rows(site_log_det, batch).sum(-1)
             inside = inside & valid
             free_values.append(free.reshape(batch + (free_shape.numel(),)))
         batch = torch.broadcast_shapes(*(free.shape[:-1] for free in free_values))
@@ -375,14 +355,7 @@ class AutoFlow(NamedGuide):
     def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
         """Marginal quantiles of each site, ``probs.shape + site shape``, by quasi-Monte Carlo."""
         flow = self._flow
-        # The same points at every call: summaries are repeatable and leave Pyro's generator alone.
-        engine = torch.quasirandom.SobolEngine(min(self.latent_dim, 21201), scramble=True, seed=0)
-        uniform = engine.draw(_QUANTILE_DRAWS, dtype=torch.float64)
-        if self.latent_dim > uniform.shape[-1]:
-            generator = torch.Generator().manual_seed(0)
-            extra = (len(uniform), self.latent_dim - uniform.shape[-1])
-            uniform = torch.cat([uniform, torch.rand(extra, generator=generator)], -1)
-        base = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+        base = reference_normal(_QUANTILE_DRAWS, self.latent_dim)
         like = next(flow.parameters(), torch.zeros(()))
         probs = probs.to(like)
         result = {}
@@ -422,23 +395,6 @@ class AutoFlow(NamedGuide):
         return self._quantile(probs)
 
 
-def _rows(value: Tensor, batch: tuple[int, ...]) -> Tensor:
-    """``value`` of shape ``batch + rest`` as ``batch + (n,)``, also where it has no elements."""
-    return value.reshape(batch + (Size(value.shape[len(batch) :]).numel(),))
-
-
 def _hidden(msg: dict[str, Any]) -> bool:
     """What the prototype leaves out: all but latents, and of those what the model enumerates."""
     return bool(AutoContinuous._prototype_hide_fn(msg)) or is_enumerated(msg)
-
-
-def _signature(value: Any) -> Any:
-    """What of a model's arguments can change the number of its latents; hashable."""
-    if isinstance(value, Mapping):
-        return tuple((key, _signature(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_signature, value))
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple):  # of a distribution it is a method
-        return tuple(shape)
-    return value if isinstance(value, bool | int | str | None) else type(value)

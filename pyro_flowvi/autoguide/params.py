@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from .._checks import check_dtype
 from ..transforms import Compose
 
-__all__ = ["PROTOTYPE_STATE", "NamedGuide"]
+__all__ = ["PROTOTYPE_STATE", "NamedGuide", "signature"]
 
 _Store = dict[str, Tensor]
 _registered: dict[str, tuple["weakref.ref[Tensor]", _Store]] = {}
@@ -217,3 +217,15 @@ def _is_leftover(full_name: str, stored: Tensor) -> bool:
     """
     param, store = _registered.get(full_name, (None, None))
     return param is not None and param() is stored and store is pyro.get_param_store()._params
+
+
+def signature(value: Any) -> Any:
+    """What of a model's arguments can change the number of its latents; hashable."""
+    if isinstance(value, Mapping):
+        return tuple((key, signature(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(signature, value))
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):  # of a distribution it is a method
+        return tuple(shape)
+    return value if isinstance(value, bool | int | str | None) else type(value)

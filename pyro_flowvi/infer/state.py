@@ -1,0 +1,161 @@
+"""The state of one run of :func:`pyro_flowvi.fit`: parameters, the best values so far, what went wrong."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
+
+from .particles import Particles
+
+__all__ = ["GuardedOptim", "NotFinite", "Run"]
+
+COMPARISON_DRAWS = 256
+"""Draws on which two states of a guide are compared, with common random numbers."""
+COMPARISON_DRAWS_APART = 16
+"""The same where the model cannot run them together."""
+
+Program = Callable[..., Any]
+
+
+class NotFinite(Exception):
+    """A gradient is not finite; raised before any parameter moves."""
+
+
+class GuardedOptim(PyroOptim):
+    """Passes steps on to an optimizer, but refuses gradients that are not finite.
+
+    Keeps every parameter that it has met, by name, and the value at which it met it.
+    """
+
+    def __init__(self, optim: PyroOptim, *programs: Any) -> None:
+        self.optim = optim
+        self.params: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}
+        self._modules = [program for program in programs if isinstance(program, torch.nn.Module)]
+
+    def _names(self) -> dict[int, str]:
+        """Names of parameters that live in modules and not in the param store, by identity."""
+        return {id(p): name for module in self._modules for name, p in module.named_parameters()}
+
+    def _meet(self, params: Any) -> None:
+        store, local = pyro.get_param_store(), None
+        for param in params:
+            name = store.param_name(param)
+            if name is None:
+                local = self._names() if local is None else local
+                name = local.get(id(param), f"param_{len(self.params)}")
+            if self.params.get(name) is not param:
+                self.params[name] = param
+                self.first[name] = param.detach().clone()
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        params = list(params)
+        if not {id(p) for p in params} <= {id(p) for p in self.params.values()}:
+            self._meet(params)
+        gradients = [param.grad for param in params if param.grad is not None]
+        if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
+            raise NotFinite
+        order = {id(param): name for name, param in self.params.items()}
+        self.optim(sorted(params, key=lambda param: order[id(param)]), *args, **kwargs)
+        if isinstance(self.optim, PyroLRScheduler):
+            with warnings.catch_warnings():
+                # A parameter that appears late has a scheduler that was stepped before it.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.optim.step()
+
+
+@dataclass
+class Run:
+    """One run: the pair, its data and the best state so far."""
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Any
+    particles: Particles
+    optim: GuardedOptim
+    ranked: bool
+    losses: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
+
+    def evaluate(self) -> Tensor:
+        """Log weights on draws that are the same at every call; their mean is the ELBO.
+
+        A state that the model cannot evaluate has the ELBO minus infinity.
+        """
+        size = COMPARISON_DRAWS if self.particles.vectorized else COMPARISON_DRAWS_APART
+        with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            try:
+                weights = self.particles.log_weights(size)
+            except (ValueError, RuntimeError):
+                return torch.full((size,), -math.inf)
+        return weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+
+    def keep_unless_worse(self) -> None:
+        """Keeps the present state as the best, unless an earlier one is better beyond its noise."""
+        weights = self.evaluate()
+        if self.best and self.ranked and _is_worse(weights, self.best_weights):
+            return
+        self.best_weights = weights
+        self.best = {name: param.detach().clone() for name, param in self.optim.params.items()}
+
+    @property
+    def best_loss(self) -> float:
+        return -float(self.best_weights.mean())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the best state back; what it does not know yet goes back to where it started."""
+        for name, param in self.optim.params.items():
+            param.copy_(self.best.get(name, self.optim.first[name]))
+
+    def find_bad_site(self) -> str | None:
+        """The first site of the step just run that is not finite, in value, density or gradient."""
+        with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for model_trace, guide_trace in self.loss._get_traces(
+                self.model, self.guide, self.args, self.kwargs
+            ):
+                for trace in (guide_trace, model_trace):
+                    for name, site in trace.nodes.items():
+                        if site["type"] == "sample" and _site_is_bad(site):
+                            return str(name)
+                    inputs = list(self.optim.params.values())
+                    for name, site in trace.nodes.items():
+                        if site["type"] == "sample" and _gradient_is_bad(site, inputs):
+                            return str(name)
+        return None
+
+
+def _is_worse(weights: Tensor, best: Tensor) -> bool:
+    """Whether the mean of paired log weights fell, beyond twice its standard error."""
+    now, before = weights.isfinite(), best.isfinite()
+    if int(now.sum()) != int(before.sum()):  # draws without a density decide
+        return bool(now.sum() < before.sum())
+    gain = (weights - best)[now & before]
+    return len(gain) > 1 and bool(gain.mean() < -2.0 * gain.std() / math.sqrt(len(gain)))
+
+
+def _site_is_bad(site: dict[str, Any]) -> bool:
+    value, log_prob = site["value"], site.get("log_prob", torch.zeros(()))
+    return not bool(value.isfinite().all() and torch.as_tensor(log_prob).isfinite().all())
+
+
+def _gradient_is_bad(site: dict[str, Any], inputs: list[Tensor]) -> bool:
+    log_prob = site.get("log_prob")
+    if not isinstance(log_prob, Tensor) or not log_prob.requires_grad:
+        return False
+    gradients = torch.autograd.grad(log_prob.sum(), inputs, retain_graph=True, allow_unused=True)
+    return any(g is not None and not bool(g.isfinite().all()) for g in gradients)
