@@ -62,10 +62,8 @@ class Particles:
             self._guide_enumerates = any(map(is_enumerated, _samples(guide_trace).values()))
             self._shapes = {
                 name: site["value"].shape
-                for name, site in guide_trace.nodes.items()
-                if site["type"] == "sample"
-                and not site["infer"].get("is_auxiliary")
-                and not site_is_subsample(site)
+                for name, site in _samples(prune_subsample_sites(guide_trace)).items()
+                if not site["infer"].get("is_auxiliary")
             }
             self._discrete = {
                 name
@@ -196,12 +194,10 @@ class Particles:
 
     def point_masses(self) -> list[str]:
         """Continuous sites of which all draws are one value: the guide has no density there."""
-        draws = self.draws(2)
         return [
             name
-            for name, value in draws.items()
-            if value.is_floating_point() and value.numel() and name not in self._discrete
-            if value[0].equal(value[1])
+            for name, value in self.draws(2).items()
+            if name not in self._discrete and value.numel() and value[0].equal(value[1])
         ]
 
     @torch.no_grad()
@@ -247,7 +243,5 @@ class Particles:
         terms = [apart(cost) for group in costs.values() for cost in group]
         if factors:
             terms.append(scale * contract_to_tensor(factors, sum_dims, frozenset(particle)))
-        for site in guide_trace.nodes.values():
-            if site["type"] == "sample":
-                terms.append(-apart(site["packed"]["log_prob"]))
+        terms += [-apart(site["packed"]["log_prob"]) for site in _samples(guide_trace).values()]
         return torch.stack(terms).sum(0)

@@ -56,14 +56,18 @@ class GuardedOptim(PyroOptim):
                 self.params[name] = param
                 self.first[name] = param.detach().clone()
 
+    def _order(self) -> dict[int, str]:
+        return {id(param): name for name, param in self.params.items()}
+
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         params = list(params)
-        if not {id(p) for p in params} <= {id(p) for p in self.params.values()}:
+        order = self._order()
+        if any(id(param) not in order for param in params):
             self._meet(params)
+            order = self._order()
         gradients = [param.grad for param in params if param.grad is not None]
         if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
             raise NotFinite
-        order = {id(param): name for name, param in self.params.items()}
         self.optim(sorted(params, key=lambda param: order[id(param)]), *args, **kwargs)
         if isinstance(self.optim, PyroLRScheduler):
             with warnings.catch_warnings():
