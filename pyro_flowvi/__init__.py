@@ -2,7 +2,7 @@
 
 from .autoguide import AutoFlow, AutoPlanar, AutoRadial
 from .diagnostics import Diagnosis, diagnose
-from .infer import FitDiverged, FitResult, fit
+from .infer import CompiledSVI, FitDiverged, FitResult, fit
 from .transforms import FLOWS
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __all__ = [
     "AutoFlow",
     "AutoPlanar",
     "AutoRadial",
+    "CompiledSVI",
     "Diagnosis",
     "FitDiverged",
     "FitResult",

@@ -92,7 +92,21 @@ def public_objects():
 @pytest.mark.parametrize("value", list(public_objects()))
 def test_public_names_are_documented(value):
     assert value.__doc__, "no docstring"
-    internal = ("_checks", "particles", "state", "posterior", "params", "functional", "init")
+    internal = (
+        "_checks",
+        "particles",
+        "state",
+        "posterior",
+        "params",
+        "functional",
+        "init",
+        "cause",
+        "compiled_step",
+        "elbo",
+        "fused",
+        "hazards",
+        "tracing",
+    )
     if value.__module__.rpartition(".")[2] not in internal:
         assert doctest.DocTestParser().get_examples(value.__doc__), "no runnable example"
 

@@ -1,0 +1,59 @@
+"""Why a step cannot be compiled, and which line of the user's program stands in the way."""
+
+import contextlib
+import functools
+import itertools
+import linecache
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType
+
+import pyro
+import torch
+
+__all__ = ["CannotCompile", "brief", "is_library", "stack_inside", "user_line"]
+
+_LIBRARIES = (
+    *(
+        str(Path(str(module.__file__)).parent) + os.sep
+        for module in (torch, pyro, sys.modules[__name__.partition(".")[0]])
+    ),
+    str(contextlib.__file__),
+    str(functools.__file__),
+)
+
+
+class CannotCompile(RuntimeError):
+    """Why a step cannot be compiled, and the line of the user's program that stands in the way."""
+
+    def __init__(self, cause: str, line: str | None = None) -> None:
+        self.cause, self.line = cause, line
+        super().__init__(cause + (f" ({line})" if line else ""))
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file belongs to torch, Pyro, this package or no file at all."""
+    return filename.startswith(_LIBRARIES) or filename.startswith("<")
+
+
+def user_line(stack: Sequence[traceback.FrameSummary] | traceback.StackSummary) -> str | None:
+    """The innermost line that belongs neither to torch nor to Pyro nor to this package."""
+    for frame in reversed(stack):
+        if not is_library(frame.filename):
+            code = linecache.getline(frame.filename, frame.lineno or 0).strip()
+            return f"{frame.filename}:{frame.lineno}, in {frame.name}: {code}"
+    return None
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def stack_inside(marker: CodeType) -> list[traceback.FrameSummary]:
+    """The present stack, from the innermost call of the marked function inwards."""
+    frames = list(traceback.walk_stack(sys._getframe(1)))
+    inner = itertools.takewhile(lambda pair: pair[0].f_code is not marker, frames)
+    return list(traceback.StackSummary.extract(reversed(list(inner)), lookup_lines=False))

@@ -1,0 +1,319 @@
+"""CompiledSVI: Pyro's SVI with the gradient step traced once and run as machine code."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from .._checks import check_positive_int
+from .cause import CannotCompile
+from .compiled_step import CompiledStep
+from .elbo import tensor_loss
+from .fused import Bucket, TorchOptim, make_buckets, meet
+from .hazards import EagerStep, modules_of
+from .tracing import UNSUPPORTED_TORCH
+
+__all__ = ["CannotCompile", "CompileWarning", "CompiledSVI"]
+
+STEPS_BEFORE = 200
+"""Calls of ``step`` with the same shapes that "auto" runs eagerly first."""
+PAYS_AT_LEAST = 1000
+"""Steps that "auto" wants, one more for each operation of the graph, before :meth:`run` compiles."""
+MAX_GRAPHS = 8
+"""Compiled steps that one object makes: one for each combination of shapes and other arguments."""
+MAX_OPERATIONS = 20_000
+"""Larger graphs would be compiled for many minutes; "auto" leaves them eager."""
+
+Program = Callable[..., Any]
+
+
+class CompileWarning(UserWarning):
+    """Steps stay eager, for the cause that it names; ``compile=True`` raises :class:`CannotCompile` instead.
+
+    Example::
+
+        >>> issubclass(CompileWarning, UserWarning)
+        True
+    """
+
+
+class CompiledSVI(SVI):
+    """``pyro.infer.SVI`` whose step runs as machine code: model, guide, gradient and optimizer in one.
+
+    The loss and its gradient are traced once into a graph, to which Adam, AdamW or ClippedAdam are added;
+    Inductor compiles it.  Parameters stay those of the modules and of the param store at every moment, and
+    random numbers follow ``pyro.set_rng_seed`` and are those of eager Pyro.  Before it is used, and at its
+    10th, 100th, ... call, a compiled step is compared with the eager one; what cannot be compiled runs
+    eagerly, after one :class:`CompileWarning` that names the cause.
+
+    A graph holds what Python did while it was traced.  Pass what changes between steps as tensor arguments:
+    a new shape, or a new value of an argument that is not a tensor, is a new graph, of which eight
+    are kept.
+
+    :param model: a Pyro model.
+    :param guide: any Pyro guide for it.
+    :param optim: a ``pyro.optim`` optimizer, a ``torch.optim`` class, or an optimizer of that kind over the
+        parameters.  Adam, AdamW and ClippedAdam are compiled, the others run between compiled gradients.
+    :param loss: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``TraceEnum_ELBO`` or ``RenyiELBO``, or a function
+        that returns a differentiable loss; any other objective runs eagerly.
+    :param compile: True compiles after the first step, and raises where that fails; "auto" compiles where
+        it pays, judged by counts alone: in :meth:`run` by the number of steps and the size of the graph, in
+        :meth:`step` after 200 calls; False never does.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO())
+        >>> losses = svi.run(300, torch.tensor([2.0, 3.0, 4.0]), progress=False)
+        >>> losses.shape, abs(guide.median()["mu"].item() - 3.0) < 0.5
+        (torch.Size([300]), True)
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, optim: Any, loss: Any = None, *, compile: bool | str = "auto"
+    ) -> None:
+        for name, value in (("model", model), ("guide", guide)):
+            if not callable(value):
+                raise ValueError(f"{name}: expected a callable, got {value!r}")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+        if isinstance(optim, type) and issubclass(optim, torch.optim.Optimizer):
+            optim = PyroOptim(optim, {})
+        elif isinstance(optim, torch.optim.Optimizer):
+            optim = TorchOptim(optim)
+        if not isinstance(optim, PyroOptim):
+            raise ValueError(f"optim: expected an optimizer of pyro.optim or torch.optim, got {optim!r}")
+        loss = Trace_ELBO() if loss is None else loss
+        if not callable(loss):
+            raise ValueError(f"loss: expected a pyro.infer.ELBO or a function, got {loss!r}")
+        super().__init__(model, guide, optim, loss)
+        self.compile = compile
+        self.cause: CannotCompile | None = None
+        """Why all steps are eager; None while they are compiled or may be."""
+        self._guarded = False
+        self._objective = tensor_loss(loss)
+        self._eager = EagerStep(model, guide, self.loss_and_grads)
+        self._started = False
+        self._steps: dict[Any, CompiledStep] = {}
+        self._traced: dict[Any, CompiledStep] = {}
+        self._eager_calls: dict[Any, int] = {}
+        self._builds = 0
+        self._buckets: list[Bucket] = []
+        self._last: Any = None
+        if compile and (UNSUPPORTED_TORCH or self._objective is None):
+            unknown = f"the objective {type(loss).__name__} has no form that can be traced"
+            self._give_up(CannotCompile(UNSUPPORTED_TORCH or unknown))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a step has been compiled and is in use."""
+        return bool(self._steps)
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Takes one gradient step.
+
+        :param args: the model's and guide's positional arguments; tensors may be nested in tuples, lists and
+            dicts.
+        :param kwargs: their keyword arguments.
+        :return: the loss, as Pyro's SVI reports it.
+        :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
+        """
+        step, tensors = self._prepare(args, kwargs)
+        if step is None:
+            return self._step_eagerly(args, kwargs)
+        loss: float = step(self.optim, tensors).item()
+        for bucket in self._buckets:
+            bucket.write()
+        return loss
+
+    def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Tensor:
+        """Takes many steps on the same arguments.
+
+        A learning-rate schedule advances where its own ``step`` is called: between runs.
+
+        :param num_steps: how many.
+        :param args: as for :meth:`step`.
+        :param progress: shows a progress bar.
+        :param kwargs: as for :meth:`step`.
+        :return: the losses, shape ``(num_steps,)``, on the parameters' device.
+        :raises ValueError: if ``num_steps`` is not a positive integer.
+        :raises CannotCompile: as :meth:`step`.
+        """
+        check_positive_int("num_steps", num_steps)
+        losses: list[Any] = []
+        with tqdm(total=num_steps, disable=not progress, desc=type(self.guide).__name__) as bar:
+            while len(losses) < num_steps:
+                left = num_steps - len(losses)
+                step, tensors = self._prepare(args, kwargs, left)
+                if step is None:
+                    losses.append(self._step_eagerly(args, kwargs, left))
+                    bar.update()
+                    continue
+                chunk = min(left, max(1, num_steps // 100), max(1, step.next_audit - step.calls - 1))
+                losses.extend(self._run_compiled(step, tensors, chunk))
+                bar.update(chunk)
+                if isinstance(losses[-1], float):
+                    bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
+        if any(isinstance(loss, Tensor) for loss in losses):
+            device = next(loss.device for loss in losses if isinstance(loss, Tensor))
+            return torch.stack([torch.as_tensor(loss, device=device) for loss in losses])
+        return torch.tensor(losses)
+
+    def _run_compiled(self, step: CompiledStep, tensors: list[Tensor], count: int) -> list[Any]:
+        losses: list[Any] = []
+        optim = self.optim
+        try:
+            for _ in range(count):
+                loss = step(optim, tensors)
+                losses.append(loss.item() if loss.is_cpu else loss.clone())
+        finally:
+            for bucket in self._buckets:
+                bucket.write()
+        return losses
+
+    def _step_eagerly(self, args: Any, kwargs: Any, left: int | None = None) -> float:
+        loss: float = super().step(*args, **kwargs)
+        first, self._started = not self._started, True
+        if first and self.compile is True:
+            self._prepare(args, kwargs, left)  # so that what cannot be compiled is known after one step
+        return loss
+
+    # What follows finds the compiled step that serves a call.
+
+    def _describe(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor], Program]:
+        """What a graph depends on in a call; its tensors; a function from tensors to ``(args, kwargs)``."""
+        state = (torch.get_default_dtype(), *(module.training for module in self._eager.modules))
+        if self._last is not None:
+            last_args, last_state, described = self._last
+            same = len(args) == len(last_args) and all(a is b for a, b in zip(args, last_args, strict=True))
+            if same and not kwargs and state == last_state:
+                return described  # type: ignore[no-any-return]
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if any(tensor.requires_grad for tensor in tensors):
+            raise CannotCompile("an argument requires a gradient")
+        kinds = tuple(
+            (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+            if isinstance(leaf, Tensor)
+            else (type(leaf), leaf)
+            for leaf in leaves
+        )
+        key = (str(structure), kinds, state)
+        try:
+            hash(key)
+        except TypeError:
+            kind = next(type(x).__name__ for x in leaves if not isinstance(x, Tensor) and x.__hash__ is None)
+            raise CannotCompile(
+                f"an argument is a {kind}, whose contents the graph would hold; pass tensors"
+            ) from None
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+
+        def rebuild(inputs: Sequence[Tensor]) -> Any:
+            supply = iter(inputs)
+            full = [next(supply) if varies else leaf for varies, leaf in zip(is_tensor, leaves, strict=True)]
+            return pytree.tree_unflatten(full, structure)
+
+        described = key, tensors, rebuild
+        if all(isinstance(arg, Tensor) for arg in args) and not kwargs:
+            self._last = args, state, described
+        return described
+
+    def _prepare(
+        self, args: Any, kwargs: Any, left: int | None = None
+    ) -> tuple[CompiledStep | None, list[Tensor]]:
+        """The compiled step for a call with its inputs; None where the step is to be eager."""
+        if self.cause is not None or not self.compile or not self._started:
+            return None, []  # the first step is eager: it makes the parameters, with validation
+        try:
+            key, tensors, _ = self._describe(args, kwargs)
+            step = self._steps.get(key)
+            if step is not None and not self._is_valid(step, tensors):
+                self._steps.pop(key, None)
+                step = None
+            if step is None:
+                step = self._build(args, kwargs, left) if self._pays(key, left) else None
+                if step is None:
+                    return None, []
+            elif step.calls + 1 >= step.next_audit:
+                self._eager.compare(step, args, kwargs, tensors, seed=step.next_audit)
+                step.next_audit *= 10
+        except CannotCompile as cause:
+            self._give_up(cause)
+            return None, []
+        return step, tensors
+
+    def _is_valid(self, step: CompiledStep, tensors: list[Tensor]) -> bool:
+        """Whether a step still fits the state around it; takes over parameters that were replaced."""
+        if not step.holds(tensors):
+            return False
+        if all(bucket.intact() for bucket in self._buckets):
+            return True
+        for bucket in self._buckets:
+            bucket.adopt()
+        if not all(bucket.intact() for bucket in self._buckets):  # other learning rates: other buckets
+            self._steps.clear()
+            self._buckets = []
+            return False
+        return True
+
+    def _pays(self, key: Any, left: int | None) -> bool:
+        """Whether to compile, by counts alone."""
+        if self._builds >= MAX_GRAPHS:
+            self._give_up(
+                CannotCompile(
+                    f"more than {MAX_GRAPHS} graphs are needed: shapes, values of arguments that are not "
+                    "tensors, or tensors that the model reads change too often; pass tensors of few shapes"
+                )
+            )
+            return False
+        if self.compile is True:
+            return True
+        calls = self._eager_calls[key] = self._eager_calls.get(key, 0) + 1
+        if left is None:
+            return calls > STEPS_BEFORE
+        traced = self._traced.get(key)
+        return calls + left > PAYS_AT_LEAST + (traced.traced.size if traced else 0)
+
+    def _build(self, args: Any, kwargs: Any, left: int | None) -> CompiledStep | None:
+        """Inspects, traces and compiles; None if "auto" finds the graph too large."""
+        self._eager.modules, self._last = modules_of(self.model, self.guide), None
+        key, tensors, rebuild = self._describe(args, kwargs)
+        step = self._traced.get(key)
+        if step is None:
+            assert self._objective is not None
+            params = self._eager.inspect(args, kwargs)
+            with self._eager.undisturbed():
+                step = CompiledStep(self._objective, self.model, self.guide, params, tensors, rebuild)
+            self._traced[key] = step
+        if self.compile == "auto" and (step.traced.size > MAX_OPERATIONS or not self._pays(key, left)):
+            return None
+        if not self._buckets:
+            meet(self.optim, step.params)
+            self._buckets = make_buckets(step.params, self.optim)
+        if {id(p) for bucket in self._buckets for p in bucket.params} != {id(p) for p in step.params}:
+            raise CannotCompile("the parameters differ between shapes of the arguments")
+        self._builds += 1
+        step.lower(self._buckets, tensors, self._guarded)
+        for seed, perturbed in ((1, False), (2, True)):
+            self._eager.compare(step, args, kwargs, tensors, seed, perturbed)
+        self._steps[key] = self._traced.pop(key)
+        return step
+
+    def _give_up(self, cause: CannotCompile) -> None:
+        if self.compile is True:
+            raise cause
+        self.cause = cause
+        self._steps.clear()
+        self._traced.clear()
+        warnings.warn(f"CompiledSVI runs eagerly: {cause}", CompileWarning, stacklevel=4)

@@ -1,0 +1,364 @@
+"""Tracing a step into a graph and lowering it to machine code.
+
+All use of torch's private interfaces is in this file: ``make_fx``, functionalization and Inductor.  The
+public entry that may replace them one day is ``torch.compile`` (``torch.compiler``), which today neither
+traces through Pyro's handlers nor takes a graph without its own guards, at 0.2 ms a call.
+"""
+
+import ast
+import contextlib
+import itertools
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .cause import CannotCompile, brief, stack_inside, user_line
+
+__all__ = ["UNSUPPORTED_TORCH", "Traced", "lower", "trace"]
+
+MIN_TORCH, MAX_TORCH = (2, 11), (2, 13)
+_TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+UNSUPPORTED_TORCH = (
+    None
+    if MIN_TORCH <= _TORCH <= MAX_TORCH
+    else f"torch {torch.__version__} is not among the supported versions, "
+    f"{'.'.join(map(str, MIN_TORCH))} to {'.'.join(map(str, MAX_TORCH))}"
+)
+
+SMALL_PRODUCT = 2**14
+"""Matrix products of fewer multiplications are written as sums, which fuse with their surroundings."""
+STATIC_BYTES = 2**20
+"""Temporaries up to this size are allocated once and kept; larger ones are freed as Inductor has it."""
+
+Program = Callable[..., Any]
+
+aten = torch.ops.aten
+_RANDOM = torch.Tag.nondeterministic_seeded
+_DYNAMIC_SHAPE = torch.Tag.dynamic_output_shape
+
+
+@dataclass
+class Traced:
+    """A graph of ``(parameters, constants, arguments) -> outputs`` on static shapes.
+
+    :param graph: its placeholders are the parameters, then the constants, then the arguments.
+    :param constants: tensors that the program reached otherwise than as an argument, by reference.
+    :param pinned: constants and arguments whose *values* the trace holds, with the version they had.
+    """
+
+    graph: fx.GraphModule
+    constants: list[Tensor]
+    pinned: list[tuple[Tensor, int]] = field(default_factory=list)
+    pinned_args: list[tuple[int, Tensor, int]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Number of operations."""
+        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+
+
+_READ = "a value that depends on {} is read by Python (.item(), float(), an if)"
+
+
+class _Watch(TorchDispatchMode):
+    """Refuses what a graph of static shapes cannot hold: values read by Python, shapes that depend on values.
+
+    A value that is a function of constants and arguments alone may be read: the graph then holds for those
+    very tensors, as long as they are not changed.  So may what torch's own validation reads.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._params = {id(p) for p in params}
+        self.read: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            self._read_value(args[0])
+        elif func is aten.equal.default:
+            raise self._refuse("the truth of torch.equal, which depends on values, decides what runs")
+        elif _DYNAMIC_SHAPE in func.tags or func is aten.masked_select.default:
+            name = func.overloadpacket.__name__
+            raise self._refuse(f"the shape of a result depends on values ({name}, boolean indexing)")
+        elif func is aten.index.Tensor and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        ):
+            raise self._refuse("the shape of a result depends on values (boolean indexing)")
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _refuse(cause: str) -> CannotCompile:
+        return CannotCompile(cause, user_line(stack_inside(trace.__code__)))
+
+    def _read_value(self, value: Tensor) -> None:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+        names = {frame.f_code.co_name for frame, _ in itertools.islice(traceback.walk_stack(None), 12)}
+        if "_validate_sample" in names:
+            return
+        mode: Any = get_proxy_mode()
+        tracer = mode.tracer
+        slot = get_proxy_slot(value, tracer, None)
+        if slot is None:
+            if id(value) in self._params:
+                raise self._refuse(_READ.format("parameters"))
+            self.read.add(value)
+            return
+        pending, seen = [slot.proxy.node], set()
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.op == "get_attr":
+                tensor = getattr(tracer.root, str(node.target), None)
+                if tensor is None or id(tensor) in self._params:
+                    raise self._refuse(
+                        "a value that depends on parameters is read (.item(), float() or an if)"
+                    )
+                self.read.add(tensor)
+            elif node.op == "placeholder":
+                self.read.add(node.name)
+            elif isinstance(node.target, torch._ops.OpOverload) and _RANDOM in node.target.tags:
+                raise self._refuse(_READ.format("random draws"))
+            pending.extend(node.all_input_nodes)
+
+
+def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence[Tensor]) -> Traced:
+    """Traces a function of tensors that also reaches parameters and other tensors on its own.
+
+    :param function: called once with stand-ins for ``args``; returns a tuple of tensors.
+    :param params: leaf tensors that become inputs.
+    :param args: example arguments.
+    :raises CannotCompile: if the function does what a graph cannot hold.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    # Another object over the same memory: what the program reaches by itself must not pass for an argument.
+    stand_ins = [arg.detach() for arg in args]
+    watch = _Watch(params)
+
+    def watched(*inputs: Tensor) -> Any:
+        with watch:
+            return function(*inputs)
+
+    try:
+        graph = make_fx(watched)(*stand_ins)
+    except CannotCompile:
+        raise
+    except Exception as error:
+        stack = traceback.extract_tb(error.__traceback__)
+        reason = str(error).strip().splitlines() or [""]
+        raise CannotCompile(
+            f"tracing failed with {type(error).__name__}: {reason[0]}", user_line(stack)
+        ) from error
+    return _lift(graph, params, args, watch.read)
+
+
+def _lift(graph: fx.GraphModule, params: Sequence[Tensor], args: Sequence[Tensor], read: set[Any]) -> Traced:
+    """Makes parameters and constants inputs of the graph, ahead of its arguments."""
+    nodes, constants = graph.graph, list[Tensor]()
+    by_id = {id(p): i for i, p in enumerate(params)}
+    by_memory = {(p.data_ptr(), p.shape, p.stride()): i for i, p in enumerate(params) if p.numel()}
+    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
+    first = next(iter(nodes.nodes))
+    with nodes.inserting_before(first):
+        inputs = [nodes.placeholder(f"param_{i}") for i in range(len(params))]
+    lifted: dict[int, fx.Node] = {}
+    for node in [node for node in nodes.nodes if node.op == "get_attr"]:
+        value = getattr(graph, node.target)
+        index = by_id.get(id(value), by_memory.get((value.data_ptr(), value.shape, value.stride())))
+        if index is not None:
+            replacement = inputs[index]
+        elif id(value) in lifted:
+            replacement = lifted[id(value)]
+        else:
+            with nodes.inserting_before(first):
+                replacement = nodes.placeholder(f"constant_{len(constants)}")
+            lifted[id(value)] = replacement
+            constants.append(value)
+        node.replace_all_uses_with(replacement)
+        nodes.erase_node(node)
+    nodes.eliminate_dead_code()
+    nodes.lint()
+    names = {node.name: i for i, node in enumerate(placeholders)}
+    pinned_args = [
+        (names[name], args[names[name]], args[names[name]]._version) for name in read if isinstance(name, str)
+    ]
+    pinned = [(value, value._version) for value in read if isinstance(value, Tensor)]
+    graph = fx.GraphModule(torch.nn.Module(), nodes)
+    return Traced(graph, [c.detach() for c in constants], pinned, pinned_args)
+
+
+def _product(left: Tensor, right: Tensor) -> Any:
+    """mm and bmm as a sum of products."""
+    if left.numel() * right.shape[-1] > SMALL_PRODUCT:
+        return NotImplemented
+    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+
+
+def _product_vector(left: Tensor, right: Tensor) -> Any:
+    return (left * right).sum(-1)
+
+
+def _add_product(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if left.numel() * right.shape[-1] > SMALL_PRODUCT:
+        return NotImplemented
+    return beta * bias + alpha * (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table; random draws stay what they are eagerly, so that a seed means the same."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = {op: rule for op, rule in select_decomp_table().items() if _RANDOM not in getattr(op, "tags", ())}
+    table |= dict.fromkeys((aten.mm.default, aten.bmm.default), _product)
+    table |= dict.fromkeys((aten.mv.default, aten.dot.default), _product_vector)
+    table |= dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _add_product)
+    return table
+
+
+def _functional_graph(function: Callable[..., Any], inputs: Sequence[Tensor], fake: Any) -> fx.GraphModule:
+    """The function in Inductor's operations, free of mutation but for copies into its inputs at the end."""
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    stand_ins = [fake.from_tensor(value, static_shapes=True) for value in inputs]
+    with torch.no_grad():
+        graph = make_fx(torch.func.functionalize(function), _decompositions(), tracing_mode="fake")(
+            *stand_ins
+        )
+    graph.graph.eliminate_dead_code()
+    graph = fx.GraphModule(graph, fx_graph_cse(graph.graph))
+    return graph
+
+
+def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: int) -> Program:
+    """Machine code for a function of tensors that may change its inputs in place.
+
+    :param function: from tensors to a tuple of tensors, free of Python that depends on values.
+    :param inputs: example inputs, all distinct.
+    :param num_static: how many inputs, from the first, are these very tensors at every call.
+    :return: a callable of the remaining inputs, in the shapes, strides and dtypes of the examples.  Its
+        outputs may be overwritten by the next call.  Random draws come from torch's own generators, in the
+        order in which the function makes them.
+    :raises CannotCompile: where Inductor or the compiler fail, or there is no compiler.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    _check_compiler(inputs)
+    # Without a ShapeEnv, Inductor's disk cache is bypassed.
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    # The vector instructions that the processor reports are taken for good: Inductor would compile and load a
+    # probe for each, seconds with an empty cache.  Headers are precompiled for the benefit of many kernels;
+    # here a step is one or a few.
+    fast = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+    errors = []
+    for options in (fast, {}):
+        patched = config.patch({"fallback_random": True, **options})
+        try:
+            with patched, tracing(TracingContext(fake)), torch.no_grad():
+                graph = _functional_graph(function, inputs, fake)
+                stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+                with V.set_fake_mode(fake):
+                    compiled = compile_fx_inner(joint_graph_passes(graph), stand_ins, is_inference=True)
+            return _callable(compiled, inputs, num_static)
+        except Exception as error:
+            errors.append(error)
+    raise CannotCompile(f"Inductor failed with {brief(errors[-1])}") from errors[-1]
+
+
+def _callable(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Program:
+    static = list(inputs[:num_static])
+    if all(value.device.type == "cpu" for value in inputs):
+        with contextlib.suppress(SyntaxError, AttributeError, NameError):
+            step = _replay(compiled, inputs, num_static)
+            if step is not None:
+                return step
+    return lambda *arguments: compiled([*static, *arguments])
+
+
+def _check_compiler(inputs: Sequence[Tensor]) -> None:
+    if all(value.device.type == "cpu" for value in inputs):
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise CannotCompile(
+                "no C++ compiler was found: install g++ (Debian: apt install g++) or clang++ (macOS: "
+                "xcode-select --install), or name one in the environment variable CXX"
+            ) from error
+
+
+_ALLOCATORS = {"empty_strided_cpu", "reinterpret_tensor"}
+_CHECKS = {"assert_size_stride", "assert_alignment"}
+
+
+def _replay(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Program | None:
+    """Inductor's Python wrapper with its small temporaries allocated once, as a CUDA graph has them.
+
+    Most of a small step's time is the allocation of temporaries in that wrapper: 80 of 90 microseconds for
+    eight planar layers.  None if the wrapper's source has a form that is not known here.
+    """
+    runner = getattr(compiled.current_callable, "__func__", compiled.current_callable)
+    tree = ast.parse(compiled.source_code)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"]
+    if len(calls) != 1 or not hasattr(runner, "__globals__"):
+        return None
+    space: dict[str, Any] = dict(runner.__globals__)
+    kept: dict[str, Any] = {}
+    parameters: list[str] = []
+    varying: set[str] = set()
+    lines: list[ast.stmt] = []
+    for line in calls[0].body:
+        value = getattr(line, "value", None)
+        called = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else None
+        used = {node.id for node in ast.walk(line) if isinstance(node, ast.Name)}
+        match line:
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id="args")):
+                parameters = [name.id for name in names if isinstance(name, ast.Name)]
+                kept.update(zip(parameters[:num_static], inputs[:num_static], strict=True))
+                varying.update(parameters[num_static:])
+            case ast.Expr() if called in _CHECKS or "args" in used:
+                pass
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                constant = varying.isdisjoint(used) and (
+                    called in _ALLOCATORS or (isinstance(value, ast.Name) and value.id in kept)
+                )
+                tensor = eval(ast.unparse(line.value), space | kept) if constant else None
+                if tensor is not None and (called != "empty_strided_cpu" or tensor.nbytes <= STATIC_BYTES):
+                    kept[name] = tensor
+                else:
+                    varying.add(name)
+                    lines.append(line)
+            case ast.Delete(targets=targets):
+                names = [
+                    target for target in targets if isinstance(target, ast.Name) and target.id in varying
+                ]
+                if names:
+                    lines.append(ast.Delete(targets=list(names)))
+            case ast.Expr() | ast.Return():
+                lines.append(line)
+            case _:
+                return None
+    body = "\n".join("        " + ast.unparse(ast.fix_missing_locations(line)) for line in lines)
+    held = sorted(
+        {node.id for line in lines for node in ast.walk(line) if isinstance(node, ast.Name)} & set(kept)
+    )
+    arguments = ", ".join(parameters[num_static:])
+    exec(f"def bind({', '.join(held)}):\n    def step({arguments}):\n{body}\n    return step", space)
+    step: Program = space["bind"](*(kept[name] for name in held))
+    return step
