@@ -49,6 +49,7 @@ def user_line(stack: Sequence[traceback.FrameSummary] | traceback.StackSummary) 
 
 
 def brief(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

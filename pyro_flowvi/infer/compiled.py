@@ -16,7 +16,7 @@ from .cause import CannotCompile
 from .compiled_step import CompiledStep
 from .elbo import tensor_loss
 from .fused import Bucket, TorchOptim, make_buckets, meet
-from .hazards import EagerStep, modules_of
+from .hazards import EagerStep
 from .tracing import UNSUPPORTED_TORCH
 
 __all__ = ["CannotCompile", "CompileWarning", "CompiledSVI"]
@@ -66,6 +66,8 @@ class CompiledSVI(SVI):
         it pays, judged by counts alone: in :meth:`run` by the number of steps and the size of the graph, in
         :meth:`step` after 200 calls; False never does.
     :raises ValueError: if an argument is not of the described kind.
+    :raises CannotCompile: with ``compile=True``, for an objective or a version of torch that is not
+        supported.
 
     Example::
 
@@ -111,9 +113,11 @@ class CompiledSVI(SVI):
         self._builds = 0
         self._buckets: list[Bucket] = []
         self._last: Any = None
-        if compile and (UNSUPPORTED_TORCH or self._objective is None):
-            unknown = f"the objective {type(loss).__name__} has no form that can be traced"
-            self._give_up(CannotCompile(UNSUPPORTED_TORCH or unknown))
+        self._obstacle = UNSUPPORTED_TORCH
+        if self._objective is None and self._obstacle is None:
+            self._obstacle = f"the objective {type(loss).__name__} has no form that can be traced"
+        if self._obstacle and compile is True:
+            raise CannotCompile(self._obstacle)
 
     @property
     def compiled(self) -> bool:
@@ -129,9 +133,13 @@ class CompiledSVI(SVI):
         :return: the loss, as Pyro's SVI reports it.
         :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
         """
-        step, tensors = self._prepare(args, kwargs)
+        return self._take(args, kwargs)
+
+    def _take(self, args: Any, kwargs: Any, left: int | None = None) -> float:
+        """Takes one step, of ``left`` that are known to come."""
+        step, tensors = self._prepare(args, kwargs, left)
         if step is None:
-            return self._step_eagerly(args, kwargs)
+            return self._step_eagerly(args, kwargs, left)
         loss: float = step(self.optim, tensors).item()
         for bucket in self._buckets:
             bucket.write()
@@ -240,7 +248,7 @@ class CompiledSVI(SVI):
             step = self._steps.get(key)
             if step is not None and not self._is_valid(step, tensors):
                 self._steps.pop(key, None)
-                step = None
+                self._eager_calls[key], step = 0, None
             if step is None:
                 step = self._build(args, kwargs, left) if self._pays(key, left) else None
                 if step is None:
@@ -255,7 +263,7 @@ class CompiledSVI(SVI):
 
     def _is_valid(self, step: CompiledStep, tensors: list[Tensor]) -> bool:
         """Whether a step still fits the state around it; takes over parameters that were replaced."""
-        if not step.holds(tensors):
+        if not (step.holds(tensors) and self._eager.surroundings.holds()):
             return False
         if all(bucket.intact() for bucket in self._buckets):
             return True
@@ -287,11 +295,13 @@ class CompiledSVI(SVI):
 
     def _build(self, args: Any, kwargs: Any, left: int | None) -> CompiledStep | None:
         """Inspects, traces and compiles; None if "auto" finds the graph too large."""
-        self._eager.modules, self._last = modules_of(self.model, self.guide), None
+        if self._obstacle or self._objective is None:
+            raise CannotCompile(str(self._obstacle))
+        self._eager.look()
+        self._last = None
         key, tensors, rebuild = self._describe(args, kwargs)
         step = self._traced.get(key)
         if step is None:
-            assert self._objective is not None
             params = self._eager.inspect(args, kwargs)
             with self._eager.undisturbed():
                 step = CompiledStep(self._objective, self.model, self.guide, params, tensors, rebuild)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import optim as pyro_optim
-from pyro.infer import ELBO, SVI
+from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +18,8 @@ from tqdm import tqdm
 from .._checks import check_positive, check_positive_int
 from ..autoguide import AutoFlow
 from ..init import find_modes
+from .cause import CannotCompile
+from .compiled import CompiledSVI
 from .particles import Particles
 from .state import GuardedOptim, NotFinite, Run
 
@@ -97,16 +98,9 @@ class FitResult:
         )
 
 
-def _default_optim(lr: float, num_steps: int) -> PyroOptim:
-    schedule: PyroOptim = pyro_optim.CosineAnnealingLR(  # type: ignore[attr-defined]
-        {
-            "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": lr},
-            "T_max": num_steps,
-            "eta_min": FINAL_RATE * lr,
-        }
-    )
-    return schedule
+def _cosine(lr: float, step: int, num_steps: int) -> float:
+    """The learning rate of a step: from ``lr`` to ``FINAL_RATE * lr``."""
+    return lr * (FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
 
 
 def _locate(run: Run, guide: Any) -> bool:
@@ -171,11 +165,12 @@ def fit(
     :param validation: not supported yet.
     :param model_kwargs: the model's keyword arguments.
     :param seed: sets Pyro's seed first.
-    :param compile: "auto" or False; both run eagerly so far.
+    :param compile: as in :class:`CompiledSVI`.
     :param checkpoint: not supported yet.
     :param progress: shows a progress bar.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
     :raises ValueError: if an argument is not of the described kind, or the data has NaN.
+    :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
     :raises FitDiverged: at a loss or gradient that is not finite; the last good state is restored.
 
     Example::
@@ -207,8 +202,8 @@ def fit(
     for name, value in (("batches", batches), ("validation", validation), ("checkpoint", checkpoint)):
         if value is not None:
             raise NotImplementedError(f"{name}: not supported yet, expected None")
-    if compile not in ("auto", False):
-        raise NotImplementedError(f"compile: only 'auto' and False so far, got {compile!r}")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
 
     started = time.perf_counter()
     if seed is not None:
@@ -225,11 +220,11 @@ def fit(
         kwargs,
         particles.elbo(num_particles or default) if loss is None else loss,
         particles,
-        GuardedOptim(_default_optim(lr, num_steps) if optim is None else optim, guide, model),
+        GuardedOptim(PyroOptim(torch.optim.Adam, {"lr": lr}) if optim is None else optim, guide, model),
         ranked=loss is None and not particles.subsampled,
     )
     located = _locate(run, guide)
-    stop_reason = _train(run, num_steps, progress)
+    stop_reason = _train(run, num_steps, lr if optim is None else None, compile, progress)
     return FitResult(
         guide=guide,
         losses=torch.tensor(run.losses),
@@ -241,15 +236,17 @@ def fit(
     )
 
 
-def _train(run: Run, num_steps: int, progress: bool) -> str:
+def _train(run: Run, num_steps: int, lr: float | None, compile: bool | str, progress: bool) -> str:
     """Takes the steps and leaves the best state in place; the reason to stop."""
-    svi = SVI(run.model, run.guide, run.optim, run.loss)
+    svi = CompiledSVI(run.model, run.guide, run.optim, run.loss, compile=compile)
+    svi._guarded = True
     every = max(1, num_steps // CHECKS)
     stop_reason = "completed"
     with tqdm(total=num_steps, disable=not progress, desc=type(run.guide).__name__) as bar:
         try:
             for step in range(num_steps):
-                _step(run, svi, step)
+                _step(run, svi, step, num_steps - step)
+                run.optim.advance(None if lr is None else _cosine(lr, step + 1, num_steps))
                 bar.update()
                 if (step + 1) % every == 0 or step == num_steps - 1:
                     run.keep_unless_worse()
@@ -262,15 +259,17 @@ def _train(run: Run, num_steps: int, progress: bool) -> str:
     return stop_reason
 
 
-def _step(run: Run, svi: SVI, step: int) -> None:
+def _step(run: Run, svi: CompiledSVI, step: int, left: int) -> None:
     random_state = torch.get_rng_state()
     cause: Exception | None = None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # it is an error here
-            value = float(svi.step(*run.args, **run.kwargs))
+            value = svi._take(run.args, run.kwargs, left)
     except NotFinite:
         value = math.nan
+    except CannotCompile:
+        raise
     except (ValueError, _LINALG_ERROR) as error:
         if step == 0:
             raise  # most likely the model's own mistake: its message is the best

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .cause import CannotCompile, is_library
 from .compiled_step import CompiledStep
+from .reach import Surroundings
 
-__all__ = ["EagerStep", "modules_of"]
+__all__ = ["EagerStep"]
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 5e-3}
 """How far a compiled gradient may be from the eager one, relative to its norm."""
@@ -43,37 +44,6 @@ class Sites(Messenger):
         self.params[msg["name"]] = msg["value"].unconstrained()
 
 
-def modules_of(*programs: Any) -> list[nn.Module]:
-    """The modules that programs consist of, are bound to, close over or name as globals."""
-    found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
-    pending = list(programs)
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            found.update((id(module), module) for module in value.modules())
-            # An autoguide keeps its model, and a wrapped model its function, as a plain attribute.
-            pending.extend(v for v in vars(value).values() if callable(v))
-        if isinstance(getattr(value, "__self__", None), nn.Module):
-            pending.append(value.__self__)
-        for attribute in ("__func__", "func", "__wrapped__"):
-            inner = getattr(value, attribute, None) if callable(value) else None
-            if callable(inner):
-                pending.append(inner)
-        code = getattr(value, "__code__", None)
-        if code is not None and not is_library(code.co_filename):
-            for cell in value.__closure__ or ():
-                try:
-                    pending.append(cell.cell_contents)
-                except ValueError:  # not filled yet
-                    continue
-            pending.extend(value.__globals__[name] for name in code.co_names if name in value.__globals__)
-    return list(found.values())
-
-
 _GENERATORS = ("Python's random module", "numpy.random")
 
 
@@ -89,10 +59,11 @@ def _drawing_line(run: Callable[[], Any]) -> str | None:
         nonlocal line, found
         if found or is_library(frame.f_code.co_filename):
             return None
-        if event != "call" and not found and line and _generators() != state:
+        if line and _generators() != state:
             found = line
-        if event == "line":
-            line = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        here = frame.f_back if event == "return" else frame
+        if event != "call" and here is not None and not is_library(here.f_code.co_filename):
+            line = f"{here.f_code.co_filename}:{here.f_lineno}, in {here.f_code.co_name}"
         return trace_lines
 
     previous = sys.gettrace()
@@ -124,8 +95,16 @@ class EagerStep:
 
     def __init__(self, model: Program, guide: Program, loss_and_grads: Program) -> None:
         self.model, self.guide, self.loss_and_grads = model, guide, loss_and_grads
-        self.modules: list[nn.Module] = []
+        self.surroundings = Surroundings()
+
+    @property
+    def modules(self) -> list[nn.Module]:
         """The modules whose buffers a step may change."""
+        return self.surroundings.modules
+
+    def look(self) -> None:
+        """Finds what model and guide reach now."""
+        self.surroundings = Surroundings(self.model, self.guide)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -167,6 +146,12 @@ class EagerStep:
         with self.undisturbed():
             before = _generators()
             loss, grads, sites = self._run_and_keep(args, kwargs)
+            changed = self.surroundings.changes()
+            if changed:
+                names = ", ".join(sorted(changed)[:3])
+                raise CannotCompile(
+                    f"the program changes Python values of its own ({names}), as no graph does"
+                )
             for name, old, new in zip(_GENERATORS, before, _generators(), strict=True):
                 if old != new:
                     line = _drawing_line(lambda: self._run_and_keep(args, kwargs))
@@ -262,7 +247,10 @@ class EagerStep:
             return
         dtype = next(iter(grads)).dtype
         if not _close(loss, expected_loss, dtype):
-            raise CannotCompile(f"the compiled loss is {loss:.6g} where the eager one is {expected_loss:.6g}")
+            raise CannotCompile(
+                f"the compiled loss is {loss:.6g} where the eager one is {expected_loss:.6g}: something that "
+                "changes between steps is computed by Python"
+            )
         rules = {param: bucket.rule for bucket in step.buckets for param in bucket.params}
         values = {
             param: value

@@ -32,7 +32,8 @@ class NotFinite(Exception):
 class GuardedOptim(PyroOptim):
     """Passes steps on to an optimizer, but refuses gradients that are not finite.
 
-    Keeps every parameter that it has met, by name, and the value at which it met it.
+    Keeps every parameter that it has met, by name, and the value at which it met it.  For the rest it is
+    the optimizer that it guards.
     """
 
     def __init__(self, optim: PyroOptim, *programs: Any) -> None:
@@ -40,6 +41,11 @@ class GuardedOptim(PyroOptim):
         self.params: dict[str, Tensor] = {}
         self.first: dict[str, Tensor] = {}
         self._modules = [program for program in programs if isinstance(program, torch.nn.Module)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optim":
+            raise AttributeError(name)
+        return getattr(self.optim, name)
 
     def _names(self) -> dict[int, str]:
         """Names of parameters that live in modules and not in the param store, by identity."""
@@ -69,7 +75,14 @@ class GuardedOptim(PyroOptim):
         if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
             raise NotFinite
         self.optim(sorted(params, key=lambda param: order[id(param)]), *args, **kwargs)
-        if isinstance(self.optim, PyroLRScheduler):
+
+    def advance(self, rate: float | None) -> None:
+        """Sets the learning rate of the next step, or steps the schedule that the optimizer has."""
+        if rate is not None:
+            for optimizer in self.optim.optim_objs.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+        elif isinstance(self.optim, PyroLRScheduler):
             with warnings.catch_warnings():
                 # A parameter that appears late has a scheduler that was stepped before it.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

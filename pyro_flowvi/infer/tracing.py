@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .cause import CannotCompile, brief, stack_inside, user_line
 
@@ -79,7 +79,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
-            self._read_value(args[0])
+            self._note_read(args[0])
+            with _disable_current_modes():
+                return func(*args)
         elif func is aten.equal.default:
             raise self._refuse("the truth of torch.equal, which depends on values, decides what runs")
         elif _DYNAMIC_SHAPE in func.tags or func is aten.masked_select.default:
@@ -95,7 +97,7 @@ class _Watch(TorchDispatchMode):
     def _refuse(cause: str) -> CannotCompile:
         return CannotCompile(cause, user_line(stack_inside(trace.__code__)))
 
-    def _read_value(self, value: Tensor) -> None:
+    def _note_read(self, value: Tensor) -> None:
         from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
         names = {frame.f_code.co_name for frame, _ in itertools.islice(traceback.walk_stack(None), 12)}
@@ -149,8 +151,10 @@ def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence
 
     try:
         graph = make_fx(watched)(*stand_ins)
-    except CannotCompile:
-        raise
+    except CannotCompile as error:
+        while isinstance(error.__cause__, CannotCompile):  # Pyro's handlers raise copies with shapes appended
+            error = error.__cause__
+        raise error from None
     except Exception as error:
         stack = traceback.extract_tb(error.__traceback__)
         reason = str(error).strip().splitlines() or [""]

@@ -188,7 +188,7 @@ class TestDivergence:
             used = calls["count"]
             model, _ = self.model_that_breaks(at=used + 60)
             with pytest.raises(FitDiverged, match=r"step \d+: .* first at site 'y'") as error:
-                fit(model, guide, num_steps=10**4, lr=1e-3, seed=0, progress=False)
+                fit(model, guide, num_steps=10**4, lr=1e-3, seed=0, compile=False, progress=False)
         assert error.value.step > 0
         assert error.value.site == "y"
         assert len(error.value.losses) == error.value.step
@@ -249,7 +249,7 @@ def test_ctrl_c_returns_the_best_state_so_far():
         model(y)
 
     guide = AutoPlanar(interrupted, num_layers=2)
-    result = fit(interrupted, guide, *args, num_steps=10**5, progress=False)
+    result = fit(interrupted, guide, *args, num_steps=10**5, compile=False, progress=False)
     assert result.stop_reason == "interrupted"
     assert 0 < len(result.losses) < 10**5
     assert result.best_state
@@ -301,7 +301,7 @@ class TestBestState:
             x = pyro.sample("x", dist.Normal(5.0, 1.0))
             pyro.factor("bad", x * (float("nan") if seen["steps"] > 4 else 0.0))
 
-        options = {"num_steps": 3000, "lr": 0.3, "loss": Counting(), "progress": False}
+        options = {"num_steps": 900, "lr": 0.3, "loss": Counting(), "progress": False}
         with pyro.validation_enabled(False), pytest.raises(FitDiverged, match="step 4"):
             fit(model, guide, **options)
         assert pyro.param("loc").item() == 0.0
