@@ -84,13 +84,12 @@ class _Watch(TorchDispatchMode):
                 return func(*args)
         elif func is aten.equal.default:
             raise self._refuse("the truth of torch.equal, which depends on values, decides what runs")
-        elif _DYNAMIC_SHAPE in func.tags or func is aten.masked_select.default:
+        elif func is aten.index.Tensor:  # its shape depends on values for masks alone
+            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+                raise self._refuse("the shape of a result depends on values (boolean indexing)")
+        elif _DYNAMIC_SHAPE in func.tags:
             name = func.overloadpacket.__name__
-            raise self._refuse(f"the shape of a result depends on values ({name}, boolean indexing)")
-        elif func is aten.index.Tensor and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        ):
-            raise self._refuse("the shape of a result depends on values (boolean indexing)")
+            raise self._refuse(f"the shape of a result depends on values ({name})")
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -272,7 +271,8 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
     for options in (fast, {}):
         patched = config.patch({"fallback_random": True, **options})
         try:
-            with patched, tracing(TracingContext(fake)), torch.no_grad():
+            with patched, tracing(TracingContext(fake)), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about itself
                 graph = _functional_graph(function, inputs, fake)
                 stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
                 with V.set_fake_mode(fake):
