@@ -9,6 +9,7 @@ import ast
 import contextlib
 import itertools
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
