@@ -33,12 +33,13 @@ class _TensorsOnly(TorchFunctionMode):
             return False
         if func is Tensor.masked_select:
             value, mask = args
-            return torch.where(mask, value, torch.zeros((), dtype=value.dtype)).reshape(-1)
+            return torch.where(mask, value, 0.0).reshape(-1)
         return func(*args, **(kwargs or {}))
 
 
 def _trace_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Losses:
-    loss, surrogate = torch.zeros(()), torch.zeros(())
+    loss: Any = 0.0
+    surrogate: Any = 0.0
     for traces in elbo._get_traces(model, guide, args, kwargs):
         with _TensorsOnly():
             loss_particle, surrogate_particle = elbo._differentiable_loss_particle(*traces)
@@ -48,7 +49,7 @@ def _trace_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
 
 
 def _enum_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Losses:
-    loss = torch.zeros(())
+    loss: Any = 0.0
     for traces in elbo._get_traces(model, guide, args, kwargs):
         with _TensorsOnly():
             value = _compute_dice_elbo(*traces)
@@ -65,8 +66,8 @@ def _renyi_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
     values, surrogates = [], []
     for model_trace, guide_trace in elbo._get_traces(model, guide, args, kwargs):
         sum_dims = get_dependent_plate_dims(model_trace.nodes.values())
-        value: Any = torch.zeros(())
-        surrogate: Any = torch.zeros(())
+        value: Any = 0.0
+        surrogate: Any = 0.0
         for site in model_trace.nodes.values():
             if site["type"] == "sample":
                 term = torch_sum(site["log_prob"], sum_dims)

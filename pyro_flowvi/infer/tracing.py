@@ -256,7 +256,8 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value
+    from torch._inductor.fx_passes.post_grad import remove_noop_ops
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -267,7 +268,7 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
     # The vector instructions that the processor reports are taken for good: Inductor would compile and load a
     # probe for each, seconds with an empty cache.  Headers are precompiled for the benefit of many kernels;
     # here a step is one or a few.
-    fast = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}
+    fast = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "pattern_matcher": False}
     errors = []
     for options in (fast, {}):
         patched = config.patch({"fallback_random": True, **options})
@@ -277,7 +278,9 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
                 graph = _functional_graph(function, inputs, fake)
                 stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
                 with V.set_fake_mode(fake):
-                    compiled = compile_fx_inner(joint_graph_passes(graph), stand_ins, is_inference=True)
+                    remove_noop_ops(graph.graph)
+                    constant_fold_uniform_value(graph)
+                    compiled = compile_fx_inner(graph, stand_ins, is_inference=True)
             return _callable(compiled, inputs, num_static)
         except Exception as error:
             errors.append(error)
@@ -285,13 +288,48 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
 
 
 def _callable(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Program:
+    """The compiled code as a function of the inputs that vary, with as little work around it as possible."""
     static = list(inputs[:num_static])
-    if all(value.device.type == "cpu" for value in inputs):
+    devices = {value.device.type for value in inputs}
+    step: Program | None = None
+    if devices == {"cpu"}:
         with contextlib.suppress(SyntaxError, AttributeError, NameError):
             step = _replay(compiled, inputs, num_static)
-            if step is not None:
-                return step
-    return lambda *arguments: compiled([*static, *arguments])
+    elif devices == {"cuda"}:
+        with contextlib.suppress(RuntimeError):
+            step = _cuda_graph(compiled, inputs, num_static)
+    return step or (lambda *arguments: compiled([*static, *arguments]))
+
+
+def _cuda_graph(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Program:
+    """The kernels of a step as one CUDA graph: launched at once, on fixed addresses, without the host.
+
+    torch's default generator is registered with a graph while it is captured, so that each replay draws
+    anew and follows the seed.
+    """
+    held = [*inputs[:num_static], *(value.clone() for value in inputs[num_static:])]
+    arguments = held[num_static:]
+    before = [value.clone() for value in held]
+    with torch.random.fork_rng():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries set themselves up at their first calls
+                compiled(list(held))
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = compiled(list(held))
+    for value, old in zip(held, before, strict=True):
+        value.copy_(old)
+
+    def step(*given: Tensor) -> Sequence[Tensor]:
+        for own, value in zip(arguments, given, strict=True):
+            own.copy_(value)
+        graph.replay()
+        return outputs  # type: ignore[no-any-return]
+
+    return step
 
 
 def _check_compiler(inputs: Sequence[Tensor]) -> None:
