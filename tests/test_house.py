@@ -104,7 +104,8 @@ def test_public_names_are_documented(value):
         "compiled_step",
         "elbo",
         "fused",
-        "hazards", "reach",
+        "hazards",
+        "reach",
         "tracing",
     )
     if value.__module__.rpartition(".")[2] not in internal:

@@ -1,9 +1,11 @@
 """Pyro's objectives as pure tensor functions, without ``.item()`` or branches on data: what can be traced."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import pyro.infer.util
 import torch
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
@@ -19,21 +21,32 @@ Losses = tuple[Tensor, Tensor]
 Objective = Callable[..., Losses]
 
 
+_REPLACED = {
+    Tensor.item: "torch_item",
+    Tensor.all: "compute_expectation",
+    Tensor.masked_select: "compute_expectation",
+}
+"""Methods that need values, and the function of ``pyro.infer.util`` that calls them."""
+
+
 class _TensorsOnly(TorchFunctionMode):
     """Keeps Pyro's arithmetic on log densities in tensors.
 
     ``torch_item`` reads the value of a tensor, and DiCE selects the entries of nonzero probability if there
     are others; here the first stays a tensor and the second writes zeros instead, which has the same sum.
+    Calls from anywhere else are left alone.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.item:
-            return args[0].detach()
-        if func is Tensor.all:
-            return False
-        if func is Tensor.masked_select:
-            value, mask = args
-            return torch.where(mask, value, 0.0).reshape(-1)
+        if func in _REPLACED:
+            caller = sys._getframe(1).f_code
+            if caller.co_filename == pyro.infer.util.__file__ and caller.co_name == _REPLACED[func]:
+                if func is Tensor.item:
+                    return args[0].detach()
+                if func is Tensor.all:
+                    return False
+                value, mask = args
+                return torch.where(mask, value, 0.0).reshape(-1)
         return func(*args, **(kwargs or {}))
 
 
@@ -41,8 +54,7 @@ def _trace_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
     loss: Any = 0.0
     surrogate: Any = 0.0
     for traces in elbo._get_traces(model, guide, args, kwargs):
-        with _TensorsOnly():
-            loss_particle, surrogate_particle = elbo._differentiable_loss_particle(*traces)
+        loss_particle, surrogate_particle = elbo._differentiable_loss_particle(*traces)
         loss = loss + loss_particle / elbo.num_particles
         surrogate = surrogate + surrogate_particle / elbo.num_particles
     return loss, surrogate
@@ -51,9 +63,7 @@ def _trace_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
 def _enum_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Losses:
     loss: Any = 0.0
     for traces in elbo._get_traces(model, guide, args, kwargs):
-        with _TensorsOnly():
-            value = _compute_dice_elbo(*traces)
-        loss = loss - value / elbo.num_particles
+        loss = loss - _compute_dice_elbo(*traces) / elbo.num_particles
     return loss, loss
 
 
@@ -94,6 +104,11 @@ def _renyi_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
     return loss, -(shares * surrogate).sum() / elbo.num_particles
 
 
+def _users_loss(loss: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Losses:
+    value = loss(model, guide, *args, **kwargs)
+    return value.detach(), value
+
+
 _FORMS: dict[type, Callable[..., Losses]] = {
     Trace_ELBO: _trace_loss,
     TraceMeanField_ELBO: _trace_loss,
@@ -112,14 +127,15 @@ def tensor_loss(loss: Any) -> Objective | None:
     """
     if isinstance(loss, ELBO):
         form = _FORMS.get(type(loss))
-        if form is not None:
-            return lambda *inputs: form(loss, *inputs)
-        return getattr(loss, "tensor_loss", None)
-    if not callable(loss):
+        if form is None:
+            return getattr(loss, "tensor_loss", None)
+    elif callable(loss):
+        form = _users_loss
+    else:
         return None
 
-    def user_loss(model: Any, guide: Any, args: Any, kwargs: Any) -> Losses:
-        value = loss(model, guide, *args, **kwargs)
-        return value.detach(), value
+    def objective(*inputs: Any) -> Losses:
+        with _TensorsOnly():
+            return form(loss, *inputs)
 
-    return user_loss
+    return objective

@@ -210,6 +210,7 @@ class Bucket:
                 state["step"] = self._counts[i]
             elif "step" not in state:
                 state["step"] = 0 if self.rule and self.rule.pyro_form else torch.zeros(())
+        self.intact()  # for the learning rate
 
     def intact(self) -> bool:
         """Whether parameters and moments are still views of this bucket, with one learning rate and count.

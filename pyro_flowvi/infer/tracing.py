@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .cause import CannotCompile, brief, stack_inside, user_line
+from .cuda import cuda_graph
 
 __all__ = ["UNSUPPORTED_TORCH", "Traced", "lower", "trace"]
 
@@ -41,6 +42,9 @@ Program = Callable[..., Any]
 aten = torch.ops.aten
 _RANDOM = torch.Tag.nondeterministic_seeded
 _DYNAMIC_SHAPE = torch.Tag.dynamic_output_shape
+_MASKS = (torch.bool, torch.uint8)
+_VALIDATION = {"_validate_sample", "warn_if_nan", "warn_if_inf"}
+"""Functions of torch and Pyro that read values and only complain about them."""
 
 
 @dataclass
@@ -63,9 +67,6 @@ class Traced:
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
 
-_READ = "a value that depends on {} is read by Python (.item(), float(), an if)"
-
-
 class _Watch(TorchDispatchMode):
     """Refuses what a graph of static shapes cannot hold: values read by Python, shapes that depend on values.
 
@@ -79,56 +80,64 @@ class _Watch(TorchDispatchMode):
         self.read: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = (
+            [i for i in args[1] if i is not None and i.dtype in _MASKS] if func is aten.index.Tensor else []
+        )
         if func is aten._local_scalar_dense.default:
-            self._note_read(args[0])
+            self._note_reading(
+                args[0], "a value that depends on {} is read by Python (.item(), float(), an if)"
+            )
+        elif masks:
+            for mask in masks:
+                self._note_reading(mask, "the shape of a result depends on {} (boolean indexing)")
             with _disable_current_modes():
-                return func(*args)
-        elif func is aten.equal.default:
-            raise self._refuse("the truth of torch.equal, which depends on values, decides what runs")
-        elif func is aten.index.Tensor:  # its shape depends on values for masks alone
-            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
-                raise self._refuse("the shape of a result depends on values (boolean indexing)")
-        elif _DYNAMIC_SHAPE in func.tags:
-            name = func.overloadpacket.__name__
-            raise self._refuse(f"the shape of a result depends on values ({name})")
-        return func(*args, **(kwargs or {}))
+                places = [
+                    i.nonzero(as_tuple=True) if i is not None and i.dtype in _MASKS else (i,) for i in args[1]
+                ]
+            return func(args[0], list(itertools.chain(*places)))
+        elif func is not aten.index.Tensor and (_DYNAMIC_SHAPE in func.tags or func is aten.equal.default):
+            for value in args:
+                if isinstance(value, Tensor):
+                    what = (
+                        f"the result of {func.overloadpacket.__name__} depends on {{}}, and on it what runs"
+                    )
+                    self._note_reading(value, what)
+        else:
+            return func(*args, **(kwargs or {}))
+        with _disable_current_modes():
+            return func(*args, **(kwargs or {}))
 
-    @staticmethod
-    def _refuse(cause: str) -> CannotCompile:
-        return CannotCompile(cause, user_line(stack_inside(trace.__code__)))
-
-    def _note_read(self, value: Tensor) -> None:
+    def _note_reading(self, value: Tensor, cause: str) -> None:
+        """Notes the tensors that a value is a function of; refuses parameters and random draws among them."""
         from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
         names = {frame.f_code.co_name for frame, _ in itertools.islice(traceback.walk_stack(None), 12)}
-        if "_validate_sample" in names:
+        if not names.isdisjoint(_VALIDATION):
             return
         mode: Any = get_proxy_mode()
-        tracer = mode.tracer
-        slot = get_proxy_slot(value, tracer, None)
+        slot = get_proxy_slot(value, mode.tracer, None)
+        read, culprit = set[Any](), None
         if slot is None:
-            if id(value) in self._params:
-                raise self._refuse(_READ.format("parameters"))
-            self.read.add(value)
-            return
-        pending, seen = [slot.proxy.node], set()
+            culprit = "parameters" if id(value) in self._params else None
+            read.add(value)
+        pending, seen = [] if slot is None else [slot.proxy.node], set[fx.Node]()
         while pending:
             node = pending.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if node.op == "get_attr":
-                tensor = getattr(tracer.root, str(node.target), None)
-                if tensor is None or id(tensor) in self._params:
-                    raise self._refuse(
-                        "a value that depends on parameters is read (.item(), float() or an if)"
-                    )
-                self.read.add(tensor)
-            elif node.op == "placeholder":
-                self.read.add(node.name)
-            elif isinstance(node.target, torch._ops.OpOverload) and _RANDOM in node.target.tags:
-                raise self._refuse(_READ.format("random draws"))
             pending.extend(node.all_input_nodes)
+            if node.op == "placeholder":
+                read.add(node.name)
+            elif node.op == "get_attr":
+                tensor = getattr(mode.tracer.root, str(node.target), None)
+                culprit = "parameters" if tensor is None or id(tensor) in self._params else culprit
+                read.add(tensor)
+            elif isinstance(node.target, torch._ops.OpOverload) and _RANDOM in node.target.tags:
+                culprit = culprit or "random draws"
+        if culprit:
+            raise CannotCompile(cause.format(culprit), user_line(stack_inside(trace.__code__)))
+        self.read |= read
 
 
 def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence[Tensor]) -> Traced:
@@ -170,7 +179,7 @@ def _lift(graph: fx.GraphModule, params: Sequence[Tensor], args: Sequence[Tensor
     by_id = {id(p): i for i, p in enumerate(params)}
     by_memory = {(p.data_ptr(), p.shape, p.stride()): i for i, p in enumerate(params) if p.numel()}
     placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
-    first = next(iter(nodes.nodes))
+    first = next(node for node in nodes.nodes if node.op != "get_attr")
     with nodes.inserting_before(first):
         inputs = [nodes.placeholder(f"param_{i}") for i in range(len(params))]
     lifted: dict[int, fx.Node] = {}
@@ -211,9 +220,8 @@ def _product_vector(left: Tensor, right: Tensor) -> Any:
 
 
 def _add_product(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    if left.numel() * right.shape[-1] > SMALL_PRODUCT:
-        return NotImplemented
-    return beta * bias + alpha * (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+    product = _product(left, right)
+    return product if product is NotImplemented else beta * bias + alpha * product
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
@@ -297,39 +305,8 @@ def _callable(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Progr
             step = _replay(compiled, inputs, num_static)
     elif devices == {"cuda"}:
         with contextlib.suppress(RuntimeError):
-            step = _cuda_graph(compiled, inputs, num_static)
+            step = cuda_graph(compiled, inputs, num_static)
     return step or (lambda *arguments: compiled([*static, *arguments]))
-
-
-def _cuda_graph(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Program:
-    """The kernels of a step as one CUDA graph: launched at once, on fixed addresses, without the host.
-
-    torch's default generator is registered with a graph while it is captured, so that each replay draws
-    anew and follows the seed.
-    """
-    held = [*inputs[:num_static], *(value.clone() for value in inputs[num_static:])]
-    arguments = held[num_static:]
-    before = [value.clone() for value in held]
-    with torch.random.fork_rng():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries set themselves up at their first calls
-                compiled(list(held))
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = compiled(list(held))
-    for value, old in zip(held, before, strict=True):
-        value.copy_(old)
-
-    def step(*given: Tensor) -> Sequence[Tensor]:
-        for own, value in zip(arguments, given, strict=True):
-            own.copy_(value)
-        graph.replay()
-        return outputs  # type: ignore[no-any-return]
-
-    return step
 
 
 def _check_compiler(inputs: Sequence[Tensor]) -> None:
