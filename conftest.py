@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--run-slow"):
         return
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords and "ci" not in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs --run-slow"))
 
 

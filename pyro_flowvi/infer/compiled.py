@@ -4,9 +4,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
@@ -23,7 +25,7 @@ __all__ = ["CannotCompile", "CompileWarning", "CompiledSVI"]
 
 STEPS_BEFORE = 200
 """Calls of ``step`` with the same shapes that "auto" runs eagerly first."""
-PAYS_AT_LEAST = 1000
+PAYS_AT_LEAST = 1500
 """Steps that "auto" wants, one more for each operation of the graph, before :meth:`run` compiles."""
 MAX_GRAPHS = 8
 """Compiled steps that one object makes: one for each combination of shapes and other arguments."""
@@ -112,6 +114,7 @@ class CompiledSVI(SVI):
         self._eager_calls: dict[Any, int] = {}
         self._builds = 0
         self._buckets: list[Bucket] = []
+        self._stored: list[tuple[str, Tensor]] = []
         self._last: Any = None
         self._obstacle = UNSUPPORTED_TORCH
         if self._objective is None and self._obstacle is None:
@@ -201,7 +204,9 @@ class CompiledSVI(SVI):
 
     def _describe(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor], Program]:
         """What a graph depends on in a call; its tensors; a function from tensors to ``(args, kwargs)``."""
-        state = (torch.get_default_dtype(), *(module.training for module in self._eager.modules))
+        # Pyro's handlers around the call are part of what is traced.
+        training = (module.training for module in self._eager.modules)
+        state = (torch.get_default_dtype(), len(_PYRO_STACK), *training)
         if self._last is not None:
             last_args, last_state, described = self._last
             same = len(args) == len(last_args) and all(a is b for a, b in zip(args, last_args, strict=True))
@@ -263,17 +268,30 @@ class CompiledSVI(SVI):
 
     def _is_valid(self, step: CompiledStep, tensors: list[Tensor]) -> bool:
         """Whether a step still fits the state around it; takes over parameters that were replaced."""
-        if not (step.holds(tensors) and self._eager.surroundings.holds()):
+        if not (self._eager.surroundings.holds() and self._holds_parameters()):
+            self._forget()
             return False
-        if all(bucket.intact() for bucket in self._buckets):
-            return True
-        for bucket in self._buckets:
-            bucket.adopt()
-        if not all(bucket.intact() for bucket in self._buckets):  # other learning rates: other buckets
-            self._steps.clear()
-            self._buckets = []
-            return False
-        return True
+        if not all(bucket.intact() for bucket in self._buckets):
+            for bucket in self._buckets:
+                bucket.adopt()
+            if not all(bucket.intact() for bucket in self._buckets):  # other learning rates: other buckets
+                self._forget()
+                return False
+        return step.holds(tensors)
+
+    def _holds_parameters(self) -> bool:
+        """Whether the compiled parameters are still those that the param store knows, of the same kind."""
+        known = pyro.get_param_store()._params
+        return all(known.get(name) is param for name, param in self._stored) and all(
+            param.requires_grad and param.dtype == bucket.flat.dtype and param.device == bucket.flat.device
+            for bucket in self._buckets
+            for param in bucket.params
+        )
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        self._traced.clear()
+        self._buckets = []
 
     def _pays(self, key: Any, left: int | None) -> bool:
         """Whether to compile, by counts alone."""
@@ -288,15 +306,14 @@ class CompiledSVI(SVI):
         if self.compile is True:
             return True
         calls = self._eager_calls[key] = self._eager_calls.get(key, 0) + 1
-        if left is None:
-            return calls > STEPS_BEFORE
-        traced = self._traced.get(key)
-        return calls + left > PAYS_AT_LEAST + (traced.traced.size if traced else 0)
+        return calls > STEPS_BEFORE if left is None else calls + left > PAYS_AT_LEAST
 
     def _build(self, args: Any, kwargs: Any, left: int | None) -> CompiledStep | None:
         """Inspects, traces and compiles; None if "auto" finds the graph too large."""
         if self._obstacle or self._objective is None:
             raise CannotCompile(str(self._obstacle))
+        if not self._eager.surroundings.holds():
+            self._forget()
         self._eager.look()
         self._last = None
         key, tensors, rebuild = self._describe(args, kwargs)
@@ -306,13 +323,17 @@ class CompiledSVI(SVI):
             with self._eager.undisturbed():
                 step = CompiledStep(self._objective, self.model, self.guide, params, tensors, rebuild)
             self._traced[key] = step
-        if self.compile == "auto" and (step.traced.size > MAX_OPERATIONS or not self._pays(key, left)):
-            return None
-        if not self._buckets:
+        if self.compile == "auto":
+            coming = self._eager_calls[key] + (left or 0)
+            too_few = left is not None and coming <= PAYS_AT_LEAST + step.traced.size
+            if too_few or step.traced.size > MAX_OPERATIONS:
+                return None
+        if {p for bucket in self._buckets for p in bucket.params} != set(step.params):
+            self._steps.clear()
             meet(self.optim, step.params)
             self._buckets = make_buckets(step.params, self.optim)
-        if {id(p) for bucket in self._buckets for p in bucket.params} != {id(p) for p in step.params}:
-            raise CannotCompile("the parameters differ between shapes of the arguments")
+            named = [(pyro.get_param_store().param_name(param), param) for param in step.params]
+            self._stored = [(name, param) for name, param in named if name is not None]
         self._builds += 1
         step.lower(self._buckets, tensors, self._guarded)
         for seed, perturbed in ((1, False), (2, True)):
@@ -324,6 +345,5 @@ class CompiledSVI(SVI):
         if self.compile is True:
             raise cause
         self.cause = cause
-        self._steps.clear()
-        self._traced.clear()
+        self._forget()
         warnings.warn(f"CompiledSVI runs eagerly: {cause}", CompileWarning, stacklevel=4)

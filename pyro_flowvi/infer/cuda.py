@@ -14,6 +14,11 @@ def cuda_graph(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Call
 
     torch's default generator is registered with a graph while it is captured, so that each replay draws
     anew and follows the seed.
+
+    :param compiled: takes a list of tensors, some of which it may change in place; must not wait for the GPU.
+    :param inputs: example inputs.
+    :param num_static: how many of them, from the first, are these very tensors at every call.
+    :return: a function of the remaining inputs.
     """
     held = [*inputs[:num_static], *(value.clone() for value in inputs[num_static:])]
     arguments = held[num_static:]

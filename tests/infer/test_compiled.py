@@ -53,9 +53,9 @@ def refused(model, *args, guide=guide, **kwargs):
     svi = make(model, guide)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        losses = svi.run(1500, *(args or (Y,)), progress=False, **kwargs)
+        losses = svi.run(2000, *(args or (Y,)), progress=False, **kwargs)
     assert not svi.compiled
-    assert len(losses) == 1500
+    assert len(losses) == 2000
     assert losses[-100:].mean() < losses[:100].mean()
     (warning,) = [w for w in caught if w.category is CompileWarning]
     return str(warning.message)
@@ -186,7 +186,7 @@ class TestRefusals:
     def test_an_objective_without_a_tensor_form(self):
         svi = make(loss=TraceGraph_ELBO())
         with pytest.warns(CompileWarning, match="objective TraceGraph_ELBO"):
-            svi.run(1100, Y, progress=False)
+            svi.run(1600, Y, progress=False)
         with pytest.raises(CannotCompile, match="objective TraceGraph_ELBO"):
             make(loss=TraceGraph_ELBO(), compile=True)
 
@@ -253,21 +253,21 @@ class TestPolicy:
     def test_short_runs_stay_eager_and_add_up(self):
         svi = make()
         for _ in range(3):
-            svi.run(300, Y, progress=False)
+            svi.run(400, Y, progress=False)
             assert not svi.compiled
-        svi.run(400, Y, progress=False)
+        svi.run(500, Y, progress=False)
         assert svi.compiled
 
     def test_off(self):
         svi = make(compile=False)
-        svi.run(1500, Y, progress=False)
+        svi.run(1800, Y, progress=False)
         assert not svi.compiled
         assert svi.cause is None
 
     def test_large_graphs(self, monkeypatch):
         monkeypatch.setattr(compiled, "MAX_OPERATIONS", 10)
         svi = make()
-        svi.run(1500, Y, progress=False)
+        svi.run(1800, Y, progress=False)
         assert not svi.compiled
 
     def test_shapes_that_change_too_often(self, monkeypatch):
@@ -395,6 +395,35 @@ class TestState:
         pyro.set_rng_seed(5)
         found = make(optim=restored, compile=False).run(10, Y, progress=False)
         assert torch.allclose(found, expected, rtol=1e-9)
+
+    def test_a_store_that_is_cleared(self):
+        """Stock SVI starts anew; so does the compiled step."""
+        svi = make(compile=True)
+        svi.run(50, Y, progress=False)
+        pyro.clear_param_store()
+        svi.step(Y)
+        assert abs(pyro.param("loc").item()) < 0.06
+        svi.step(Y)
+        assert svi.compiled
+        assert abs(pyro.param("loc").item()) < 0.11
+
+    def test_a_parameter_that_is_frozen(self):
+        svi = make(compile=True)
+        svi.run(5, Y, progress=False)
+        loc = pyro.get_param_store()._params["loc"].requires_grad_(False)
+        before = loc.clone()
+        svi.run(5, Y, progress=False)
+        assert torch.equal(loc, before)
+        assert svi.compiled
+
+    def test_parameters_of_another_precision(self):
+        model = lambda y: likelihood(prior(), y)  # noqa: E731
+        guide = AutoNormal(model)
+        svi = make(model, guide, compile=True)
+        svi.run(5, Y, progress=False)
+        guide.to(torch.float32)
+        svi.run(5, Y, progress=False)
+        assert all(p.dtype == torch.float32 for p in guide.parameters())
 
     def test_copies_are_independent(self):
         guide = AutoNormal(model)
