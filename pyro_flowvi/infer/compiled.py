@@ -253,7 +253,7 @@ class CompiledSVI(SVI):
             step = self._steps.get(key)
             if step is not None and not self._is_valid(step, tensors):
                 self._steps.pop(key, None)
-                self._eager_calls[key], step = 0, None
+                self._eager_calls[key[:2]], step = 0, None
             if step is None:
                 step = self._build(args, kwargs, left) if self._pays(key, left) else None
                 if step is None:
@@ -305,7 +305,7 @@ class CompiledSVI(SVI):
             return False
         if self.compile is True:
             return True
-        calls = self._eager_calls[key] = self._eager_calls.get(key, 0) + 1
+        calls = self._eager_calls[key[:2]] = self._eager_calls.get(key[:2], 0) + 1
         return calls > STEPS_BEFORE if left is None else calls + left > PAYS_AT_LEAST
 
     def _build(self, args: Any, kwargs: Any, left: int | None) -> CompiledStep | None:
@@ -324,7 +324,7 @@ class CompiledSVI(SVI):
                 step = CompiledStep(self._objective, self.model, self.guide, params, tensors, rebuild)
             self._traced[key] = step
         if self.compile == "auto":
-            coming = self._eager_calls[key] + (left or 0)
+            coming = self._eager_calls[key[:2]] + (left or 0)
             too_few = left is not None and coming <= PAYS_AT_LEAST + step.traced.size
             if too_few or step.traced.size > MAX_OPERATIONS:
                 return None
