@@ -91,7 +91,7 @@ def public_objects():
 
 INTERNAL = {
     *("_checks", "functional", "init", "params", "posterior", "particles", "state"),
-    *("cause", "compiled_step", "cuda", "elbo", "fused", "hazards", "reach", "tracing"),
+    *("cause", "compiled_step", "cuda", "elbo", "fused", "hazards", "reach", "replay", "tracing"),
 }
 """Modules whose names are public to the package alone: a docstring, but no example."""
 

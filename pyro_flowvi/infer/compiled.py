@@ -1,5 +1,7 @@
 """CompiledSVI: Pyro's SVI with the gradient step traced once and run as machine code."""
 
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +16,12 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from .._checks import check_positive_int
-from .cause import CannotCompile
+from .cause import CannotCompile, is_library
 from .compiled_step import CompiledStep
 from .elbo import tensor_loss
 from .fused import Bucket, TorchOptim, make_buckets, meet
 from .hazards import EagerStep
-from .tracing import UNSUPPORTED_TORCH
+from .tracing import UNSUPPORTED_TORCH, warm_up
 
 __all__ = ["CannotCompile", "CompileWarning", "CompiledSVI"]
 
@@ -312,6 +314,7 @@ class CompiledSVI(SVI):
         """Inspects, traces and compiles; None if "auto" finds the graph too large."""
         if self._obstacle or self._objective is None:
             raise CannotCompile(str(self._obstacle))
+        warm_up()
         if not self._eager.surroundings.holds():
             self._forget()
         self._eager.look()
@@ -346,4 +349,6 @@ class CompiledSVI(SVI):
             raise cause
         self.cause = cause
         self._forget()
-        warnings.warn(f"CompiledSVI runs eagerly: {cause}", CompileWarning, stacklevel=4)
+        frames = enumerate(traceback.walk_stack(sys._getframe()), 1)
+        level = next((i for i, (frame, _) in frames if not is_library(frame.f_code.co_filename)), 1)
+        warnings.warn(f"CompiledSVI runs eagerly: {cause}", CompileWarning, stacklevel=level)

@@ -12,6 +12,7 @@ from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanFie
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["tensor_loss"]
@@ -29,15 +30,23 @@ _REPLACED = {
 """Methods that need values, and the function of ``pyro.infer.util`` that calls them."""
 
 
+def _one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 0:
+        num_classes = int(index.max()) + 1
+    return (index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)).long()
+
+
 class _TensorsOnly(TorchFunctionMode):
     """Keeps Pyro's arithmetic on log densities in tensors.
 
     ``torch_item`` reads the value of a tensor, and DiCE selects the entries of nonzero probability if there
     are others; here the first stays a tensor and the second writes zeros instead, which has the same sum.
-    Calls from anywhere else are left alone.
+    Calls from anywhere else are left alone, but for ``one_hot``, which reads its argument to check it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         if func in _REPLACED:
             caller = sys._getframe(1).f_code
             if caller.co_filename == pyro.infer.util.__file__ and caller.co_name == _REPLACED[func]:

@@ -5,9 +5,10 @@ public entry that may replace them one day is ``torch.compile`` (``torch.compile
 traces through Pyro's handlers nor takes a graph without its own guards, at 0.2 ms a call.
 """
 
-import ast
 import contextlib
+import functools
 import itertools
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .cause import CannotCompile, brief, stack_inside, user_line
 from .cuda import cuda_graph
+from .replay import replay
 
-__all__ = ["UNSUPPORTED_TORCH", "Traced", "lower", "trace"]
+__all__ = ["UNSUPPORTED_TORCH", "Traced", "lower", "trace", "warm_up"]
 
 MIN_TORCH, MAX_TORCH = (2, 11), (2, 13)
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -34,8 +36,6 @@ UNSUPPORTED_TORCH = (
 
 SMALL_PRODUCT = 2**14
 """Matrix products of fewer multiplications are written as sums, which fuse with their surroundings."""
-STATIC_BYTES = 2**20
-"""Temporaries up to this size are allocated once and kept; larger ones are freed as Inductor has it."""
 
 Program = Callable[..., Any]
 
@@ -250,6 +250,30 @@ def _functional_graph(function: Callable[..., Any], inputs: Sequence[Tensor], fa
     return graph
 
 
+_FAST = {"cpp.vec_isa_ok": True, "pattern_matcher": False}
+"""Options of Inductor that save seconds: the vector instructions that the processor reports are taken for
+good, where it would compile and load a probe for each; and none of its patterns is in these graphs."""
+
+
+@functools.cache
+def warm_up() -> threading.Thread:
+    """Compiles an empty kernel in the background, and with it, once a machine, what all kernels include."""
+
+    def compile_nothing() -> None:
+        from torch._inductor import config
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        source = """#include <torch/csrc/inductor/cpp_prefix.h>
+        extern "C" void kernel(float* x) { x[0] = 0.0f; }"""
+        # A failure here is met again, and reported, by the first kernel.
+        with contextlib.suppress(Exception), config.patch(_FAST):
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
+
+    thread = threading.Thread(target=compile_nothing, name="pyro_flowvi-warm-up", daemon=True)
+    thread.start()
+    return thread
+
+
 def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: int) -> Program:
     """Machine code for a function of tensors that may change its inputs in place.
 
@@ -273,12 +297,8 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
     _check_compiler(inputs)
     # Without a ShapeEnv, Inductor's disk cache is bypassed.
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    # The vector instructions that the processor reports are taken for good: Inductor would compile and load a
-    # probe for each, seconds with an empty cache.  Headers are precompiled for the benefit of many kernels;
-    # here a step is one or a few.
-    fast = {"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False, "pattern_matcher": False}
     errors = []
-    for options in (fast, {}):
+    for options in (_FAST, {}):
         patched = config.patch({"fallback_random": True, **options})
         try:
             with patched, tracing(TracingContext(fake)), torch.no_grad(), warnings.catch_warnings():
@@ -302,7 +322,8 @@ def _callable(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Progr
     step: Program | None = None
     if devices == {"cpu"}:
         with contextlib.suppress(SyntaxError, AttributeError, NameError):
-            step = _replay(compiled, inputs, num_static)
+            call = getattr(compiled.current_callable, "__func__", compiled.current_callable)
+            step = replay(compiled.source_code, call.__globals__, inputs, num_static)
     elif devices == {"cuda"}:
         with contextlib.suppress(RuntimeError):
             step = cuda_graph(compiled, inputs, num_static)
@@ -321,64 +342,3 @@ def _check_compiler(inputs: Sequence[Tensor]) -> None:
                 "no C++ compiler was found: install g++ (Debian: apt install g++) or clang++ (macOS: "
                 "xcode-select --install), or name one in the environment variable CXX"
             ) from error
-
-
-_ALLOCATORS = {"empty_strided_cpu", "reinterpret_tensor"}
-_CHECKS = {"assert_size_stride", "assert_alignment"}
-
-
-def _replay(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Program | None:
-    """Inductor's Python wrapper with its small temporaries allocated once, as a CUDA graph has them.
-
-    Most of a small step's time is the allocation of temporaries in that wrapper: 80 of 90 microseconds for
-    eight planar layers.  None if the wrapper's source has a form that is not known here.
-    """
-    runner = getattr(compiled.current_callable, "__func__", compiled.current_callable)
-    tree = ast.parse(compiled.source_code)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"]
-    if len(calls) != 1 or not hasattr(runner, "__globals__"):
-        return None
-    space: dict[str, Any] = dict(runner.__globals__)
-    kept: dict[str, Any] = {}
-    parameters: list[str] = []
-    varying: set[str] = set()
-    lines: list[ast.stmt] = []
-    for line in calls[0].body:
-        value = getattr(line, "value", None)
-        called = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else None
-        used = {node.id for node in ast.walk(line) if isinstance(node, ast.Name)}
-        match line:
-            case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id="args")):
-                parameters = [name.id for name in names if isinstance(name, ast.Name)]
-                kept.update(zip(parameters[:num_static], inputs[:num_static], strict=True))
-                varying.update(parameters[num_static:])
-            case ast.Expr() if called in _CHECKS or "args" in used:
-                pass
-            case ast.Assign(targets=[ast.Name(id=name)]):
-                constant = varying.isdisjoint(used) and (
-                    called in _ALLOCATORS or (isinstance(value, ast.Name) and value.id in kept)
-                )
-                tensor = eval(ast.unparse(line.value), space | kept) if constant else None
-                if tensor is not None and (called != "empty_strided_cpu" or tensor.nbytes <= STATIC_BYTES):
-                    kept[name] = tensor
-                else:
-                    varying.add(name)
-                    lines.append(line)
-            case ast.Delete(targets=targets):
-                names = [
-                    target for target in targets if isinstance(target, ast.Name) and target.id in varying
-                ]
-                if names:
-                    lines.append(ast.Delete(targets=list(names)))
-            case ast.Expr() | ast.Return():
-                lines.append(line)
-            case _:
-                return None
-    body = "\n".join("        " + ast.unparse(ast.fix_missing_locations(line)) for line in lines)
-    held = sorted(
-        {node.id for line in lines for node in ast.walk(line) if isinstance(node, ast.Name)} & set(kept)
-    )
-    arguments = ", ".join(parameters[num_static:])
-    exec(f"def bind({', '.join(held)}):\n    def step({arguments}):\n{body}\n    return step", space)
-    step: Program = space["bind"](*(kept[name] for name in held))
-    return step
