@@ -1,6 +1,7 @@
 """fit: the driver's promises."""
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -9,10 +10,14 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
+from pyro.optim import ExponentialLR
 
 from pyro_flowvi import AutoPlanar, FitDiverged, fit
+from pyro_flowvi.infer import CannotCompile
 from pyro_flowvi.infer.particles import Particles
 from tests import zoo
+
+SCHEDULE = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
 
 
 def case(name):
@@ -260,6 +265,87 @@ def test_progress_bar(capsys):
     model, args = case("hierarchy")
     fit(model, AutoPlanar(model), *args, num_steps=5)
     assert "5/5" in capsys.readouterr().err
+
+
+class TestCompiled:
+    def test_equals_the_eager_run(self):
+        """Same noise, same schedule, same best state; and the user's own schedule is stepped as well."""
+        model, args = case("hierarchy")
+        for optim in (None, lambda: ExponentialLR(dict(SCHEDULE))):
+            results = [
+                fit(
+                    model,
+                    AutoPlanar(model, num_layers=2, name=f"guide_{optim is None}_{choice}"),
+                    *args,
+                    num_steps=60,
+                    optim=optim and optim(),
+                    seed=0,
+                    compile=choice,
+                    progress=False,
+                )
+                for choice in (False, True)
+            ]
+            eager, fast = results
+            assert torch.allclose(fast.losses, eager.losses, rtol=1e-7)
+            for one, two in zip(sorted(fast.best_state), sorted(eager.best_state), strict=True):
+                assert torch.allclose(fast.best_state[one], eager.best_state[two], rtol=1e-6)
+
+    def test_by_default_at_the_default_length(self):
+        def model(y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+        y = torch.tensor([3.0, 4.0, 5.0])
+        guide = AutoPlanar(model, num_layers=2)
+        fit(model, guide, y, seed=0, progress=False)
+        draws = guide.sample_posterior(20_000)["mu"]
+        variance = 1.0 / (0.01 + 3.0)
+        assert draws.mean().item() == pytest.approx(12.0 * variance, abs=0.05)
+        assert draws.var().item() == pytest.approx(variance, rel=0.1)
+
+    def test_a_gradient_that_is_not_finite_stops_before_a_parameter_moves(self):
+        def model(gate):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            # The root of zero: finite, with an infinite slope.
+            pyro.factor("y", (x - x.detach()).abs().sqrt() * (gate > 0.5))
+
+        guide = AutoPlanar(model, num_layers=2)
+        gate = torch.tensor(1.0)
+        with pyro.validation_enabled(False), pytest.raises(FitDiverged, match="step 0"):
+            fit(model, guide, gate, num_steps=5, compile=True, progress=False)
+
+    def test_divergence_of_a_compiled_step(self):
+        """The data turn bad in place, after the step was compiled."""
+        data = torch.ones(3)
+
+        def model(y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+        guide = AutoPlanar(model, num_layers=2)
+        bars = []
+
+        def poison(self, n=1):
+            bars.append(getattr(self, "desc", None))  # Inductor has bars of its own
+            if bars.count("AutoPlanar") == 7:
+                data[0] = math.inf
+
+        with pytest.MonkeyPatch.context() as patch, pyro.validation_enabled(False):
+            patch.setattr("tqdm.tqdm.update", poison)
+            with pytest.raises(FitDiverged, match=r"step 7: .* first at site 'y'") as error:
+                fit(model, guide, data, num_steps=20, compile=True, seed=0)
+        assert len(error.value.losses) == 7
+        assert all(p.isfinite().all() for p in guide.parameters())
+
+    def test_refusal_is_raised_where_it_is_demanded(self):
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.factor("y", -x * x.item())
+
+        with pytest.raises(CannotCompile, match=r"\.item\(\)"):
+            fit(model, AutoPlanar(model, num_layers=2), num_steps=5, compile=True, progress=False)
 
 
 class TestBestState:
