@@ -34,6 +34,8 @@ UNSUPPORTED_TORCH = (
     f"{'.'.join(map(str, MIN_TORCH))} to {'.'.join(map(str, MAX_TORCH))}"
 )
 
+PARALLEL_FROM = 2**15
+"""A graph without a tensor of that many elements runs on one thread: a second costs more than it does."""
 SMALL_PRODUCT = 2**14
 """Matrix products of fewer multiplications are written as sums, which fuse with their surroundings."""
 
@@ -250,6 +252,12 @@ def _functional_graph(function: Callable[..., Any], inputs: Sequence[Tensor], fa
     return graph
 
 
+def _largest(graph: fx.GraphModule) -> int:
+    """Number of elements of the largest tensor in a graph."""
+    values = (node.meta.get("val") for node in graph.graph.nodes)
+    return max((value.numel() for value in values if isinstance(value, Tensor)), default=0)
+
+
 _FAST = {"cpp.vec_isa_ok": True, "pattern_matcher": False}
 """Options of Inductor that save seconds: the vector instructions that the processor reports are taken for
 good, where it would compile and load a probe for each; and none of its patterns is in these graphs."""
@@ -305,7 +313,8 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
                 warnings.simplefilter("ignore")  # torch's, about itself
                 graph = _functional_graph(function, inputs, fake)
                 stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-                with V.set_fake_mode(fake):
+                threads = 1 if _largest(graph) < PARALLEL_FROM else -1
+                with V.set_fake_mode(fake), config.patch({"cpp.threads": threads}):
                     remove_noop_ops(graph.graph)
                     constant_fold_uniform_value(graph)
                     compiled = compile_fx_inner(graph, stand_ins, is_inference=True)
