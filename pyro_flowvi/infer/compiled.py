@@ -19,8 +19,9 @@ from .._checks import check_positive_int
 from .cause import CannotCompile, is_library
 from .compiled_step import CompiledStep
 from .elbo import tensor_loss
-from .fused import Bucket, TorchOptim, make_buckets, meet
+from .fused import Bucket, TorchOptim, inner_optimizer, make_buckets, meet
 from .hazards import EagerStep
+from .reach import kind_of
 from .tracing import UNSUPPORTED_TORCH, warm_up
 
 __all__ = ["CannotCompile", "CompileWarning", "CompiledSVI"]
@@ -107,16 +108,20 @@ class CompiledSVI(SVI):
         self.compile = compile
         self.cause: CannotCompile | None = None
         """Why all steps are eager; None while they are compiled or may be."""
-        self._guarded = False
+        self._guarded, self._fuse = False, True
         self._objective = tensor_loss(loss)
-        self._eager = EagerStep(model, guide, self.loss_and_grads)
+        self._eager = EagerStep(model, guide, loss, self.loss_and_grads)
         self._started = False
         self._steps: dict[Any, CompiledStep] = {}
         self._traced: dict[Any, CompiledStep] = {}
         self._eager_calls: dict[Any, int] = {}
+        self._sizes: dict[Any, int] = {}
         self._builds = 0
         self._buckets: list[Bucket] = []
+        self._met: list[Tensor] = []
         self._stored: list[tuple[str, Tensor]] = []
+        self._trained: list[tuple[Tensor, bool]] = []
+        self._optimizers: list[tuple[Tensor, Any]] = []
         self._last: Any = None
         self._obstacle = UNSUPPORTED_TORCH
         if self._objective is None and self._obstacle is None:
@@ -206,18 +211,17 @@ class CompiledSVI(SVI):
 
     def _describe(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor], Program]:
         """What a graph depends on in a call; its tensors; a function from tensors to ``(args, kwargs)``."""
-        # Pyro's handlers around the call are part of what is traced.
         training = (module.training for module in self._eager.modules)
-        state = (torch.get_default_dtype(), len(_PYRO_STACK), *training)
-        if self._last is not None:
-            last_args, last_state, described = self._last
+        state = (torch.get_default_dtype(), *training)
+        if self._last is not None and not kwargs:
+            last_args, last_kinds, last_state, described = self._last
             same = len(args) == len(last_args) and all(a is b for a, b in zip(args, last_args, strict=True))
-            if same and not kwargs and state == last_state:
+            if same and state == last_state and [kind_of(arg) for arg in args] == last_kinds:
                 return described  # type: ignore[no-any-return]
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if any(tensor.requires_grad for tensor in tensors):
-            raise CannotCompile("an argument requires a gradient")
+        if any(t.requires_grad or t.layout != torch.strided or t.is_complex() for t in tensors):
+            raise CannotCompile("an argument requires a gradient, is sparse or is complex")
         kinds = tuple(
             (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
             if isinstance(leaf, Tensor)
@@ -241,7 +245,7 @@ class CompiledSVI(SVI):
 
         described = key, tensors, rebuild
         if all(isinstance(arg, Tensor) for arg in args) and not kwargs:
-            self._last = args, state, described
+            self._last = args, [kind_of(arg) for arg in args], state, described
         return described
 
     def _prepare(
@@ -251,6 +255,8 @@ class CompiledSVI(SVI):
         if self.cause is not None or not self.compile or not self._started:
             return None, []  # the first step is eager: it makes the parameters, with validation
         try:
+            if _PYRO_STACK or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
+                return None, []  # what a handler or a mode does to the step is for eager Pyro to say
             key, tensors, _ = self._describe(args, kwargs)
             step = self._steps.get(key)
             if step is not None and not self._is_valid(step, tensors):
@@ -260,35 +266,45 @@ class CompiledSVI(SVI):
                 step = self._build(args, kwargs, left) if self._pays(key, left) else None
                 if step is None:
                     return None, []
-            elif step.calls + 1 >= step.next_audit:
+            elif step.calls + 1 >= step.next_audit or step.is_new_to(tensors):
                 self._eager.compare(step, args, kwargs, tensors, seed=step.next_audit)
-                step.next_audit *= 10
+                step.next_audit *= 10 if step.calls + 1 >= step.next_audit else 1
         except CannotCompile as cause:
             self._give_up(cause)
             return None, []
         return step, tensors
 
     def _is_valid(self, step: CompiledStep, tensors: list[Tensor]) -> bool:
-        """Whether a step still fits the state around it; takes over parameters that were replaced."""
+        """Whether a step still fits the state around it; takes over moments that were replaced."""
         if not (self._eager.surroundings.holds() and self._holds_parameters()):
             self._forget()
-            return False
-        if not all(bucket.intact() for bucket in self._buckets):
+        elif not all(bucket.follows_rule() for bucket in self._buckets):
+            # They may change at every step, as a one-cycle schedule has it: the optimizer stays outside.
+            self._fuse = False
+            self._forget()
+        elif not all(bucket.intact() for bucket in self._buckets):
             for bucket in self._buckets:
                 bucket.adopt()
-            if not all(bucket.intact() for bucket in self._buckets):  # other learning rates: other buckets
+            if not all(bucket.intact() and bucket.follows_rule() for bucket in self._buckets):
+                # Other learning rates, other hyperparameters: other buckets.
                 self._forget()
-                return False
-        return step.holds(tensors)
+        return bool(self._buckets) and step.holds(tensors)
 
     def _holds_parameters(self) -> bool:
-        """Whether the compiled parameters are still those that the param store knows, of the same kind."""
-        known = pyro.get_param_store()._params
-        return all(known.get(name) is param for name, param in self._stored) and all(
-            param.requires_grad and param.dtype == bucket.flat.dtype and param.device == bucket.flat.device
-            for bucket in self._buckets
-            for param in bucket.params
+        """Whether model, guide, optimizers and parameters are still those that were compiled."""
+        known, optimizers = pyro.get_param_store()._params, self.optim.optim_objs
+        return (
+            self.model is self._eager.model
+            and self.guide is self._eager.guide
+            and all(known.get(name) is param for name, param in self._stored)
+            and all(param.requires_grad == trained for param, trained in self._trained)
+            and all(optimizers.get(param) is optimizer for param, optimizer in self._optimizers)
+            and all(bucket.in_place() for bucket in self._buckets)
         )
+
+    def _has_state(self, param: Tensor) -> bool:
+        optimizer = self.optim.optim_objs.get(param)
+        return optimizer is not None and bool(inner_optimizer(optimizer).state.get(param))
 
     def _forget(self) -> None:
         self._steps.clear()
@@ -308,7 +324,11 @@ class CompiledSVI(SVI):
         if self.compile is True:
             return True
         calls = self._eager_calls[key[:2]] = self._eager_calls.get(key[:2], 0) + 1
-        return calls > STEPS_BEFORE if left is None else calls + left > PAYS_AT_LEAST
+        if self._sizes.get(key[:2], 0) > MAX_OPERATIONS:
+            return False
+        if left is None:
+            return calls > STEPS_BEFORE
+        return calls + left > PAYS_AT_LEAST + self._sizes.get(key[:2], 0)
 
     def _build(self, args: Any, kwargs: Any, left: int | None) -> CompiledStep | None:
         """Inspects, traces and compiles; None if "auto" finds the graph too large."""
@@ -317,16 +337,19 @@ class CompiledSVI(SVI):
         warm_up()
         if not self._eager.surroundings.holds():
             self._forget()
-        self._eager.look()
+        self._eager.model, self._eager.guide = self.model, self.guide
+        self._eager.look(pytree.tree_leaves((args, kwargs)))
         self._last = None
         key, tensors, rebuild = self._describe(args, kwargs)
         step = self._traced.get(key)
         if step is None:
-            params = self._eager.inspect(args, kwargs)
-            with self._eager.undisturbed():
+            params, sites = self._eager.inspect(args, kwargs, self._has_state)
+            self._met = list(sites.params.values())
+            with self._eager.undisturbed(*tensors):
                 step = CompiledStep(self._objective, self.model, self.guide, params, tensors, rebuild)
             self._traced[key] = step
         if self.compile == "auto":
+            self._sizes[key[:2]] = step.traced.size
             coming = self._eager_calls[key[:2]] + (left or 0)
             too_few = left is not None and coming <= PAYS_AT_LEAST + step.traced.size
             if too_few or step.traced.size > MAX_OPERATIONS:
@@ -334,9 +357,11 @@ class CompiledSVI(SVI):
         if {p for bucket in self._buckets for p in bucket.params} != set(step.params):
             self._steps.clear()
             meet(self.optim, step.params)
-            self._buckets = make_buckets(step.params, self.optim)
-            named = [(pyro.get_param_store().param_name(param), param) for param in step.params]
-            self._stored = [(name, param) for name, param in named if name is not None]
+            self._buckets = make_buckets(step.params, self.optim, self._fuse)
+            self._optimizers = [(param, self.optim.optim_objs[param]) for param in step.params]
+        named = [(pyro.get_param_store().param_name(param), param) for param in self._met]
+        self._stored = [(name, param) for name, param in named if name is not None]
+        self._trained = [(param, param.requires_grad) for param in self._met]
         self._builds += 1
         step.lower(self._buckets, tensors, self._guarded)
         for seed, perturbed in ((1, False), (2, True)):

@@ -1,5 +1,6 @@
 """One compiled gradient step: model, guide, gradient and optimizer in one graph."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .fused import Bucket
+from .fused import Bucket, flatten
 from .tracing import Traced, lower, trace
 
 __all__ = ["CompiledStep"]
@@ -46,7 +47,7 @@ class CompiledStep:
 
         with pyro.validation_enabled(False):
             self.traced: Traced = trace(gradients, params, tensors)
-        self.params = params
+        self.params, self._examples = params, [weakref.ref(tensor) for tensor in tensors]
         self.buckets: list[Bucket] = []
         self.calls, self.next_audit = 0, 1
 
@@ -65,23 +66,30 @@ class CompiledStep:
 
         def step(*inputs: Tensor) -> tuple[Tensor, ...]:
             states = [inputs[end - len(own) : end] for end, own in zip(ends, static, strict=True)]
-            views: dict[int, Tensor] = {}
-            for bucket, state, where in zip(buckets, states, positions, strict=True):
-                views.update(zip(where, bucket.split(state[0]), strict=True))
-            loss, *grads = self.traced.graph(*(views[i] for i in range(len(order))), *inputs[ends[-1] :])
-            flat = [torch.cat([grads[i].reshape(-1) for i in where]) for where in positions]
+            values: dict[int, Tensor] = {}
+            for state, where in zip(states, positions, strict=True):
+                values.update(zip(where, state, strict=False))
+            loss, *grads = self.traced.graph(*(values[i] for i in range(len(order))), *inputs[ends[-1] :])
+            flat = [flatten(grads[i] for i in where) for where in positions]
             good = (
                 torch.stack([loss.isfinite(), *(g.isfinite().all() for g in flat)]).all() if guarded else None
             )
             for bucket, state, grad in zip(buckets, states, flat, strict=True):
                 if bucket.rule is not None:
-                    for old, new in zip(state, bucket.rule.step(state, grad), strict=True):
+                    for old, new in zip(state, bucket.stepped(state, grad), strict=True):
                         old.copy_(new if good is None else torch.where(good, new, old))
             outputs = (grad for bucket, grad in zip(buckets, flat, strict=True) if bucket.rule is None)
             return loss if good is None else torch.where(good, loss, torch.nan), *outputs
 
         held = [value for state in static for value in state] + self.traced.constants
         self.run = lower(step, [*held, *tensors], len(held))
+
+    def is_new_to(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the first arguments that are others than those it was traced with; once."""
+        if self._examples and any(ref() is not t for ref, t in zip(self._examples, tensors, strict=True)):
+            self._examples = []
+            return True
+        return False
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether what the trace has read from tensors is still the same."""

@@ -1,7 +1,7 @@
 """Adam, AdamW and ClippedAdam on flat tensors, traced into the step and in step with Pyro's optimizers."""
 
-import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from pyro.optim import PyroOptim
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor
 
-__all__ = ["Bucket", "Rule", "TorchOptim", "make_buckets", "meet"]
+__all__ = ["Bucket", "Rule", "TorchOptim", "flatten", "inner_optimizer", "make_buckets", "meet"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -53,23 +53,28 @@ class Rule:
         spread = grad - first if self.centered else grad
         return first, beta2 * second + (1.0 - beta2) * spread * spread
 
-    def move(self, param: Tensor, first: Tensor, second: Tensor, steps: Tensor, lr: Tensor) -> Tensor:
-        """The parameter after a step; ``steps`` (all equal) and ``lr`` are float64 and those of this step."""
+    def move(
+        self, param: Tensor, first: Tensor, second: Tensor, steps: Tensor, lr: Tensor, sizes: Sequence[int]
+    ) -> Tensor:
+        """Parameters of given sizes, end to end, after a step; its counts, one each, and rate are float64."""
         beta1, beta2 = self.betas
+
+        def spread(values: Tensor) -> Tensor:
+            parts = zip(values.to(param.dtype).unbind(), sizes, strict=True)
+            return torch.cat([value.expand(size) for value, size in parts])
+
         if self.weight_decay and self.decoupled:
             param = param * (1.0 - lr * self.weight_decay).to(param.dtype)
-        rate = lr / (1.0 - beta1 ** steps[0])
-        root = (1.0 - beta2 ** steps[0]).sqrt()
+        rate = lr / (1.0 - beta1**steps)
+        root = (1.0 - beta2**steps).sqrt()
         if self.pyro_form:  # eps is added before the bias correction
-            return param - (rate * root).to(param.dtype) * first / (second.sqrt() + self.eps)
-        return param - rate.to(param.dtype) * first / (second.sqrt() / root.to(param.dtype) + self.eps)
+            return param - spread(rate * root) * first / (second.sqrt() + self.eps)
+        return param - spread(rate) * first / (second.sqrt() / spread(root) + self.eps)
 
-    def step(self, state: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-        """The new state of a :class:`Bucket`: parameters, both moments, step counts, learning rate."""
-        param, first, second, steps, lr = state
-        lr, steps = lr * self.decay, steps + 1.0
-        first, second = self.moments(self.gradient(param, grad), first, second)
-        return [self.move(param, first, second, steps, lr), first, second, steps, lr]
+
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors end to end."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 class TorchOptim(PyroOptim):
@@ -124,7 +129,7 @@ def _find_group(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, An
 def read_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Rule | None:
     """The rule that an optimizer follows for a group of parameters; None if it cannot be fused."""
     kind = type(optimizer)
-    if isinstance(group["lr"], Tensor):
+    if isinstance(group.get("lr"), Tensor) or any(param.is_complex() for param in group["params"]):
         return None
     if kind is pyro.optim.clipped_adam.ClippedAdam:
         return Rule(
@@ -148,13 +153,14 @@ def read_rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Rul
 
 
 class Bucket:
-    """Parameters of one dtype, device and rule, laid end to end in one tensor of which they become views.
+    """Parameters of one dtype, device and rule, with their moments end to end.
 
-    With a rule, so do the moments in the optimizers' states: eager steps and fused steps can alternate.
+    The moments in the optimizers' states become views of the bucket's, so that eager steps and fused steps
+    can alternate.  The parameters stay where they are, since others may hold views of them.
 
     :param params: the parameters, leaves.
     :param optimizers: theirs, in order; None where the step is left to them and only gradients are wanted.
-    :param rule: the rule that they share, with learning rate and step count.
+    :param rule: the rule that they share, with the learning rate.
     """
 
     def __init__(
@@ -164,39 +170,49 @@ class Bucket:
         rule: Rule | None = None,
     ) -> None:
         self.params, self.optimizers, self.rule = params, optimizers or [], rule
-        self._groups = [_find_group(o, p) or {} for p, o in zip(params, self.optimizers, strict=False)]
-        ends = list(itertools.accumulate(p.numel() for p in params))
-        self.slices = [slice(end - p.numel(), end) for end, p in zip(ends, params, strict=True)]
-        self.flat = torch.cat([p.detach().reshape(-1) for p in params])
-        self.views = self.split(self.flat)
-        self._addresses = [view.data_ptr() for view in self.views]
+        self.values = [param.detach() for param in params]
+        """The parameters' memory."""
+        self.sizes = [param.numel() for param in params]
+        self._addresses = [param.data_ptr() for param in params]
         self._lr = math.nan
         if rule is not None:
-            device = self.flat.device
-            self.first, self.second = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+            dtype, device = params[0].dtype, params[0].device
+            self.first, self.second = (torch.zeros(sum(self.sizes), dtype=dtype, device=device) for _ in "12")
             self._moments = list(zip(self.split(self.first), self.split(self.second), strict=True))
             self.steps = torch.zeros(len(params), dtype=torch.float64, device=device)
             self.lr = torch.zeros((), dtype=torch.float64, device=device)
             # torch's Adam keeps its step counts on the CPU, Pyro's as Python numbers.
             self._counts = list(self.steps) if device.type == "cpu" and not rule.pyro_form else None
+            self._taken = [0.0] * len(params)
         self.adopt()
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat tensor in the parameters' shapes."""
-        return [flat[s].view(p.shape) for s, p in zip(self.slices, self.params, strict=True)]
+        return [part.view(p.shape) for part, p in zip(flat.split(self.sizes), self.params, strict=True)]
 
     @property
     def state(self) -> list[Tensor]:
-        """What a step changes in place, values first."""
-        return [self.flat, self.first, self.second, self.steps, self.lr] if self.rule else [self.flat]
+        """What a step changes in place: the parameters; with a rule, also moments, counts and rate."""
+        return [*self.values, *([self.first, self.second, self.steps, self.lr] if self.rule else [])]
+
+    def stepped(self, state: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+        """The new state after a gradient, end to end."""
+        assert self.rule is not None
+        *values, first, second, steps, lr = state
+        flat, lr, steps = flatten(values), lr * self.rule.decay, steps + 1.0
+        first, second = self.rule.moments(self.rule.gradient(flat, grad), first, second)
+        moved = self.rule.move(flat, first, second, steps, lr, self.sizes)
+        return [*self.split(moved), first, second, steps, lr]
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """Takes over values and moments that were replaced from outside, and makes them views again."""
-        for param, view, address in zip(self.params, self.views, self._addresses, strict=True):
-            if param.data_ptr() != address:
-                view.copy_(param)
-                param.data = view
+        """Takes over moments and counts that were replaced from outside, and makes them views again."""
+        self._groups = [_find_group(o, p) or {} for p, o in zip(self.params, self.optimizers, strict=False)]
+        if self.optimizers:
+            self._read = operator.itemgetter(*(self._groups[0].keys() - {"params", "lr"}))
+            self._seen = [self._read(group) for group in self._groups]
+            pairs = zip(self.optimizers, self._groups, strict=True)
+            self._fits = all(read_rule(optimizer, group) == self.rule for optimizer, group in pairs)
         for i, (param, optimizer) in enumerate(zip(self.params, self.optimizers, strict=False)):
             param.grad = None
             state = optimizer.state[param]
@@ -204,8 +220,8 @@ class Bucket:
                 if state.get(name) is not view:
                     view.copy_(state.get(name, torch.zeros_like(view)))
                 state[name] = view
-            count = state.get("step", 0)
-            self.steps[i] = float(count)
+            self._taken[i] = float(state.get("step", 0))
+            self.steps[i] = self._taken[i]
             if self._counts is not None:
                 state["step"] = self._counts[i]
             elif "step" not in state:
@@ -213,22 +229,39 @@ class Bucket:
         self.intact()  # for the learning rate
 
     def intact(self) -> bool:
-        """Whether parameters and moments are still views of this bucket, with one learning rate and count.
+        """Whether the moments are still views of this bucket, and counts those of its last step.
 
-        Passes on a learning rate that was changed.
+        Passes on a learning rate that was changed, if it is still one for all.
         """
-        if [param.data_ptr() for param in self.params] != self._addresses:
-            return False
         if not self.optimizers:
             return True
         rates = [group["lr"] for group in self._groups]
         if rates[0] != self._lr:
             self.lr.fill_(rates[0])
             self._lr = rates[0]
-        return rates.count(rates[0]) == len(rates) and all(
-            optimizer.state[param].get("exp_avg") is moments[0]
-            for param, optimizer, moments in zip(self.params, self.optimizers, self._moments, strict=True)
+        if rates.count(rates[0]) != len(rates):
+            return False
+        states = [
+            optimizer.state[param] for param, optimizer in zip(self.params, self.optimizers, strict=True)
+        ]
+        if self._counts is None and [float(state["step"]) for state in states] != self._taken:
+            return False
+        return all(
+            state.get("exp_avg") is moments[0] for state, moments in zip(states, self._moments, strict=True)
         )
+
+    def in_place(self) -> bool:
+        """Whether the parameters are still in the same memory, and of the same kind."""
+        return [param.data_ptr() for param in self.params] == self._addresses and all(
+            param.dtype == value.dtype for param, value in zip(self.params, self.values, strict=True)
+        )
+
+    def follows_rule(self) -> bool:
+        """Whether the optimizers' hyperparameters, the learning rate aside, are still those of the rule."""
+        if not self.optimizers:
+            return True
+        pairs = zip(self._groups, self._seen, strict=True)
+        return self._fits and all(self._read(group) == seen for group, seen in pairs)
 
     def seen_gradient(self, first_before: Tensor) -> Tensor:
         """The gradient that the last step's change of the first moment tells of."""
@@ -241,6 +274,7 @@ class Bucket:
         if self.rule is None or self._counts is not None:
             return
         counts, self._lr = self.steps.tolist(), self.lr.item()
+        self._taken = counts
         for param, optimizer, group, count in zip(
             self.params, self.optimizers, self._groups, counts, strict=True
         ):
@@ -249,7 +283,7 @@ class Bucket:
             state["step"] = int(count) if self.rule.pyro_form else state["step"].fill_(count)
 
 
-def make_buckets(params: list[Tensor], optim: Any) -> list[Bucket]:
+def make_buckets(params: list[Tensor], optim: Any, fuse: bool = True) -> list[Bucket]:
     """Buckets for all parameters: fused where Pyro's optimizer follows a :class:`Rule`, plain otherwise."""
     fused: dict[Any, list[tuple[Tensor, torch.optim.Optimizer]]] = {}
     plain: dict[Any, list[Tensor]] = {}
@@ -257,12 +291,11 @@ def make_buckets(params: list[Tensor], optim: Any) -> list[Bucket]:
         kind = (param.dtype, param.device)
         optimizer = inner_optimizer(optim.optim_objs[param])
         group = _find_group(optimizer, param) or optimizer.param_groups[0]
-        rule = None if optim.grad_clip.get(param) else read_rule(optimizer, group)
+        rule = read_rule(optimizer, group) if fuse and not optim.grad_clip.get(param) else None
         if rule is None:
             plain.setdefault(kind, []).append(param)
         else:
-            count = float(optimizer.state[param].get("step", 0))
-            key = (*kind, rule, group["lr"], count)
+            key = (*kind, rule, group["lr"])
             fused.setdefault(key, []).append((param, optimizer))
     return [
         *(Bucket([p for p, _ in pairs], [o for _, o in pairs], key[2]) for key, pairs in fused.items()),

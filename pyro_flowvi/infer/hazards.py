@@ -1,5 +1,6 @@
 """What a program does that a recorded step would not do: found by running it, before it is traced."""
 
+import itertools
 import math
 import random
 import sys
@@ -14,15 +15,19 @@ import torch
 from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .cause import CannotCompile, is_library
 from .compiled_step import CompiledStep
-from .reach import Surroundings
+from .fused import flatten
+from .reach import PLAIN, Surroundings
 
 __all__ = ["EagerStep"]
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 5e-3}
 """How far a compiled gradient may be from the eager one, relative to its norm."""
+MAX_KEPT = 2**20
+"""Larger tensors of the program are not copied: what changes them in place stays eager."""
 PERTURBATION = 1e-2
 """Relative change of the parameters under which a new compiled step is compared with eager once more."""
 
@@ -90,11 +95,13 @@ class EagerStep:
 
     :param model: a Pyro model.
     :param guide: a guide.
-    :param loss_and_grads: of a Pyro objective.
+    :param loss: Pyro's objective.
+    :param loss_and_grads: its method, or what ``pyro.infer.SVI`` makes of a function.
     """
 
-    def __init__(self, model: Program, guide: Program, loss_and_grads: Program) -> None:
-        self.model, self.guide, self.loss_and_grads = model, guide, loss_and_grads
+    def __init__(self, model: Program, guide: Program, loss: Any, loss_and_grads: Program) -> None:
+        self.model, self.guide, self.loss, self.loss_and_grads = model, guide, loss, loss_and_grads
+        self._objects: list[Any] = []
         self.surroundings = Surroundings()
 
     @property
@@ -102,19 +109,22 @@ class EagerStep:
         """The modules whose buffers a step may change."""
         return self.surroundings.modules
 
-    def look(self) -> None:
-        """Finds what model and guide reach now."""
-        self.surroundings = Surroundings(self.model, self.guide)
+    def look(self, arguments: list[Any]) -> None:
+        """Finds what model, guide, loss and those arguments that are objects reach now."""
+        for value in arguments:
+            if not isinstance(value, (Tensor, *PLAIN)) and all(value is not old for old in self._objects):
+                self._objects.append(value)
+        self.surroundings = Surroundings(self.model, self.guide, self.loss, *self._objects)
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Gives generators and buffers back as they were."""
-        buffers = [
-            (buffer, buffer.clone())
-            for module in self.modules
-            for buffer in module._buffers.values()
-            if buffer is not None
-        ]
+    def undisturbed(self, *tensors: Tensor) -> Iterator[None]:
+        """Gives generators, and tensors that the program may change, back as they were."""
+        # Views of parameters are left to whoever changes the parameters.
+        params = [*pyro.get_param_store()._params.values(), *self._own_parameters()]
+        owned = {param.untyped_storage().data_ptr() for param in params}
+        reached = (*self.surroundings.tensors, *tensors)
+        found = [value for value in reached if value.untyped_storage().data_ptr() not in owned]
+        kept = [(value, value.detach().clone()) for value in found if value.numel() <= MAX_KEPT]
         python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng():
             try:
@@ -123,29 +133,40 @@ class EagerStep:
                 random.setstate(python)
                 np.random.set_state(numpy)
                 with torch.no_grad():
-                    for buffer, value in buffers:
-                        buffer.copy_(value)
+                    for value, old in kept:  # compiled code does not count versions
+                        if not torch.equal(value, old):
+                            value.copy_(old)
+
+    def _own_parameters(self) -> Iterator[Tensor]:
+        """Parameters of modules, whether or not the param store has them."""
+        return (
+            p for module in self.surroundings.modules for p in module._parameters.values() if p is not None
+        )
 
     def run(self, args: Any, kwargs: Any, seed: int) -> tuple[float, dict[Tensor, Tensor], Sites]:
         """Loss, gradients by parameter, and the names met; changes nothing."""
-        with self.undisturbed(), Sites() as sites, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
-            loss = torch_item(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
-        grads = {param: param.grad for param in sites.params.values() if param.grad is not None}
-        for param in grads:
-            param.grad = None
-        return loss, grads, sites
+        arguments = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        with self.undisturbed(*arguments):
+            return self._run_and_keep(args, kwargs, seed)
 
-    def inspect(self, args: Any, kwargs: Any) -> list[Tensor]:
-        """The parameters that the objective depends on.
+    def inspect(
+        self, args: Any, kwargs: Any, stepped: Callable[[Tensor], bool]
+    ) -> tuple[list[Tensor], Sites]:
+        """The parameters to step, and the names met.
+
+        :param stepped: whether an optimizer has state for a parameter, and so moves it also where the
+            objective does not depend on it.
 
         :raises CannotCompile: if runs with one seed differ, or draw from a generator that is not torch's, or
             runs with several seeds meet different sites.
         """
-        with self.undisturbed():
+        large = [(value, value._version) for value in self.surroundings.tensors if value.numel() > MAX_KEPT]
+        arguments = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        with self.undisturbed(*arguments):
             before = _generators()
             loss, grads, sites = self._run_and_keep(args, kwargs)
+            if any(value._version != version for value, version in large):
+                raise CannotCompile("the program changes a large tensor in place")
             changed = self.surroundings.changes()
             if changed:
                 names = ", ".join(sorted(changed)[:3])
@@ -175,20 +196,30 @@ class EagerStep:
                     raise CannotCompile(f"the {kind} {names} is met in some runs and not in others")
             if grads.keys() != grads_other.keys():
                 raise CannotCompile("parameters have a gradient in some runs and not in others")
-        params = [param for _, param in sorted(sites.params.items()) if param in grads]
-        if not params:
+        met = [param for _, param in sorted(sites.params.items())]
+        params = list(dict.fromkeys(p for p in met if p in grads or (p.requires_grad and stepped(p))))
+        if not grads:
             raise CannotCompile("no parameter has a gradient")
-        return list(dict.fromkeys(params))
+        spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in set(met) if p.numel())
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+            raise CannotCompile("parameters share memory")
+        return params, sites
 
-    def _run_and_keep(self, args: Any, kwargs: Any) -> tuple[float, dict[Tensor, Tensor], Sites]:
-        """As :meth:`run`, but the generators stay where the run leaves them."""
+    def _run_and_keep(
+        self, args: Any, kwargs: Any, seed: int = 0
+    ) -> tuple[float, dict[Tensor, Tensor], Sites]:
+        """As :meth:`run`, but generators and tensors stay as the run leaves them."""
+        # Stock SVI leaves zeros in gradients, which are not this run's.
+        left = {p: p.grad for p in (*pyro.get_param_store()._params.values(), *self._own_parameters())}
+        for param in left:
+            param.grad = None
         with Sites() as sites, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             loss = torch_item(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
         grads = {param: param.grad for param in sites.params.values() if param.grad is not None}
-        for param in grads:
-            param.grad = None
+        for param in sites.params.values():
+            param.grad = left.get(param)
         return loss, grads, sites
 
     @torch.no_grad()
@@ -207,21 +238,20 @@ class EagerStep:
         """
         before = [[value.clone() for value in bucket.state] for bucket in step.buckets]
         try:
-            with self.undisturbed():
+            with self.undisturbed(*tensors):
                 if perturbed:
                     torch.manual_seed(seed)
-                    for bucket in step.buckets:
-                        bucket.flat.add_(
-                            PERTURBATION * torch.randn_like(bucket.flat) * (1 + bucket.flat.abs())
-                        )
-                start = [bucket.flat.clone() for bucket in step.buckets]
+                    for value in (value for bucket in step.buckets for value in bucket.values):
+                        value.add_(PERTURBATION * (1 + value.abs()) * torch.randn_like(value))
+                start = [[value.clone() for value in bucket.values] for bucket in step.buckets]
                 torch.manual_seed(seed)
                 loss, *plain = [value.clone() for value in step.run(*tensors)]
                 grads = _gradients(step, before, plain)
                 if bool(loss.isfinite()):
                     _check_updates(step, start, before)
-                for bucket, value in zip(step.buckets, start, strict=True):
-                    bucket.flat.copy_(value)
+                for bucket, values in zip(step.buckets, start, strict=True):
+                    for value, old in zip(bucket.values, values, strict=True):
+                        value.copy_(old)
             try:
                 with torch.enable_grad(), pyro.validation_enabled(False):
                     expected_loss, expected, _ = self.run(args, kwargs, seed)
@@ -240,7 +270,7 @@ class EagerStep:
         step: CompiledStep,
         loss: float,
         grads: dict[Tensor, Tensor],
-        start: list[Tensor],
+        start: list[list[Tensor]],
         expected_loss: float,
         expected: dict[Tensor, Tensor],
     ) -> None:
@@ -256,8 +286,8 @@ class EagerStep:
         rules = {param: bucket.rule for bucket in step.buckets for param in bucket.params}
         values = {
             param: value
-            for bucket, flat in zip(step.buckets, start, strict=True)
-            for param, value in zip(bucket.params, bucket.split(flat), strict=True)
+            for bucket, olds in zip(step.buckets, start, strict=True)
+            for param, value in zip(bucket.params, olds, strict=True)
         }
         wanted = {}
         for param in grads:
@@ -275,20 +305,23 @@ def _gradients(step: CompiledStep, before: list[list[Tensor]], plain: list[Tenso
     supply = iter(plain)
     grads: dict[Tensor, Tensor] = {}
     for bucket, state in zip(step.buckets, before, strict=True):
-        parts = bucket.split(next(supply) if bucket.rule is None else bucket.seen_gradient(state[1]))
+        parts = bucket.split(next(supply) if bucket.rule is None else bucket.seen_gradient(state[-4]))
         grads.update(zip(bucket.params, (part.clone() for part in parts), strict=True))
     return grads
 
 
-def _check_updates(step: CompiledStep, start: list[Tensor], before: list[list[Tensor]]) -> None:
+def _check_updates(step: CompiledStep, start: list[list[Tensor]], before: list[list[Tensor]]) -> None:
     """Whether the fused optimizers moved the parameters as their rule says."""
-    for bucket, flat, state in zip(step.buckets, start, before, strict=True):
+    for bucket, values, state in zip(step.buckets, start, before, strict=True):
         if bucket.rule is None:
             continue
-        _, second = bucket.rule.moments(bucket.seen_gradient(state[1]), state[1], state[2])
-        moved = bucket.rule.move(flat, bucket.first, bucket.second, bucket.steps, bucket.lr)
+        first, second = state[-4:-2]
+        flat = flatten(values)
+        _, second = bucket.rule.moments(bucket.seen_gradient(first), first, second)
+        moved = bucket.rule.move(flat, bucket.first, bucket.second, bucket.steps, bucket.lr, bucket.sizes)
         tolerance = TOLERANCES.get(flat.dtype, 0.05)
-        good = _agree(moved - flat, bucket.flat - flat, tolerance, 1e-3 * float(flat.norm()))
+        found = flatten(bucket.values) - flat
+        good = _agree(moved - flat, found, tolerance, 1e-3 * float(flat.norm()))
         if not (good and _agree(second, bucket.second, tolerance)):
             raise CannotCompile("the compiled optimizer's step differs from the eager one")
 

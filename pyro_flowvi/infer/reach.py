@@ -1,51 +1,82 @@
-"""What a program reaches beyond its arguments: modules, and Python values of its own."""
+"""What a program reaches beyond its arguments: modules, tensors, and Python values of its own."""
 
-from collections.abc import Callable, Iterator
-from types import CellType, ModuleType
+import sys
+from collections.abc import Iterator
+from types import CellType, CodeType, ModuleType
 from typing import Any
 
+import pyro
 from torch import Tensor, nn
 
 from .cause import is_library
 
-__all__ = ["Surroundings"]
+__all__ = ["PLAIN", "Surroundings", "kind_of"]
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MAX_ITEMS = 100
-"""Containers beyond this size are told apart by their size alone."""
+"""Entries of a container that are watched; of what comes after them, only the number."""
+_WRAPPED = ("__self__", "__func__", "func", "args", "keywords", "__wrapped__")
+"""Attributes by which callables hold others."""
 
 Place = tuple[str, Any, Any]
 """A name for messages; a container; a key into it (None for a cell of a closure)."""
 
 
-def _is_foreign(value: Any) -> bool:
-    """Whether an object belongs to a library: its plain attributes are its own affair."""
-    root = type(value).__module__.partition(".")[0]
-    return isinstance(value, (type, ModuleType, Tensor)) or root in ("torch", "pyro", "pyro_flowvi", "numpy")
+def _is_foreign(kind: type) -> bool:
+    """Whether a class belongs to a library: its attributes are its own affair."""
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    return kind.__module__ in ("builtins", "numpy") or (file is not None and is_library(file))
+
+
+def _names(code: CodeType) -> set[str]:
+    """Globals and attributes that a function names, functions inside it included."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _function_places(function: Any) -> Iterator[Place]:
+    for defaults in (function.__defaults__, function.__kwdefaults__):
+        if defaults:
+            yield f"defaults of {function.__name__}", [defaults], 0
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    yield from ((name, cell, None) for name, cell in cells)
+    space, names = function.__globals__, _names(function.__code__)
+    for name in names & space.keys():
+        value = space[name]
+        if isinstance(value, ModuleType):
+            file = str(getattr(value, "__file__", "<"))
+            if value.__name__.partition(".")[0] not in sys.stdlib_module_names and not is_library(file):
+                own = vars(value)
+                yield from ((f"{name}.{key}", own, key) for key in names & own.keys())
+        else:
+            yield name, space, name
 
 
 def _places(name: str, value: Any) -> Iterator[Place]:
     """Where a value keeps others."""
-    if isinstance(value, nn.Module):
-        for group in (value._modules, value._parameters, value._buffers):
-            yield from ((f"{name}.{key}", group, key) for key in group)
-        # An autoguide keeps its model, and a wrapped model its function, as a plain attribute.
-        own = vars(value)
-        yield from (
-            (f"{name}.{key}", own, key) for key in own if callable(own[key]) or not _is_foreign(value)
-        )
+    if hasattr(value, "__code__"):
+        if not is_library(value.__code__.co_filename):
+            yield from _function_places(value)
     elif isinstance(value, (list, tuple)):
         yield from ((f"{name}[{i}]", value, i) for i in range(min(len(value), _MAX_ITEMS)))
     elif isinstance(value, dict):
         yield from ((f"{name}[{key!r}]", value, key) for key in list(value)[:_MAX_ITEMS])
-    elif hasattr(value, "__code__"):
-        if not is_library(value.__code__.co_filename):
-            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-            yield from ((free, cell, None) for free, cell in cells)
-            space = value.__globals__
-            yield from ((free, space, free) for free in value.__code__.co_names if free in space)
-    elif not _is_foreign(value) and hasattr(value, "__dict__"):
-        yield from ((f"{name}.{key}", vars(value), key) for key in vars(value))
+    elif isinstance(value, nn.Module):
+        for group in (value._modules, value._parameters, value._buffers):
+            yield from ((f"{name}.{key}", group, key) for key in group)
+        own = vars(value)
+        if not _is_foreign(type(value)) or type(value).__module__.startswith("torch."):
+            yield from ((f"{name}.{key}", own, key) for key in own if not key.startswith("_"))
+        # An autoguide keeps its model, and a wrapped model its function, as a plain attribute.
+        yield from ((f"{name}.{key}", own, key) for key in own if callable(own[key]))
+    elif isinstance(value, pyro.infer.ELBO) or not _is_foreign(type(value)):
+        own = getattr(value, "__dict__", {})
+        yield from ((f"{name}.{key}", own, key) for key in own)
+    for kind in type(value).__mro__:
+        if not _is_foreign(kind):
+            keys = [key for key in vars(kind) if not key.startswith("__") or key == "__call__"]
+            yield from ((f"{kind.__name__}.{key}", vars(kind), key) for key in keys)
 
 
 def _read(container: Any, key: Any) -> Any:
@@ -60,49 +91,79 @@ def _read(container: Any, key: Any) -> Any:
         return None
 
 
-class Surroundings:
-    """What a model and guide consist of, are bound to, close over or name as globals, at one moment.
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The memory of a tensor and how it is read."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
 
-    :param programs: the model and the guide.
+
+class Surroundings:
+    """What programs consist of, are bound to, close over or name as globals, at one moment.
+
+    :param programs: the model, the guide, the loss, arguments that are objects.
     """
 
-    def __init__(self, *programs: Callable[..., Any]) -> None:
+    def __init__(self, *programs: Any) -> None:
         self.modules: list[nn.Module] = []
+        self.tensors: list[Tensor] = []
+        """Those that are not parameters."""
         self._plain: list[tuple[str, Any, Any, Any]] = []
-        self._tensors: list[tuple[Any, Any, Any]] = []
+        self._held: list[tuple[Any, Any, Any]] = []
+        self._tensors: list[tuple[str, Any, Any, Tensor]] = []
         self._sizes: list[tuple[str, Any, int]] = []
+        every: list[Tensor] = []
         seen: set[int] = set()
         pending: list[Place] = [(getattr(p, "__name__", type(p).__name__), [p], 0) for p in programs]
         while pending:
             name, container, key = pending.pop()
             value = _read(container, key)
-            if isinstance(value, _PLAIN):
-                if key != "training" and not (isinstance(container, tuple) or name.endswith("__")):
+            if isinstance(value, PLAIN):
+                if key != "training" and not isinstance(container, tuple):
                     self._plain.append((name, container, key, value))
                 continue
-            if isinstance(value, Tensor) and not isinstance(container, tuple):
-                self._tensors.append((container, key, value))
-            if isinstance(value, (Tensor, ModuleType)) or id(value) in seen:
+            if isinstance(value, ModuleType):
+                continue
+            if isinstance(value, Tensor):
+                self._tensors.append((name, container, key, value))
+            elif not isinstance(container, tuple):
+                self._held.append((container, key, value))
+            if id(value) in seen:
                 continue
             seen.add(id(value))
+            if isinstance(value, Tensor):
+                every.append(value)
+                if not isinstance(value, nn.Parameter):
+                    self.tensors.append(value)
+                continue
+            if isinstance(value, type):
+                continue
             if isinstance(value, nn.Module):
                 self.modules.append(value)
             if isinstance(value, (list, dict, set)):
                 self._sizes.append((name, value, len(value)))
             pending.extend(_places(name, value))
             if callable(value):
-                wrapped = ("__self__", "__func__", "func", "__wrapped__")
-                inner = [getattr(value, attribute, None) for attribute in wrapped]
+                inner = tuple(getattr(value, attribute, None) for attribute in _WRAPPED)
                 pending.extend((name, inner, i) for i, item in enumerate(inner) if item is not None)
+        self._kinds = [(tensor, kind_of(tensor)) for tensor in every]
 
     def holds(self) -> bool:
-        """Whether tensors and plain values are still the same objects or equal."""
-        for container, key, value in self._tensors:
+        """Whether everything is still the same object, in the same memory, or an equal number or string."""
+        for container, key, value in self._held:
             if _read(container, key) is not value:
+                return False
+        for tensor, kind in self._kinds:
+            if kind_of(tensor) != kind:
                 return False
         return not self.changes()
 
     def changes(self) -> list[str]:
-        """Names of plain values that are others now, and of containers of another size."""
-        changed = [name for name, container, key, value in self._plain if _read(container, key) != value]
+        """Names of numbers, strings and tensors that are others now, and of containers of another size."""
+        changed = [
+            name
+            for name, container, key, value in self._plain
+            if (now := _read(container, key)) is not value and now != value
+        ]
+        changed += [
+            name for name, container, key, tensor in self._tensors if _read(container, key) is not tensor
+        ]
         return changed + [f"len({name})" for name, value, size in self._sizes if len(value) != size]

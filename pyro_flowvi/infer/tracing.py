@@ -248,8 +248,22 @@ def _functional_graph(function: Callable[..., Any], inputs: Sequence[Tensor], fa
             *stand_ins
         )
     graph.graph.eliminate_dead_code()
-    graph = fx.GraphModule(graph, fx_graph_cse(graph.graph))
-    return graph
+    _keep_draws(graph.graph)
+    return fx.GraphModule(graph, fx_graph_cse(graph.graph))
+
+
+def _keep_draws(nodes: fx.Graph) -> None:
+    """Lets Inductor call random operations as they are, on memory laid out as it is eagerly.
+
+    The order in which entries are drawn is that of memory.
+    """
+    from torch._inductor import lowering
+
+    for node in nodes.nodes:
+        if _RANDOM in getattr(node.target, "tags", ()):
+            if node.target not in lowering.lowerings:
+                lowering.make_fallback(node.target, warn=False, override_decomp=True)
+            lowering.add_layout_constraint(node.target, lowering.constrain_to_fx_strides)
 
 
 def _largest(graph: fx.GraphModule) -> int:
