@@ -91,6 +91,10 @@ def _read(container: Any, key: Any) -> Any:
         return None
 
 
+def _equal(now: Any, before: Any) -> bool:
+    return isinstance(before, PLAIN) and type(now) is type(before) and now == before
+
+
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """The memory of a tensor and how it is read."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
@@ -106,9 +110,8 @@ class Surroundings:
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
         """Those that are not parameters."""
-        self._plain: list[tuple[str, Any, Any, Any]] = []
-        self._held: list[tuple[Any, Any, Any]] = []
-        self._tensors: list[tuple[str, Any, Any, Tensor]] = []
+        self._items: list[tuple[Any, Any, Any, str]] = []
+        self._cells: list[tuple[CellType, Any, str]] = []
         self._sizes: list[tuple[str, Any, int]] = []
         every: list[Tensor] = []
         seen: set[int] = set()
@@ -116,17 +119,11 @@ class Surroundings:
         while pending:
             name, container, key = pending.pop()
             value = _read(container, key)
-            if isinstance(value, PLAIN):
-                if key != "training" and not isinstance(container, tuple):
-                    self._plain.append((name, container, key, value))
-                continue
-            if isinstance(value, ModuleType):
-                continue
-            if isinstance(value, Tensor):
-                self._tensors.append((name, container, key, value))
-            elif not isinstance(container, tuple):
-                self._held.append((container, key, value))
-            if id(value) in seen:
+            if isinstance(container, CellType):
+                self._cells.append((container, value, name))
+            elif not isinstance(container, tuple) and key != "training":
+                self._items.append((container, key, value, name))
+            if isinstance(value, (*PLAIN, ModuleType)) or id(value) in seen:
                 continue
             seen.add(id(value))
             if isinstance(value, Tensor):
@@ -144,26 +141,32 @@ class Surroundings:
             if callable(value):
                 inner = tuple(getattr(value, attribute, None) for attribute in _WRAPPED)
                 pending.extend((name, inner, i) for i, item in enumerate(inner) if item is not None)
-        self._kinds = [(tensor, kind_of(tensor)) for tensor in every]
+        self._memory = [(tensor, tensor.data_ptr(), tensor.shape, tensor.requires_grad) for tensor in every]
 
     def holds(self) -> bool:
         """Whether everything is still the same object, in the same memory, or an equal number or string."""
-        for container, key, value in self._held:
-            if _read(container, key) is not value:
+        try:  # written for speed: every step asks
+            for container, key, value, _ in self._items:
+                if container[key] is not value and not _equal(container[key], value):
+                    return False
+            for cell, value, _ in self._cells:
+                if cell.cell_contents is not value and not _equal(cell.cell_contents, value):
+                    return False
+        except (KeyError, IndexError, ValueError):
+            return False
+        for tensor, address, shape, trained in self._memory:
+            if tensor.data_ptr() != address or tensor.shape != shape or tensor.requires_grad != trained:
                 return False
-        for tensor, kind in self._kinds:
-            if kind_of(tensor) != kind:
-                return False
-        return not self.changes()
+        return all(len(value) == size for _, value, size in self._sizes)
 
     def changes(self) -> list[str]:
         """Names of numbers, strings and tensors that are others now, and of containers of another size."""
+        places = [*self._items, *((cell, None, value, name) for cell, value, name in self._cells)]
         changed = [
             name
-            for name, container, key, value in self._plain
-            if (now := _read(container, key)) is not value and now != value
-        ]
-        changed += [
-            name for name, container, key, tensor in self._tensors if _read(container, key) is not tensor
+            for container, key, value, name in places
+            if isinstance(value, (*PLAIN, Tensor))
+            and (now := _read(container, key)) is not value
+            and not _equal(now, value)
         ]
         return changed + [f"len({name})" for name, value, size in self._sizes if len(value) != size]

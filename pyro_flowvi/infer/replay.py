@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["replay"]
@@ -13,6 +14,19 @@ STATIC_BYTES = 2**20
 
 _ALLOCATORS = {"empty_strided_cpu", "reinterpret_tensor"}
 _CHECKS = {"assert_size_stride", "assert_alignment"}
+
+
+def _normal_memory(value: Any, space: dict[str, Any]) -> Tensor | None:
+    """Memory for the result of a call that draws standard normals; None for any other expression."""
+    if not isinstance(value, ast.Call):
+        return None
+    match ast.unparse(value.func), value.args, value.keywords:
+        case "torch.ops.aten.normal_functional.default", [ast.Name(id=name)], []:
+            return torch.empty_like(space[name]) if space[name].is_contiguous() else None
+        case "torch.ops.aten.randn.default", _, _:
+            empty: Tensor = eval(f"torch.empty({ast.unparse(value).partition('(')[2]}", space)
+            return empty
+    return None
 
 
 def replay(
@@ -54,6 +68,11 @@ def replay(
                     called in _ALLOCATORS or (isinstance(value, ast.Name) and value.id in kept)
                 )
                 tensor = eval(ast.unparse(line.value), space | kept) if constant else None
+                drawn = _normal_memory(value, space | kept) if varying.isdisjoint(used) else None
+                if drawn is not None and drawn.nbytes <= STATIC_BYTES:
+                    kept[name] = drawn
+                    lines.append(ast.parse(f"{name}.normal_()").body[0])
+                    continue
                 if tensor is not None and (called != "empty_strided_cpu" or tensor.nbytes <= STATIC_BYTES):
                     kept[name] = tensor
                 else:

@@ -105,6 +105,11 @@ class _Watch(TorchDispatchMode):
                     )
                     self._note_reading(value, what)
         else:
+            if torch.Tag.inplace in func.tags and _RANDOM in func.tags and not args[0].is_contiguous():
+                # Drawn in the order of memory, which a graph without mutation would not keep.
+                order = sorted(range(args[0].dim()), key=args[0].stride, reverse=True)
+                func(args[0].permute(order), *args[1:], **(kwargs or {}))
+                return args[0]
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             return func(*args, **(kwargs or {}))
@@ -135,8 +140,12 @@ class _Watch(TorchDispatchMode):
                 tensor = getattr(mode.tracer.root, str(node.target), None)
                 culprit = "parameters" if tensor is None or id(tensor) in self._params else culprit
                 read.add(tensor)
-            elif isinstance(node.target, torch._ops.OpOverload) and _RANDOM in node.target.tags:
-                culprit = culprit or "random draws"
+            elif isinstance(node.target, torch._ops.OpOverload):
+                changed = node.args[0] if node.target._schema.is_mutable and node.args else None
+                if isinstance(changed, fx.Node) and changed.op in ("get_attr", "placeholder"):
+                    culprit = culprit or "what the program changes in place"
+                if _RANDOM in node.target.tags:
+                    culprit = culprit or "random draws"
         if culprit:
             raise CannotCompile(cause.format(culprit), user_line(stack_inside(trace.__code__)))
         self.read |= read
