@@ -329,7 +329,8 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
     # Without a ShapeEnv, Inductor's disk cache is bypassed.
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     errors = []
-    for options in (_FAST, {}):
+    # Once more without what may have gone wrong: assumed instructions, a header that was deleted meanwhile.
+    for options in (_FAST, {"cpp_cache_precompile_headers": False}):
         patched = config.patch({"fallback_random": True, **options})
         try:
             with patched, tracing(TracingContext(fake)), torch.no_grad(), warnings.catch_warnings():
