@@ -1,14 +1,12 @@
 """Why a step cannot be compiled, and which line of the user's program stands in the way."""
 
-import contextlib
-import functools
 import itertools
 import linecache
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import CodeType
 
 import pyro
@@ -16,13 +14,13 @@ import torch
 
 __all__ = ["CannotCompile", "brief", "is_library", "stack_inside", "user_line"]
 
-_LIBRARIES = (
-    *(
-        str(Path(str(module.__file__)).parent) + os.sep
-        for module in (torch, pyro, sys.modules[__name__.partition(".")[0]])
-    ),
-    str(contextlib.__file__),
-    str(functools.__file__),
+_LIBRARIES = tuple(
+    os.path.join(folder, "")
+    for folder in {
+        *(os.path.dirname(str(module.__file__)) for module in (torch, pyro)),
+        *(sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+        os.path.dirname(os.path.dirname(__file__)),
+    }
 )
 
 
@@ -35,12 +33,12 @@ class CannotCompile(RuntimeError):
 
 
 def is_library(filename: str) -> bool:
-    """Whether a file belongs to torch, Pyro, this package or no file at all."""
+    """Whether a file belongs to Python, to an installed package, to this one, or is none at all."""
     return filename.startswith(_LIBRARIES) or filename.startswith("<")
 
 
 def user_line(stack: Sequence[traceback.FrameSummary] | traceback.StackSummary) -> str | None:
-    """The innermost line that belongs neither to torch nor to Pyro nor to this package."""
+    """The innermost line that belongs to no library."""
     for frame in reversed(stack):
         if not is_library(frame.filename):
             code = linecache.getline(frame.filename, frame.lineno or 0).strip()
