@@ -1,25 +1,52 @@
 """Conditioner networks."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_positive_int, check_widths
 
-__all__ = ["MLP"]
+__all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "check_activation", "masked_degrees"]
+
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"tanh": torch.tanh, "relu": torch.relu}
+Biases = Mapping[str, Tensor]
+
+
+def check_activation(name: str) -> str:
+    """``name``, or ValueError unless it names an activation.
+
+    Example::
+
+        >>> check_activation("relu")
+        'relu'
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}")
+    return name
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or bias.dim() == 1:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight) + bias  # a bias for each row of a context
 
 
 class MLP(nn.Module):
-    """A fully connected network with tanh units whose last layer starts at zero.
+    """A fully connected network whose last layer starts at zero.
 
-    So whatever it parameterises starts where its own offset puts it, independent of the input.
+    So whatever it parameterises starts where its own offset puts it, independent of the input.  The
+    biases can be given at a call: that is how a context reaches the network.
 
     :param in_dim: size of the input.
     :param hidden: widths of the hidden layers.
     :param out_dim: size of the output.
-    :raises ValueError: if a size is not a positive integer.
+    :param activation: "tanh" or "relu".
+    :param last_bias: whether the last layer has a bias.
+    :raises ValueError: if a size is not a positive integer or the activation unknown.
 
     Example::
 
@@ -27,16 +54,93 @@ class MLP(nn.Module):
         torch.Size([5, 2])
     """
 
-    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: Sequence[int],
+        out_dim: int,
+        *,
+        activation: str = "tanh",
+        last_bias: bool = True,
+    ) -> None:
         super().__init__()
         sizes = [check_positive_int("in_dim", in_dim), *check_widths("hidden", hidden)]
+        self.activation = check_activation(activation)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        self.last = nn.Linear(sizes[-1], check_positive_int("out_dim", out_dim))
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = nn.Linear(sizes[-1], check_positive_int("out_dim", out_dim), bias=last_bias)
+        for param in self.last.parameters():
+            nn.init.zeros_(param)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.hidden:
-            x = torch.tanh(layer(x))
-        out: Tensor = self.last(x)
-        return out
+    def biases(self) -> dict[str, Tensor]:
+        """The biases by name, first layer first."""
+        return {name: param for name, param in self.named_parameters() if name.endswith("bias")}
+
+    def forward(self, x: Tensor, biases: Biases | None = None) -> Tensor:
+        """The output, shape ``(*, out_dim)``; ``biases`` replace the network's own."""
+        biases = self.biases() if biases is None else biases
+        activate = ACTIVATIONS[self.activation]
+        for i, layer in enumerate(self.hidden):
+            x = activate(_linear(x, self._weight(layer), biases[f"hidden.{i}.bias"]))
+        return _linear(x, self._weight(self.last), biases.get("last.bias"))
+
+    def _weight(self, layer: nn.Module) -> Tensor:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight
+
+
+def masked_degrees(dim: int, width: int) -> Tensor:
+    """Degrees of ``width`` hidden units, sorted, from 1 to D - 1: a unit of degree m sees m inputs.
+
+    Example::
+
+        >>> masked_degrees(4, 6)
+        tensor([1, 1, 2, 2, 3, 3])
+    """
+    return 1 + torch.arange(width, device="cpu") * (dim - 1) // width
+
+
+class MaskedMLP(MLP):
+    """A network whose output i depends on the inputs before i alone, ``num_params`` values each.
+
+    Germain, Gregor, Murray and Larochelle, *MADE: Masked Autoencoder for Distribution Estimation*, 2015,
+    equations 12 and 13.  Degrees are sorted, so that the units that become known with one more input are
+    next to each other.
+
+    :param dim: the number D of inputs, at least 2.
+    :param hidden: widths of the hidden layers, at least one.
+    :param num_params: the number P of values for each input.
+    :param activation: "tanh" or "relu".
+    :raises ValueError: if a size is not a positive integer, ``dim`` is 1, or ``hidden`` empty.
+
+    Shapes: input ``(*, D)``, output ``(*, P D)``, value p of input i at ``p D + i``.
+
+    Example::
+
+        >>> net = MaskedMLP(3, (8,), 2)
+        >>> net(torch.ones(5, 3)).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int], num_params: int, *, activation: str = "tanh") -> None:
+        if dim < 2 or not hidden:
+            raise ValueError(f"dim, hidden: expected at least 2 inputs and 1 layer, got {dim}, {hidden}")
+        super().__init__(dim, hidden, dim * num_params, activation=activation, last_bias=False)
+        seen = torch.arange(1, dim + 1, device="cpu")
+        for layer, width in zip(self.hidden, hidden, strict=True):
+            degrees = masked_degrees(dim, width)
+            layer.register_buffer("mask", self._mask(degrees.unsqueeze(-1) >= seen), persistent=False)
+            seen = degrees
+        outputs = torch.arange(dim, device="cpu").repeat(num_params)
+        self.last.register_buffer("mask", self._mask(outputs.unsqueeze(-1) >= seen), persistent=False)
+
+    @staticmethod
+    def _mask(visible: Tensor) -> Tensor:
+        return visible.to(device=torch.get_default_device(), dtype=torch.get_default_dtype())
+
+    def _weight(self, layer: nn.Module) -> Tensor:
+        weight: Tensor = layer.weight * layer.mask  # type: ignore[operator]
+        return weight
+
+    def masked_weights(self) -> list[Tensor]:
+        """The weights of all layers, masked, first layer first."""
+        return [self._weight(layer) for layer in (*self.hidden, self.last)]

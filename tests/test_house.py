@@ -32,7 +32,7 @@ ROWS = [
     {"demo", "__main__"},
 ]
 RANK = {name: i for i, row in enumerate(ROWS) for name in row}
-ONLY_TORCH = {"numerics", "nn", "transforms.functional", "_checks"}
+ONLY_TORCH = {"numerics", "nn", "transforms.functional", "transforms.splines", "_checks"}
 EXTRAS = {"jax", "numpyro", "matplotlib", "arviz", "sklearn", "normflows", "zuko", "nbformat", "nbclient"}
 
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
@@ -90,7 +90,7 @@ def public_objects():
 
 
 INTERNAL = {
-    *("_checks", "functional", "init", "params", "posterior", "particles", "state"),
+    *("_checks", "functional", "splines", "univariate", "init", "params", "posterior", "particles", "state"),
     *("cause", "compiled_step", "cuda", "elbo", "fused", "hazards", "reach", "replay", "tracing"),
 }
 """Modules whose names are public to the package alone: a docstring, but no example."""

@@ -1,0 +1,139 @@
+"""Increasing maps of one variable, given parameters: what couplings and autoregressions apply.
+
+A transformer takes x of shape ``(*, N)``, what a conditioner said of it, ``h`` of shape ``(*, P, N)`` or
+None, and the layer's own ``offset``, ``(*, P, N)``, and returns y and log dy/dx, each ``(*, N)``.  At
+h = offset = 0 it is the identity.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .splines import num_bins_of, spline_forward, spline_inverse, spline_size
+
+__all__ = ["Additive", "Affine", "Multiplicative", "RationalQuadratic", "Transformer", "transformer_of"]
+
+
+class Transformer(Protocol):
+    """An increasing map of one variable; ``kind`` and ``limit`` say which."""
+
+    kind: ClassVar[str]
+
+    @property
+    def limit(self) -> float:
+        """The one setting of the kind: bound of the log-scale, or of the spline's box."""
+
+    @property
+    def num_params(self) -> int:
+        """The number P of parameters of a variable."""
+
+    def forward(self, x: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """The image and the log-derivative."""
+
+    def inverse(self, y: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """The preimage and the log-derivative of the inverse."""
+
+
+def _sum(h: Tensor | None, offset: Tensor) -> Tensor:
+    return offset if h is None else offset + h
+
+
+def _log_scale(h: Tensor | None, offset: Tensor, limit: float) -> Tensor:
+    """b + k tanh(h / k): the offset b is free, what depends on the input is bounded."""
+    largest = 0.45 * math.log(torch.finfo(offset.dtype).max)
+    free = offset.clamp(-largest, largest)  # finite for any raw value
+    return free if h is None else torch.add(free, torch.tanh(h / limit), alpha=limit)
+
+
+@dataclass(frozen=True)
+class Additive:
+    """y = x + t."""
+
+    limit: float = 0.0
+    kind: ClassVar[str] = "additive"
+    num_params: ClassVar[int] = 1
+
+    def forward(self, x: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + _sum(h, offset).squeeze(-2)
+        return y, torch.zeros_like(y)
+
+    def inverse(self, y: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        x = y - _sum(h, offset).squeeze(-2)
+        return x, torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class Multiplicative:
+    """y = exp(s) x, with s = b + k tanh(h / k)."""
+
+    limit: float
+    kind: ClassVar[str] = "multiplicative"
+    num_params: ClassVar[int] = 1
+
+    def forward(self, x: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = _log_scale(h, offset, self.limit).squeeze(-2)
+        y = x * log_scale.exp()
+        return y, log_scale.expand(y.shape)
+
+    def inverse(self, y: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = _log_scale(h, offset, self.limit).squeeze(-2)
+        x = y * (-log_scale).exp()
+        return x, -log_scale.expand(x.shape)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = exp(s) x + t, with s = b + k tanh(h / k); first s, then t in the parameters."""
+
+    limit: float
+    kind: ClassVar[str] = "affine"
+    num_params: ClassVar[int] = 2
+
+    def _parts(self, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        b, shift = offset.unbind(-2)
+        if h is None:
+            return _log_scale(None, b, self.limit), shift
+        raw, move = h.unbind(-2)
+        return _log_scale(raw, b, self.limit), shift + move
+
+    def forward(self, x: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._parts(h, offset)
+        y = torch.addcmul(shift, x, log_scale.exp())
+        return y, log_scale.expand(y.shape)
+
+    def inverse(self, y: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._parts(h, offset)
+        x = (y - shift) * (-log_scale).exp()
+        return x, -log_scale.expand(x.shape)
+
+
+@dataclass(frozen=True)
+class RationalQuadratic:
+    """A rational-quadratic spline on [-limit, limit], the identity outside."""
+
+    limit: float
+    num_bins: int
+    kind: ClassVar[str] = "spline"
+
+    @property
+    def num_params(self) -> int:
+        return spline_size(self.num_bins)
+
+    def forward(self, x: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        return spline_forward(x, _sum(h, offset), self.limit)
+
+    def inverse(self, y: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
+        return spline_inverse(y, _sum(h, offset), self.limit)
+
+
+def transformer_of(kind: str, limit: float, num_params: int) -> Transformer:
+    """The transformer of a kind, from what an operator can be given: text and numbers."""
+    if kind == RationalQuadratic.kind:
+        return RationalQuadratic(limit, num_bins_of(num_params))
+    plain: dict[str, Callable[[float], Transformer]]
+    plain = {"additive": Additive, "multiplicative": Multiplicative, "affine": Affine}
+    return plain[kind](limit)
