@@ -1,6 +1,15 @@
 """Normalizing-flow guides for Pyro: swap an autoguide in one line, fit, and get a verdict."""
 
-from .autoguide import AutoFlow, AutoPlanar, AutoRadial
+from .autoguide import (
+    AutoFlow,
+    AutoIAF,
+    AutoNeuralSpline,
+    AutoNICE,
+    AutoPlanar,
+    AutoRadial,
+    AutoRealNVP,
+    AutoSylvester,
+)
 from .diagnostics import Diagnosis, diagnose
 from .infer import CompiledSVI, FitDiverged, FitResult, fit
 from .transforms import FLOWS
@@ -10,8 +19,13 @@ __version__ = "0.1.0"
 __all__ = [
     "FLOWS",
     "AutoFlow",
+    "AutoIAF",
+    "AutoNICE",
+    "AutoNeuralSpline",
     "AutoPlanar",
     "AutoRadial",
+    "AutoRealNVP",
+    "AutoSylvester",
     "CompiledSVI",
     "Diagnosis",
     "FitDiverged",

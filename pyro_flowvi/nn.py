@@ -1,6 +1,7 @@
 """Conditioner networks."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 
 from ._checks import check_positive_int, check_widths
 
-__all__ = ["ACTIVATIONS", "MLP", "MaskedMLP", "check_activation", "masked_degrees"]
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "ConvResNet",
+    "MaskedMLP",
+    "check_activation",
+    "check_image_shape",
+    "masked_degrees",
+]
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"tanh": torch.tanh, "relu": torch.relu}
 Biases = Mapping[str, Tensor]
@@ -144,3 +153,109 @@ class MaskedMLP(MLP):
     def masked_weights(self) -> list[Tensor]:
         """The weights of all layers, masked, first layer first."""
         return [self._weight(layer) for layer in (*self.hidden, self.last)]
+
+
+def check_image_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    """``shape`` as three positive ints, channels, height and width, or ValueError.
+
+    Example::
+
+        >>> check_image_shape("shape", [3, 32, 32])
+        (3, 32, 32)
+    """
+    sizes = check_widths(name, shape)
+    if len(sizes) != 3:
+        raise ValueError(f"{name}: expected (channels, height, width), got {shape!r}")
+    return sizes
+
+
+def _conv(image: Tensor, layer: nn.Module, bias: Tensor | None) -> Tensor:
+    """A convolution of images ``(*, C, H, W)``, with a bias for each row of a context if it has rows."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    batch = image.shape[:-3]
+    shared = bias if bias is None or bias.dim() == 1 else None
+    out = F.conv2d(image.reshape(-1, *image.shape[-3:]), weight, shared, padding="same")
+    out = out.reshape(*batch, *out.shape[-3:])
+    return out if bias is None or bias is shared else out + bias[..., None, None]
+
+
+class ConvResNet(nn.Module):
+    """A residual convolutional network for the coupling layers of an image flow.
+
+    The pixels that pass through are put in their places, the others are zero, and further channels say
+    which is which.  A 3 x 3 convolution, residual blocks of two each and a last one, which starts at zero
+    and has no bias, follow; the outputs at the pixels that move are kept.
+
+    Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017, sections 3.4 and 4.1, without
+    the batch normalisation; the order within a block is that of He, Zhang, Ren and Sun, *Identity Mappings
+    in Deep Residual Networks*, 2016.
+
+    :param shape: of an image, ``(C, H, W)``.
+    :param mask: C H W booleans, True where a pixel passes through; as many as pass are the input's length.
+    :param num_params: the number P of outputs for each pixel that moves.
+    :param channels: of the hidden layers.
+    :param num_blocks: the number of residual blocks.
+    :param activation: "tanh" or "relu".
+    :raises ValueError: if a size is not a positive integer, or ``mask`` not of the described kind.
+
+    Shapes: input ``(*, N)``, output ``(*, P M)`` for N pixels that pass and M that move, in the order of the
+    flat image; parameter p of moved pixel i is at ``p M + i``.
+
+    Example::
+
+        >>> net = ConvResNet((1, 2, 3), [True, False, True, False, True, False], num_params=2)
+        >>> net(torch.ones(5, 3)).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        mask: Sequence[bool] | Tensor,
+        num_params: int,
+        *,
+        channels: int = 32,
+        num_blocks: int = 2,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.shape = check_image_shape("shape", shape)
+        self.activation = check_activation(activation)
+        check_positive_int("num_params", num_params)
+        width = check_positive_int("channels", channels)
+        size = math.prod(self.shape)
+        keep = torch.as_tensor(mask, device="cpu")
+        if keep.dtype != torch.bool or keep.shape != (size,):
+            raise ValueError(f"mask: expected {size} booleans, got {mask!r}")
+        moved = (~keep).nonzero().flatten()
+        outputs = torch.cat([moved + p * size for p in range(num_params)])
+        frame = torch.cat([torch.zeros(size, device="cpu"), keep.to(torch.float32)])
+        self.kept: Tensor
+        self.outputs: Tensor
+        self.frame: Tensor
+        device = torch.get_default_device()
+        self.register_buffer("kept", keep.nonzero().flatten().to(device), persistent=False)
+        self.register_buffer("outputs", outputs.to(device), persistent=False)
+        self.register_buffer("frame", frame.to(device, torch.get_default_dtype()), persistent=False)
+        depth = self.shape[0]
+        self.first = nn.Conv2d(2 * depth, width, 3)
+        count = 2 * check_positive_int("num_blocks", num_blocks)
+        self.hidden = nn.ModuleList(nn.Conv2d(width, width, 3) for _ in range(count))
+        self.last = nn.Conv2d(width, num_params * depth, 3, bias=False)
+        nn.init.zeros_(self.last.weight)
+
+    def biases(self) -> dict[str, Tensor]:
+        """The biases by name, first layer first."""
+        return {name: param for name, param in self.named_parameters() if name.endswith("bias")}
+
+    def forward(self, x: Tensor, biases: Biases | None = None) -> Tensor:
+        """The output, shape ``(*, P M)``; ``biases`` replace the network's own."""
+        biases = self.biases() if biases is None else biases
+        activate = ACTIVATIONS[self.activation]
+        frame = self.frame.expand(*x.shape[:-1], self.frame.shape[0])
+        image = frame.index_copy(-1, self.kept, x).unflatten(-1, (-1, *self.shape[1:]))
+        h = _conv(image, self.first, biases["first.bias"])
+        for i in range(0, len(self.hidden), 2):
+            inner = _conv(activate(h), self.hidden[i], biases[f"hidden.{i}.bias"])
+            h = h + _conv(activate(inner), self.hidden[i + 1], biases[f"hidden.{i + 1}.bias"])
+        return _conv(activate(h), self.last, None).flatten(-3).index_select(-1, self.outputs)

@@ -90,7 +90,18 @@ def public_objects():
 
 
 INTERNAL = {
-    *("_checks", "functional", "splines", "univariate", "init", "params", "posterior", "particles", "state"),
+    *(
+        "_checks",
+        "functional",
+        "splines",
+        "substitution",
+        "univariate",
+        "init",
+        "params",
+        "posterior",
+        "particles",
+        "state",
+    ),
     *("cause", "compiled_step", "cuda", "elbo", "fused", "hazards", "reach", "replay", "tracing"),
 }
 """Modules whose names are public to the package alone: a docstring, but no example."""

@@ -1,6 +1,23 @@
 """Guides that replace a Pyro autoguide on an unmodified model."""
 
 from .base import AutoFlow
-from .flows import AutoPlanar, AutoRadial
+from .flows import (
+    AutoIAF,
+    AutoNeuralSpline,
+    AutoNICE,
+    AutoPlanar,
+    AutoRadial,
+    AutoRealNVP,
+    AutoSylvester,
+)
 
-__all__ = ["AutoFlow", "AutoPlanar", "AutoRadial"]
+__all__ = [
+    "AutoFlow",
+    "AutoIAF",
+    "AutoNICE",
+    "AutoNeuralSpline",
+    "AutoPlanar",
+    "AutoRadial",
+    "AutoRealNVP",
+    "AutoSylvester",
+]

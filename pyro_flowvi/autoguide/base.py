@@ -18,27 +18,12 @@ from torch.distributions import Transform, biject_to
 from .._checks import check_dtype, check_positive
 from ..distributions.flow import FlowDistribution, Shape
 from ..init import SafeInit, UnconstrainedModel, is_enumerated, prototype
-from ..transforms import (
-    FLOWS,
-    Compose,
-    ElementwiseAffine,
-    FlowTransform,
-    LowerAffine,
-    LowRankAffine,
-)
+from ..transforms import FLOWS, Compose, HeavyTails
 from .params import PROTOTYPE_STATE, NamedGuide, signature
-from .posterior import CallPosterior, reference_normal, rows
+from .posterior import AFFINES, CallPosterior, affine_layer, reference_normal, rows
 
 __all__ = ["AutoFlow"]
 
-MAX_CHOLESKY_DIM = 200
-"""Up to this many latents the guide's affine map has a full Cholesky factor, above it a low-rank one."""
-
-_AFFINES: dict[str, Callable[..., FlowTransform]] = {
-    "lower": LowerAffine,
-    "low_rank": LowRankAffine,
-    "elementwise": ElementwiseAffine,
-}
 _MAX_SIGNATURES = 100
 _QUANTILE_DRAWS = 8192
 
@@ -61,6 +46,8 @@ class AutoFlow(NamedGuide):
     :param init_scale: standard deviation, in unconstrained units, to start from.
     :param affine: "lower" (location and Cholesky factor), "low_rank" (diagonal and low rank),
         "elementwise", None for no affine map, or "auto": "lower" up to 200 latents, "low_rank" above.
+    :param tails: adds a trainable tail index for each latent (:class:`pyro_flowvi.transforms.HeavyTails`)
+        before the affine map, for posteriors with tails heavier than a Gaussian's.
     :raises ValueError: if an argument is not of the described kind, or ``name`` belongs to a live guide;
         at set-up as :func:`pyro_flowvi.init.prototype`.
 
@@ -89,6 +76,7 @@ class AutoFlow(NamedGuide):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
         affine: str | None = "auto",
+        tails: bool = False,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable, got {model!r}")
@@ -96,14 +84,15 @@ class AutoFlow(NamedGuide):
             raise ValueError(f"build: expected one of {sorted(FLOWS)}, got {build!r}")
         if (not callable(build) and not isinstance(build, str)) or isinstance(build, Transform):
             raise ValueError(f"build: expected a key of FLOWS or a callable dim -> Transform, got {build!r}")
-        if affine not in ("auto", None, *_AFFINES):
-            raise ValueError(f"affine: expected 'auto', None or {list(_AFFINES)}, got {affine!r}")
+        if affine not in ("auto", None, *AFFINES):
+            raise ValueError(f"affine: expected 'auto', None or {list(AFFINES)}, got {affine!r}")
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
         super().__init__(model, SafeInit(init_loc_fn), name)
         self._build = build
         self._init_scale = check_positive("init_scale", init_scale)
         self._affine = affine
+        self._tails = bool(tails)
         self._signatures: set[Any] = set()
 
     # -- set-up --------------------------------------------------------------------------------
@@ -174,10 +163,10 @@ class AutoFlow(NamedGuide):
         if not isinstance(transform, Transform):
             raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
         parts: list[Any] = [transform]
+        if self._tails:
+            parts.append(HeavyTails(self.latent_dim))
         if self._affine is not None:
-            kind = "lower" if self.latent_dim <= MAX_CHOLESKY_DIM else "low_rank"
-            make = _AFFINES[kind if self._affine == "auto" else self._affine]
-            parts.append(make(self.latent_dim, scale=self._init_scale))
+            parts.append(affine_layer(self._affine, self.latent_dim, self._init_scale))
         flow = Compose(parts, dim=self.latent_dim).to(device=loc.device, dtype=loc.dtype)
         for param in flow.parameters():
             param.data = param.data.contiguous()

@@ -1,16 +1,22 @@
 """The named flow guides: each is AutoFlow with a flow of the registry."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from pyro.infer.autoguide.initialization import init_to_median
-
-from .._checks import check_positive_int
+from .._checks import check_positive_int, check_widths
 from ..transforms import FLOWS
 from .base import AutoFlow
 
-__all__ = ["AutoPlanar", "AutoRadial"]
+__all__ = [
+    "AutoIAF",
+    "AutoNICE",
+    "AutoNeuralSpline",
+    "AutoPlanar",
+    "AutoRadial",
+    "AutoRealNVP",
+    "AutoSylvester",
+]
 
 
 class _Layered(AutoFlow):
@@ -18,29 +24,35 @@ class _Layered(AutoFlow):
 
     _flow_key: ClassVar[str]
 
+    def __init__(self, model: Callable[..., Any], num_layers: int | None = None, **options: Any) -> None:
+        layers = None if num_layers is None else check_positive_int("num_layers", num_layers)
+        super().__init__(model, partial(FLOWS[self._flow_key], num_layers=layers), **options)
+
+
+class _Networked(AutoFlow):
+    """AutoFlow with ``num_layers`` layers of a flow whose networks have the widths ``hidden``."""
+
+    _flow_key: ClassVar[str]
+
     def __init__(
         self,
         model: Callable[..., Any],
-        num_layers: int = 16,
-        *,
-        name: str | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
-        affine: str | None = "auto",
+        num_layers: int | None = None,
+        hidden: Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
-        layers = check_positive_int("num_layers", num_layers)
-        build = partial(FLOWS[self._flow_key], num_layers=layers)
-        super().__init__(
-            model, build, name=name, init_loc_fn=init_loc_fn, init_scale=init_scale, affine=affine
-        )
+        layers = None if num_layers is None else check_positive_int("num_layers", num_layers)
+        widths = None if hidden is None else check_widths("hidden", hidden)
+        super().__init__(model, partial(FLOWS[self._flow_key], num_layers=layers, hidden=widths), **options)
 
 
 class AutoPlanar(_Layered):
     """A planar flow over all continuous latents (Rezende and Mohamed 2015).
 
     :param model: a Pyro model.
-    :param num_layers: the number of planar layers.
-    :param name: as in :class:`AutoFlow`, and so are ``init_loc_fn``, ``init_scale`` and ``affine``.
+    :param num_layers: the number of planar layers; by default 16.
+    :param options: keyword options of :class:`AutoFlow`: ``name``, ``init_loc_fn``, ``init_scale``,
+        ``affine``, ``tails``.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -60,8 +72,8 @@ class AutoRadial(_Layered):
     """A radial flow over all continuous latents (Rezende and Mohamed 2015).
 
     :param model: a Pyro model.
-    :param num_layers: the number of radial layers.
-    :param name: as in :class:`AutoFlow`, and so are ``init_loc_fn``, ``init_scale`` and ``affine``.
+    :param num_layers: the number of radial layers; by default 16.
+    :param options: keyword options of :class:`AutoFlow`.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -73,3 +85,118 @@ class AutoRadial(_Layered):
     """
 
     _flow_key = "radial"
+
+
+class AutoSylvester(_Layered):
+    """A Sylvester flow over all continuous latents (van den Berg et al. 2018).
+
+    :param model: a Pyro model.
+    :param num_layers: the number of layers, each with as many units as latents but at most 8.
+    :param options: keyword options of :class:`AutoFlow`.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        >>> AutoSylvester(model, num_layers=2).materialize().median()["x"].shape
+        torch.Size([3])
+    """
+
+    _flow_key = "sylvester"
+
+
+class AutoNICE(_Networked):
+    """Additive couplings and a diagonal scaling over all continuous latents (Dinh et al. 2014).
+
+    :param model: a Pyro model.
+    :param num_layers: the number of couplings, of which each moves half of the latents.
+    :param hidden: widths of the networks' hidden layers.
+    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+        :data:`pyro_flowvi.transforms.DEFAULTS` for the number of latents.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x**2, 0.1))
+        >>> AutoNICE(model, num_layers=4, hidden=(16,)).materialize().sample_posterior(5)["y"].shape
+        torch.Size([5])
+    """
+
+    _flow_key = "nice"
+
+
+class AutoRealNVP(_Networked):
+    """Affine couplings over all continuous latents (Dinh, Sohl-Dickstein and Bengio 2017).
+
+    The guide to try first.
+
+    :param model: a Pyro model.
+    :param num_layers: the number of couplings, of which each moves half of the latents.
+    :param hidden: widths of the networks' hidden layers.
+    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+        :data:`pyro_flowvi.transforms.DEFAULTS` for the number of latents.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("x", dist.Normal(0.0, scale))
+        >>> guide = AutoRealNVP(model).materialize()
+        >>> guide.log_prob(guide.sample_posterior(7)).shape
+        torch.Size([7])
+    """
+
+    _flow_key = "realnvp"
+
+
+class AutoNeuralSpline(_Networked):
+    """Rational-quadratic spline couplings over all continuous latents (Durkan et al. 2019).
+
+    For several modes, kinks and sharp edges.
+
+    :param model: a Pyro model.
+    :param num_layers: the number of couplings, of which each moves half of the latents.
+    :param hidden: widths of the networks' hidden layers.
+    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+        :data:`pyro_flowvi.transforms.DEFAULTS` for the number of latents.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> def model():
+        ...     pyro.sample("x", dist.Gamma(2.0, 1.0))
+        >>> guide = AutoNeuralSpline(model, num_layers=2).materialize()
+        >>> bool(guide.sample_posterior(100)["x"].min() > 0)
+        True
+    """
+
+    _flow_key = "neural_spline"
+
+
+class AutoIAF(_Networked):
+    """An inverse autoregressive flow over all continuous latents (Kingma et al. 2016).
+
+    Unlike Pyro's ``AutoIAFNormal`` it starts at the identity, scores any value, and can have any scale.
+
+    :param model: a Pyro model.
+    :param num_layers: the number of autoregressive layers; every second one runs backwards.
+    :param hidden: widths of the networks' hidden layers.
+    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+        :data:`pyro_flowvi.transforms.DEFAULTS` for the number of latents.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, x.exp()))
+        >>> guide = AutoIAF(model, num_layers=2).materialize()
+        >>> guide.get_posterior().log_prob(torch.zeros(4, 2)).shape
+        torch.Size([4])
+    """
+
+    _flow_key = "iaf"

@@ -1,13 +1,24 @@
-"""What a guide draws from: the latent of one call, and fixed points for summaries."""
+"""What a guide is made of: its affine map, the latent of one call, fixed points for summaries."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Size, Tensor
 
 from ..distributions.flow import FlowDistribution, Shape
+from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
 
-__all__ = ["CallPosterior", "reference_normal", "rows"]
+__all__ = ["AFFINES", "CallPosterior", "affine_layer", "reference_normal", "rows"]
+
+MAX_CHOLESKY_DIM: Final = 200
+"""Up to this many latents a guide's affine map has a full Cholesky factor, above it a low-rank one."""
+
+AFFINES: Final[dict[str, Callable[..., FlowTransform]]] = {
+    "lower": LowerAffine,
+    "low_rank": LowRankAffine,
+    "elementwise": ElementwiseAffine,
+}
 
 _MAX_SOBOL_DIM = 21201
 """The largest dimension of torch's Sobol sequence."""
@@ -32,6 +43,13 @@ class CallPosterior(FlowDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "CallPosterior":
         return super().expand(batch_shape, self._get_checked_instance(CallPosterior, _instance))
+
+
+def affine_layer(kind: str, dim: int, scale: float) -> FlowTransform:
+    """The affine map of a guide: of a kind, or with "auto" of the kind for the dimension."""
+    if kind == "auto":
+        kind = "lower" if dim <= MAX_CHOLESKY_DIM else "low_rank"
+    return AFFINES[kind](dim, scale=scale)
 
 
 def reference_normal(num_points: int, dim: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Bijections with tractable log-determinants: pure functions, thin modules, and the registry ``FLOWS``."""
 
+from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import (
     Compose,
     Conditional,
@@ -17,32 +18,68 @@ from .coupling import (
     SplineCoupling,
     coupling_mask,
 )
-from .linear import ElementwiseAffine, LowerAffine, LowRankAffine, Permute
+from .defaults import DEFAULTS, Defaults, defaults_for
+from .dequantize import Logit, bits_per_dim, dequantize
+from .image import Conv1x1, Partial, Squeeze2d, channel_mask, checkerboard_mask, multiscale_realnvp
+from .inverse import Inverse
+from .linear import (
+    ActNorm,
+    ElementwiseAffine,
+    Householder,
+    LowerAffine,
+    LowRankAffine,
+    LULinear,
+    Permute,
+)
 from .planar import ConditionalPlanar, Planar
 from .radial import ConditionalRadial, Radial
-from .recipes import FLOWS
+from .recipes import FLOWS, Recipe
+from .sylvester import Sylvester
+from .tails import HeavyTails
 
 __all__ = [
+    "DEFAULTS",
     "FLOWS",
+    "ActNorm",
     "AdditiveCoupling",
+    "AffineAutoregressive",
     "AffineCoupling",
+    "Autoregressive",
     "Compose",
     "Conditional",
     "ConditionalCompose",
     "ConditionalPlanar",
     "ConditionalRadial",
+    "Conv1x1",
     "Coupling",
+    "Defaults",
     "ElementwiseAffine",
     "FlowTransform",
+    "HeavyTails",
+    "Householder",
+    "Inverse",
+    "LULinear",
+    "Logit",
     "LowRankAffine",
     "LowerAffine",
     "MultiplicativeCoupling",
     "ParametricTransform",
+    "Partial",
     "Permute",
     "Planar",
     "Radial",
+    "Recipe",
+    "SplineAutoregressive",
     "SplineCoupling",
+    "Squeeze2d",
+    "Sylvester",
+    "bits_per_dim",
+    "channel_mask",
+    "checkerboard_mask",
     "coupling_mask",
+    "defaults_for",
+    "dequantize",
     "forward_and_log_det",
     "inverse_and_log_det",
+    "multiscale_realnvp",
 ]

@@ -241,7 +241,7 @@ class Conditional(ConditionalTransformModule):
     :param layer: the transform.
     :param context_dim: the length of the context vectors.
     :param hidden: widths of the network's hidden layers.
-    :raises ValueError: if a size is not a positive integer.
+    :raises ValueError: if a size is not a positive integer, or the layer has no parameters.
 
     Example::
 
@@ -257,6 +257,8 @@ class Conditional(ConditionalTransformModule):
         self.dim = layer.dim
         self.context_dim = check_positive_int("context_dim", context_dim)
         self._sizes = {name: raw.numel() for name, raw in layer.raw_parameters().items()}
+        if not self._sizes:
+            raise ValueError(f"layer: expected parameters that a context can move, got none in {layer!r}")
         self.network = MLP(context_dim, hidden, sum(self._sizes.values()))
 
     def condition(self, context: Tensor) -> FlowTransform:

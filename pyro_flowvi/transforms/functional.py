@@ -22,6 +22,17 @@ large c; if c < 0, the root of :math:`s + c s / (1 + s / 2) = t`, a quadratic.
 whose one non-negative root is :math:`r = (D - B) / 2 = 2 \alpha r' / (B + D)`,
 :math:`B = \alpha + \beta - r', D = \sqrt{B^2 + 4 \alpha r'}`: of the two forms, the one that adds
 numbers of one sign.
+
+**Sylvester** :math:`y = x + Q R \tanh(\tilde R Q^T x + b)`, Q with orthonormal columns, R and
+:math:`\tilde R` upper triangular.  Multiplied by :math:`Q^T`, with :math:`v = Q^T x, w = Q^T y`, it is
+:math:`w = v + R \tanh(\tilde R v + b)`, whose row i has the unknowns i ... M alone: from the last row up,
+with
+:math:`s_i = (\tilde R v + b)_i` and :math:`\tilde R_{ii}` times the row,
+
+.. math:: s_i + R_{ii} \tilde R_{ii} \tanh s_i = \tilde R_{ii} (w_i - \sum_{j>i} R_{ij} \tanh s_j)
+    + \sum_{j>i} \tilde R_{ij} v_j + b_i ,
+
+the scalar equation of the planar flow.
 """
 
 import torch
@@ -31,12 +42,16 @@ from torch import Tensor
 from ..numerics import newton_root, safe_norm, shifted_softplus
 
 __all__ = [
+    "orthonormal_frame",
     "planar_forward",
     "planar_inverse",
     "planar_params",
     "radial_forward",
     "radial_inverse",
     "radial_params",
+    "reflect",
+    "sylvester_forward",
+    "sylvester_inverse",
 ]
 
 PLANAR_FLOOR = 1e-3
@@ -194,3 +209,74 @@ def radial_inverse(y: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tu
         y = centre_k + delta / (1.0 + beta_k * h).unsqueeze(-1)
         heights.append(h)
     return y, -_radial_log_det(heights[::-1], alpha, beta, y.shape[-1])
+
+
+def reflect(x: Tensor, vectors: Tensor) -> Tensor:
+    """Householder reflections x - 2 (v·x) v / |v|², one after another.
+
+    :param x: shape ``(*, D)``.
+    :param vectors: shape ``(*, K, D)``, of any length; a zero vector reflects nothing.
+    :return: shape ``(*, D)``.
+    """
+    units = vectors / safe_norm(vectors).unsqueeze(-1)
+    for unit in units.unbind(-2):
+        x = torch.addcmul(x, (x * unit).sum(-1, keepdim=True), unit, value=-2.0)
+    return x
+
+
+def orthonormal_frame(vectors: Tensor) -> Tensor:
+    """M orthonormal rows: the first M unit vectors after M Householder reflections.
+
+    :param vectors: shape ``(*, M, D)``, M at most D.
+    :return: shape ``(*, M, D)``.
+    """
+    num, dim = vectors.shape[-2:]
+    rows = torch.eye(num, dim, dtype=vectors.dtype, device=vectors.device)
+    return reflect(rows, vectors.unsqueeze(-3))
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix for row vectors; one matrix for the whole batch is one product."""
+    return x @ matrix if matrix.dim() == 2 else (x.unsqueeze(-2) @ matrix).squeeze(-2)
+
+
+def sylvester_forward(
+    x: Tensor, frame: Tensor, outer: Tensor, inner: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A Sylvester layer (van den Berg et al. 2018, equations 13 and 14).
+
+    :param x: shape ``(*, D)``.
+    :param frame: the transposed Q, shape ``(*, M, D)``, from :func:`orthonormal_frame`.
+    :param outer: R, upper triangular, shape ``(*, M, M)``.
+    :param inner: the other triangular matrix; products of the two diagonals are above -1.
+    :param b: shape ``(*, M)``.
+    :return: y of shape ``(*, D)`` and the log-determinant, shape ``(*,)``.
+    """
+    act = torch.tanh(_times(_times(x, frame.mT), inner.mT) + b)
+    y = x + _times(_times(act, outer.mT), frame)
+    return y, _planar_log_det(act, _diagonal_product(outer, inner)).sum(-1)
+
+
+def _diagonal_product(outer: Tensor, inner: Tensor) -> Tensor:
+    return outer.diagonal(dim1=-2, dim2=-1) * inner.diagonal(dim1=-2, dim2=-1)
+
+
+def sylvester_inverse(
+    y: Tensor, frame: Tensor, outer: Tensor, inner: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Inverse of :func:`sylvester_forward`, with the log-determinant of the inverse."""
+    w = _times(y, frame.mT)
+    c = _diagonal_product(outer, inner)
+    acts: list[Tensor] = []
+    inputs: list[Tensor] = []
+    for i in reversed(range(w.shape[-1])):
+        known = w[..., i]
+        drive = b[..., i]
+        if acts:
+            known = known - (outer[..., i, i + 1 :] * torch.stack(acts, -1)).sum(-1)
+            drive = drive + (inner[..., i, i + 1 :] * torch.stack(inputs, -1)).sum(-1)
+        act = torch.tanh(_solve_planar(inner[..., i, i] * known + drive, c[..., i]))
+        acts.insert(0, act)
+        inputs.insert(0, known - outer[..., i, i] * act)
+    act = torch.stack(acts, -1)
+    return y - _times(_times(act, outer.mT), frame), -_planar_log_det(act, c).sum(-1)

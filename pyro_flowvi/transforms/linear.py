@@ -9,8 +9,19 @@ from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
 from .base import FlowTransform, ParametricTransform, Raw
+from .functional import reflect
 
-__all__ = ["ElementwiseAffine", "LowRankAffine", "LowerAffine", "Permute"]
+__all__ = [
+    "ActNorm",
+    "ElementwiseAffine",
+    "Householder",
+    "LULinear",
+    "LowRankAffine",
+    "LowerAffine",
+    "Permute",
+]
+
+MAX_REFLECTIONS = 16
 
 
 def _scale(log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,6 +36,19 @@ def _linear(x: Tensor, matrix: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return F.linear(x, matrix)
     return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve(matrix: Tensor, x: Tensor, *, upper: bool, unit: bool) -> Tensor:
+    """The inverse of a triangular ``matrix`` times vectors: one solve if one matrix serves all of them.
+
+    The solver does not read the other triangle, nor the diagonal if it is a unit one.
+    """
+    rows = matrix.dim() == 2 and x.dim() > 1
+    solved: Tensor = torch.linalg.solve_triangular(
+        matrix.mT, x if rows else x.unsqueeze(-2), upper=not upper, left=False, unitriangular=unit
+    )
+    solved = solved if rows else solved.squeeze(-2)
+    return solved
 
 
 class ElementwiseAffine(ParametricTransform):
@@ -96,15 +120,124 @@ class LowerAffine(ParametricTransform):
         scale, log_scale = _scale(raw["log_scale"])
         x = (y - raw["loc"]) / scale
         if self.dim > 1:
-            # x + L x = x0 for the rows of a matrix: X (I + L)^T = X0, one solve for all of them.  The
-            # solver reads neither the diagonal, which is one, nor what lies above it.
-            rows = raw["lower"].dim() == 2 and x.dim() > 1
-            x = torch.linalg.solve_triangular(
-                raw["lower"].mT, x if rows else x.unsqueeze(-2),
-                upper=True, left=False, unitriangular=True,
-            )  # fmt: skip
-            x = x if rows else x.squeeze(-2)
+            x = _solve(raw["lower"], x, upper=False, unit=True)
         return x, -log_scale.sum(-1).expand(x.shape[:-1])
+
+
+class LULinear(ParametricTransform):
+    r"""A linear map in triangular factors, :math:`f(x) = loc + L U x`: any orientation-preserving mixing.
+
+    L is unit lower triangular, U upper triangular with a positive diagonal (Kingma and Dhariwal, *Glow*,
+    2018, section 3.2).  Starts as the identity.
+
+    :param dim: the length D of the vectors.
+    :raises ValueError: if ``dim`` is not a positive integer.
+
+    Shapes: input ``(*, D)``; ``loc`` ``(D,)``, ``factors`` ``(D, D)``: L below the diagonal, U above it, and
+    the logarithms of U's diagonal on it; any real values.
+
+    Example::
+
+        >>> LULinear(3)(torch.ones(3)).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.factors = nn.Parameter(torch.zeros(dim, dim))
+
+    @staticmethod
+    def _upper(factors: Tensor) -> tuple[Tensor, Tensor]:
+        scale, log_scale = _scale(factors.diagonal(dim1=-2, dim2=-1))
+        return factors.triu(1) + torch.diag_embed(scale), log_scale.sum(-1)
+
+    def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
+        upper, log_det = self._upper(raw["factors"])
+        x = _linear(x, upper)
+        y = raw["loc"] + x + _linear(x, raw["factors"].tril(-1))
+        return y, log_det.expand(y.shape[:-1])
+
+    def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        upper, log_det = self._upper(raw["factors"])
+        x = _solve(raw["factors"], y - raw["loc"], upper=False, unit=True)
+        x = _solve(upper, x, upper=True, unit=False)
+        return x, -log_det.expand(x.shape[:-1])
+
+
+class Householder(ParametricTransform):
+    """Householder reflections one after another: any rotation, with as many as there are dimensions.
+
+    Tomczak and Welling, *Improving Variational Auto-Encoders using Householder Flow*, 2016.  Volume
+    preserving. Starts as the identity, for the vectors start in equal pairs.
+
+    :param dim: the length D of the vectors.
+    :param num_reflections: the number K, even; by default D, or D + 1, and at most 16.
+    :raises ValueError: if a size is not a positive integer, or ``num_reflections`` odd.
+
+    Shapes: input ``(*, D)``; ``vectors`` ``(K, D)`` (absent if D = 1), any real values.
+
+    Example::
+
+        >>> Householder(3)(torch.ones(3)).round(decimals=4).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, dim: int, num_reflections: int | None = None) -> None:
+        super().__init__(dim)
+        if num_reflections is None:
+            num_reflections = min(dim + dim % 2, MAX_REFLECTIONS)
+        if check_positive_int("num_reflections", num_reflections) % 2:
+            raise ValueError(f"num_reflections: expected an even number, got {num_reflections}")
+        self.num_reflections = num_reflections
+        if dim > 1:
+            self.vectors = nn.Parameter(torch.randn(num_reflections // 2, dim).repeat_interleave(2, 0))
+
+    def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = reflect(x, raw["vectors"]) if self.dim > 1 else x
+        return y, y.new_zeros(y.shape[:-1])
+
+    def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = reflect(y, raw["vectors"].flip(-2)) if self.dim > 1 else y
+        return x, x.new_zeros(x.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_reflections={self.num_reflections}"
+
+
+class ActNorm(ElementwiseAffine):
+    """A location and a scale for each coordinate that can start from data.
+
+    Kingma and Dhariwal, *Glow*, 2018, section 3.1.  :meth:`initialize` is an explicit step, so that neither a
+    traced call nor a copy depends on whether a first batch was seen.
+
+    :param dim: the length D of the vectors.
+    :raises ValueError: if ``dim`` is not a positive integer.
+
+    Example::
+
+        >>> layer = ActNorm(2)
+        >>> y = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+        >>> layer.initialize(y)
+        >>> layer.inv(y).mean(0).tolist()
+        [0.0, 0.0]
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+
+    @torch.no_grad()
+    def initialize(self, y: Tensor) -> None:
+        """Sets location and scale so that the *inverse* of ``y``, ``(*, D)``, has mean 0 and variance 1.
+
+        :raises ValueError: if ``y`` has fewer than two vectors, or a coordinate does not vary.
+        """
+        rows = y.reshape(-1, self.dim)
+        spread = rows.std(0, correction=0) if len(rows) > 1 else rows.new_zeros(self.dim)
+        if not bool((spread > 0).all() & spread.isfinite().all()):
+            raise ValueError(f"y: expected at least 2 vectors that differ everywhere, got {tuple(y.shape)}")
+        self.loc.copy_(rows.mean(0))
+        self.log_scale.copy_(spread.log())
 
 
 class LowRankAffine(ParametricTransform):

@@ -1,94 +1,153 @@
 """The registry of named flows, shared by guides, models, tests and benchmarks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from torch import nn
 
 from .._checks import check_positive_int, check_widths
-from .base import Compose, Conditional, ConditionalCompose, ParametricTransform
+from .autoregressive import AffineAutoregressive, SplineAutoregressive
+from .base import Compose, Conditional, ConditionalCompose, FlowTransform, ParametricTransform
+from .coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
+from .defaults import defaults_for
+from .inverse import Inverse
+from .linear import ElementwiseAffine
 from .planar import Planar
 from .radial import Radial
+from .sylvester import Sylvester
 
-__all__ = ["FLOWS", "Builder"]
+__all__ = ["FLOWS", "Builder", "Recipe"]
 
 Builder = Callable[..., nn.Module]
 """``builder(dim, *, num_layers=None, hidden=None, context_dim=None)`` -> transform module."""
 
-DEFAULT_NUM_LAYERS: Final = 16
-DEFAULT_HIDDEN: Final = (32,)
+Layers = Callable[[int, int, Sequence[int]], list[ParametricTransform]]
+
+MASKS: Final = ("first", "second", "even", "odd")
+"""The masks of successive coupling layers: halves, then every second one, so that all places mix."""
 
 
-def _conditional(
-    layer: ParametricTransform, context_dim: int | None, hidden: Sequence[int] | None
-) -> nn.Module:
-    if context_dim is None:
-        return layer
-    widths = DEFAULT_HIDDEN if hidden is None else check_widths("hidden", hidden)
-    return Conditional(layer, context_dim, widths)
+@dataclass(frozen=True)
+class Recipe:
+    """A named flow: how its layers follow from dimension, number of layers and widths of networks.
 
-
-def _num_layers(num_layers: int | None) -> int:
-    return DEFAULT_NUM_LAYERS if num_layers is None else check_positive_int("num_layers", num_layers)
-
-
-def planar(
-    dim: int,
-    *,
-    num_layers: int | None = None,
-    hidden: Sequence[int] | None = None,
-    context_dim: int | None = None,
-) -> nn.Module:
-    """Planar layers; ``hidden`` matters only with a context.
+    :param name: the key in :data:`pyro_flowvi.FLOWS`.
+    :param layers: ``(dim, num_layers, hidden)`` -> the layers, first one first.
 
     Example::
 
-        >>> planar(3, num_layers=4)
+        >>> flow = FLOWS["planar"](3, num_layers=4)
+        >>> flow
         Planar(dim=3, num_layers=4)
+        >>> FLOWS["realnvp"](3, context_dim=2).condition(torch.zeros(5, 2)).batch_shape
+        torch.Size([5])
     """
-    return _conditional(Planar(dim, _num_layers(num_layers)), context_dim, hidden)
+
+    name: str
+    layers: Layers
+
+    def __call__(
+        self,
+        dim: int,
+        *,
+        num_layers: int | None = None,
+        hidden: Sequence[int] | None = None,
+        context_dim: int | None = None,
+    ) -> nn.Module:
+        """Builds the flow.
+
+        :param dim: the length of the vectors.
+        :param num_layers: the number of layers; by default that of :data:`~pyro_flowvi.transforms.DEFAULTS`.
+        :param hidden: widths of every network, likewise; planar, radial and Sylvester flows have one with
+            a context only.
+        :param context_dim: the length of the context vectors, for a conditional flow.
+        :return: a transform, or with a context a module with a ``condition`` method.
+        :raises ValueError: if an argument is not of the described kind.
+        """
+        row = defaults_for(check_positive_int("dim", dim))
+        num = row.num_layers[self.name] if num_layers is None else num_layers
+        widths = row.hidden if hidden is None else check_widths("hidden", hidden)
+        layers = self.layers(dim, check_positive_int("num_layers", num), widths)
+        if context_dim is not None:
+            conditional = [Conditional(layer, context_dim, widths) for layer in layers]
+            return conditional[0] if len(conditional) == 1 else ConditionalCompose(conditional)
+        return layers[0] if len(layers) == 1 else Compose(layers)
 
 
-def radial(
-    dim: int,
-    *,
-    num_layers: int | None = None,
-    hidden: Sequence[int] | None = None,
-    context_dim: int | None = None,
-) -> nn.Module:
-    """Radial layers; ``hidden`` matters only with a context.
-
-    Example::
-
-        >>> radial(3, num_layers=4)
-        Radial(dim=3, num_layers=4)
-    """
-    return _conditional(Radial(dim, _num_layers(num_layers)), context_dim, hidden)
+def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Planar(dim, num_layers)]
 
 
-def planar_radial(
-    dim: int,
-    *,
-    num_layers: int | None = None,
-    hidden: Sequence[int] | None = None,
-    context_dim: int | None = None,
-) -> nn.Module:
-    """Planar and radial layers in turn, ``num_layers`` in all.
+def _radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Radial(dim, num_layers)]
 
-    Example::
 
-        >>> len(planar_radial(3, num_layers=5))
-        5
-    """
-    kinds: tuple[type[Planar] | type[Radial], ...] = (Planar, Radial)
-    parts: list[Any] = [
-        _conditional(kinds[i % 2](dim), context_dim, hidden) for i in range(_num_layers(num_layers))
+def _planar_radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [(Planar, Radial)[i % 2](dim) for i in range(num_layers)]
+
+
+def _mask(i: int) -> str:
+    return MASKS[i % len(MASKS)]
+
+
+def _nice(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    layers = [AdditiveCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+def _realnvp(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+
+
+def _neural_spline(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    # An affine map after each, so that every box can be where the mass is.
+    return [
+        layer
+        for i in range(num_layers)
+        for layer in (SplineCoupling(dim, mask=_mask(i), hidden=hidden), ElementwiseAffine(dim))
     ]
-    return Compose(parts) if context_dim is None else ConditionalCompose(parts)
+
+
+def _neural_spline_ar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [
+        layer
+        for i in range(num_layers)
+        for layer in (
+            SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1),
+            ElementwiseAffine(dim),
+        )
+    ]
+
+
+def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+
+
+def _maf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden) if isinstance(layer, FlowTransform)]
+
+
+def _sylvester(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Sylvester(dim) for _ in range(num_layers)]
 
 
 FLOWS: Final = MappingProxyType[str, Builder](
-    {"planar": planar, "radial": radial, "planar_radial": planar_radial}
+    {
+        name: Recipe(name, layers)
+        for name, layers in {
+            "planar": _planar,
+            "radial": _radial,
+            "planar_radial": _planar_radial,
+            "nice": _nice,
+            "realnvp": _realnvp,
+            "neural_spline": _neural_spline,
+            "neural_spline_ar": _neural_spline_ar,
+            "iaf": _iaf,
+            "maf": _maf,
+            "sylvester": _sylvester,
+        }.items()
+    }
 )
 """Builders of the named flows: ``FLOWS[name](dim, *, num_layers, hidden, context_dim)``."""
