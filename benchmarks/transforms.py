@@ -1,236 +1,349 @@
-"""Time planar and radial layers against the same layers in Pyro and normflows.
+"""Time every family of layers against the same layer in Pyro, zuko, normflows and nflows.
 
-Two tasks, eager, float32, on one batch shared by all:
+Two tasks, float32, on one batch shared by all:
 
 - *train*: forward, log-determinant and the gradient of ``sum(y**2) + sum(log_det)`` with respect to the
   input and to all parameters;
-- *inverse*: inverse and its log-determinant, without gradients.  Pyro's planar and radial have none (they
-  look their input up in a cache), normflows' planar has one for the leaky ReLU alone, where it is linear.
+- *inverse*: inverse and its log-determinant, without gradients.
 
-The variants of a row take turns in every round, so that a disturbance of the machine meets all of them; the
-table has the medians over rounds and the ratio ours / fastest peer, with an interval over rounds::
+Each is timed *eager* and *compiled*: ``torch.compile`` of the whole flow, in one graph where that works (a
+star marks where it does not), the time to compile left out.  Before it is timed a variant has to give finite
+log-determinants of the right shape, an inverse that inverts, and compiled the numbers that it gives eager.
 
-    python benchmarks/transforms.py [--threads 1] [--rounds 30] [--json FILE]
+The variants of a row, both modes, take turns in every round, so that a disturbance of the machine meets all
+of them.  The tables have medians over rounds and ratios ours / fastest peer, with an interval over rounds::
 
-The peers come with ``pip install "pyro-flowvi[bench]"``; one that is not installed is left out.
+    python benchmarks/transforms.py [--flows planar radial] [--mode eager] [--rounds 30] [--json FILE]
+
+The peers come with ``pip install "pyro-flowvi[bench]"``; one that is not installed is left out.  How their
+layers differ from ours is said in ``peers.py``.
 """
 
 import argparse
+import contextlib
 import gc
-import importlib.util
 import json
+import logging
 import platform
+import signal
 import statistics
 import time
+import types
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import pyro.distributions.transforms as pyro_transforms
 import torch
-from torch import Tensor, nn
+from peers import FLOWS, INSTALLED, NETWORK_FLOWS, OURS, PEERS, Variant, build
+from torch import Tensor
 
-from pyro_flowvi.transforms import Planar, Radial
+Call = Callable[[], tuple[Tensor, ...]]
+Ratio = tuple[str, float, float, float]
+"""Name of the peer, and ours / that peer: median, 2.5 and 97.5 % quantiles."""
 
-Map = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-HAS_NORMFLOWS = importlib.util.find_spec("normflows") is not None
-OURS = "pyro_flowvi"
-PYRO = "Pyro"
-NORMFLOWS = "normflows"
-NORMFLOWS_LEAKY = "normflows leaky ReLU"
-COLUMNS = (OURS, PYRO, NORMFLOWS, NORMFLOWS_LEAKY)
-
-
-@dataclass
-class Variant:
-    """K layers of one library: the maps to time and the modules that own the parameters."""
-
-    name: str
-    modules: nn.ModuleList
-    forward: Map
-    inverse: Map | None = None
+EAGER = "eager"
+COMPILED = "compiled"
+MIN_ROUNDS = 7
 
 
 @dataclass
 class Row:
-    """Milliseconds a call by variant, and ours / fastest peer: median, 2.5 and 97.5 % quantiles."""
+    """Milliseconds a call by library, or why there are none."""
 
     flow: str
     num_layers: int
     task: str
-    median_ms: dict[str, float]
-    fastest_peer: str | None
-    ratio: tuple[float, float, float] | None
+    rounds: int = 0
+    eager: dict[str, float | str] = field(default_factory=dict)
+    compiled: dict[str, float | str] = field(default_factory=dict)
+    broken_graph: list[str] = field(default_factory=list)
+    compile_seconds: dict[str, float] = field(default_factory=dict)
+    eager_ratio: Ratio | None = None
+    compiled_to_eager: Ratio | None = None
+    compiled_ratio: Ratio | None = None
 
 
-def _ours(layers: Planar | Radial) -> Variant:
-    return Variant(OURS, nn.ModuleList([layers]), layers.forward_and_log_det, layers.inverse_and_log_det)
+def task_calls(
+    variant: Variant, task: str, batch: Tensor
+) -> tuple[Callable[..., Any], Callable[[Any], Call]]:
+    """The function to compile, and what makes of it, compiled or not, the call to time."""
+    if task == "inverse":
+        inverse = variant.inverse
+        assert inverse is not None
 
+        def plain(function: Any) -> Call:
+            def call() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    # A fresh object, without a copy: Pyro answers from its cache for one that it has seen.
+                    result: tuple[Tensor, ...] = function(batch.detach())
+                    return result
 
-def _pyro(layers: list[nn.Module]) -> Variant:
-    modules = nn.ModuleList(layers)
+            return call
 
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = None
-        for layer in modules:
-            y = layer(x)
-            # Same objects as in the call: answered from what the call left behind, Pyro's own fast path.
-            part = layer.log_abs_det_jacobian(x, y)
-            log_det = part if log_det is None else log_det + part
-            x = y
-        return x, log_det
+        return lambda y: inverse(y), plain
 
-    return Variant(PYRO, modules, forward)
+    params = list(variant.module.parameters())
 
-
-def _normflows(name: str, layers: list[nn.Module], has_inverse: bool) -> Variant:
-    modules = nn.ModuleList(layers)
-
-    def chain(methods: list[Map], x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = None
-        for method in methods:
-            x, part = method(x)
-            log_det = part if log_det is None else log_det + part
-        return x, log_det
-
-    forwards = [layer.__call__ for layer in modules]
-    inverses = [layer.inverse for layer in reversed(modules)]
-    return Variant(
-        name,
-        modules,
-        lambda x: chain(forwards, x),
-        (lambda y: chain(inverses, y)) if has_inverse else None,
-    )
-
-
-def variants(flow: str, dim: int, num_layers: int) -> Iterator[Variant]:
-    """The variants of one row that are installed, ours first."""
-    layer = Planar if flow == "planar" else Radial
-    yield _ours(layer(dim, num_layers=num_layers))
-    layer = pyro_transforms.Planar if flow == "planar" else pyro_transforms.Radial
-    yield _pyro([layer(dim) for _ in range(num_layers)])
-    if HAS_NORMFLOWS:
-        import normflows.flows as nf
-
-        if flow == "radial":
-            yield _normflows(NORMFLOWS, [nf.Radial((dim,)) for _ in range(num_layers)], False)
-            return
-        for name, act in ((NORMFLOWS, "tanh"), (NORMFLOWS_LEAKY, "leaky_relu")):
-            layers = [nf.Planar((dim,), act=act) for _ in range(num_layers)]
-            yield _normflows(name, layers, act == "leaky_relu")
-
-
-def train_call(variant: Variant, batch: Tensor) -> Callable[[], object]:
-    params = list(variant.modules.parameters())
-
-    def call() -> object:
-        # A fresh object, without a copy: Pyro answers from its cache for an input that it has seen.
-        x = batch.detach().requires_grad_()
+    def objective(x: Tensor) -> Tensor:
         y, log_det = variant.forward(x)
-        return torch.autograd.grad(y.square().sum() + log_det.sum(), [x, *params])
+        return y.square().sum() + log_det.sum()
 
-    return call
+    def with_gradient(function: Any) -> Call:
+        def call() -> tuple[Tensor, ...]:
+            x = batch.detach().requires_grad_()
+            return torch.autograd.grad(function(x), [x, *params])
+
+        return call
+
+    return objective, with_gradient
 
 
-def inverse_call(variant: Variant, batch: Tensor) -> Callable[[], object]:
-    inverse = variant.inverse
-    assert inverse is not None
+def check(variant: Variant, task: str, batch: Tensor) -> None:
+    """Raises unless the variant does what it is timed for."""
+    with torch.no_grad():
+        y, log_det = variant.forward(batch.clone())
+        results = [(y, log_det)]
+        if task == "inverse":
+            assert variant.inverse is not None
+            back, log_det_back = variant.inverse(y.clone())
+            results.append((back, log_det_back))
+            # The median: a spline in float32 may miss a few values by more.
+            if not (back - batch).abs().median() < 1e-3 or not (log_det + log_det_back).median() < 1e-2:
+                raise ValueError("wrong inverse")
+    for value, part in results:
+        if value.shape != batch.shape or part.shape != batch.shape[:1]:
+            raise ValueError("wrong shape")
+        if not (value.isfinite().all() and part.isfinite().all()):
+            raise ValueError("not finite")
 
-    def call() -> object:
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError where the block takes longer; on systems without alarms it may."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"over {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def compiled_call(
+    function: Any, make: Callable[[Any], Call], expected: tuple[Tensor, ...], limit: int
+) -> tuple[Call, bool]:
+    """The compiled call, after its first runs, and whether it is one graph."""
+    fullgraph = True
+    while True:
+        # A code object of its own: torch keeps graphs by code object, and those of the other variants would
+        # be tried first at every call.
+        code = function.__code__.replace()
+        own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
+        call = make(torch.compile(own, fullgraph=fullgraph, dynamic=False))
+        try:
+            with at_most(limit):
+                result = call()
+                call()
+            break
+        except Exception as error:
+            if not fullgraph or "over " in str(error):
+                raise
+            fullgraph = False
+    for value, right in zip(result, expected, strict=True):
+        if not (value - right).norm() <= 1e-2 * (right.norm() + 1e-3):
+            raise ValueError("wrong result")
+    return call, fullgraph
+
+
+def reason(error: Exception) -> str:
+    """A few words for a cell of the table."""
+    text = str(error)
+    if "over " in text and " s" in text and len(text) < 200:
+        return text.strip().splitlines()[-1][-40:]
+    return text if isinstance(error, ValueError) and len(text) < 30 else f"fails: {type(error).__name__}"
+
+
+def prepare(row: Row, options: argparse.Namespace) -> dict[tuple[str, str], Call]:
+    """The calls of a row by (library, mode); what cannot be timed is noted in the row."""
+    torch.compiler.reset()
+    calls = {}
+    torch.manual_seed(0)
+    batch = torch.randn(options.batch, options.dim)
+    for library in (OURS, *INSTALLED):
+        variant = build(library, row.flow, options.dim, row.num_layers, row.task)
+        if variant is None or (row.task == "inverse" and variant.inverse is None):
+            continue
         with torch.no_grad():
-            return inverse(batch.detach())
+            for param in variant.module.parameters():
+                param.add_(0.1 * torch.randn_like(param))  # ours start as the identity: leave it
+        try:
+            check(variant, row.task, batch)
+            function, make = task_calls(variant, row.task, batch)
+            eager = make(function)
+            expected = eager()
+        except Exception as error:  # the peer's, whatever it is, belongs in the table
+            row.eager[library] = row.compiled[library] = reason(error)
+            continue
+        if options.mode != COMPILED or library != OURS:
+            calls[library, EAGER] = eager  # of the peers always: the compiled ratio needs them
+        if options.mode == EAGER:
+            continue
+        start = time.perf_counter()
+        try:
+            call, whole = compiled_call(function, make, expected, options.compile_limit)
+        except Exception as error:
+            row.compiled[library] = reason(error)
+            continue
+        row.compile_seconds[library] = round(time.perf_counter() - start, 1)
+        calls[library, COMPILED] = call
+        if not whole:
+            row.broken_graph.append(library)
+    return calls
 
-    return call
 
-
-def interleaved_ms(calls: dict[str, Callable[[], object]], rounds: int, loop: int) -> dict[str, list[float]]:
+def interleaved_ms(
+    calls: dict[tuple[str, str], Call], options: argparse.Namespace
+) -> dict[tuple[str, str], list[float]]:
     """Milliseconds a call, one number a round for each variant; the order rotates."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    loops = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        loops[name] = max(1, min(64, round(1e-3 * options.slice / (time.perf_counter() - start))))
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for step in range(-2, rounds):  # the first two warm up
+    rounds, began = options.rounds, time.perf_counter()
+    step = -1  # the first round warms up
+    while step < rounds:
         turn = step % len(names)
         for name in names[turn:] + names[:turn]:
-            call = calls[name]
+            call, loop = calls[name], loops[name]
             start = time.perf_counter()
             for _ in range(loop):
                 call()
             elapsed = time.perf_counter() - start
             if step >= 0:
                 times[name].append(1e3 * elapsed / loop)
+        if step < 0:
+            fitting = int(options.row_seconds / (time.perf_counter() - began))
+            rounds = min(rounds, max(MIN_ROUNDS, fitting))
+        step += 1
     return times
 
 
-def measure(flow: str, num_layers: int, task: str, options: argparse.Namespace) -> Row:
-    torch.manual_seed(0)
-    batch = torch.randn(options.batch, options.dim)
-    calls = {}
-    for variant in variants(flow, options.dim, num_layers):
-        with torch.no_grad():
-            for param in variant.modules.parameters():
-                param.add_(0.1 * torch.randn_like(param))  # ours start as the identity: leave it
-        if task == "train":
-            calls[variant.name] = train_call(variant, batch)
-        elif variant.inverse is not None:
-            calls[variant.name] = inverse_call(variant, batch)
-    gc.collect()
-    times = interleaved_ms(calls, options.rounds, max(1, options.loop // num_layers))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    peers = [name for name in medians if name != OURS]
-    if not peers:
-        return Row(flow, num_layers, task, medians, None, None)
-    fastest = min(peers, key=lambda name: medians[name])
-    ratios = torch.tensor(times[OURS]) / torch.tensor(times[fastest])
+def ratio(times: dict[tuple[str, str], list[float]], mode: str, peer_mode: str) -> Ratio | None:
+    """Ours / fastest peer, round by round."""
+    medians = {
+        name: statistics.median(times[name, peer_mode]) for name in PEERS if (name, peer_mode) in times
+    }
+    if not medians or (OURS, mode) not in times:
+        return None
+    fastest = min(medians, key=lambda name: medians[name])
+    ratios = torch.tensor(times[OURS, mode]) / torch.tensor(times[fastest, peer_mode])
     middle, low, high = ratios.quantile(torch.tensor([0.5, 0.025, 0.975])).tolist()
-    return Row(flow, num_layers, task, medians, fastest, (middle, low, high))
+    return fastest, middle, low, high
 
 
-def markdown(rows: list[Row]) -> str:
+def measure(row: Row, options: argparse.Namespace) -> Row:
+    calls = prepare(row, options)
+    gc.collect()
+    if not calls:
+        return row
+    times = interleaved_ms(calls, options)
+    row.rounds = len(next(iter(times.values())))
+    for (library, mode), values in times.items():
+        (row.eager if mode == EAGER else row.compiled)[library] = statistics.median(values)
+    row.eager_ratio = ratio(times, EAGER, EAGER)
+    row.compiled_to_eager = ratio(times, COMPILED, EAGER)
+    row.compiled_ratio = ratio(times, COMPILED, COMPILED)
+    return row
+
+
+def _cell(row: Row, mode: str, library: str) -> str:
+    if library != OURS and library not in INSTALLED:
+        return "not installed"
+    value = (row.eager if mode == EAGER else row.compiled).get(library, "none")
+    if isinstance(value, str):
+        return value
+    return f"{value:.3f}" + ("*" if mode == COMPILED and library in row.broken_graph else "")
+
+
+def _verdict(value: Ratio | None) -> str:
+    return "no peer" if value is None else "{1:.2f} ({2:.2f} to {3:.2f}), {0}".format(*value)
+
+
+def markdown(rows: list[Row], mode: str) -> str:
     """The rows as a Markdown table, milliseconds a call."""
-    lines = ["| flow | K | task | " + " | ".join(COLUMNS) + " | ours / fastest peer |"]
-    lines.append("|" + "---|" * (len(COLUMNS) + 4))
+    columns = (OURS, *PEERS)
+    verdicts = ["ours / fastest peer"] if mode == EAGER else ["ours / fastest peer, eager", "both compiled"]
+    lines = [f"| flow, {mode} | K | task | " + " | ".join([*columns, *verdicts]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + len(verdicts) + 3))
     for row in rows:
-        cells = []
-        for name in COLUMNS:
-            absent = "not installed" if name.startswith(NORMFLOWS) and not HAS_NORMFLOWS else "none"
-            cells.append(f"{row.median_ms[name]:.3f}" if name in row.median_ms else absent)
-        verdict = "no peer"
-        if row.ratio is not None:
-            verdict = "{:.2f} ({:.2f} to {:.2f})".format(*row.ratio) + f", {row.fastest_peer}"
-        lines.append(f"| {row.flow} | {row.num_layers} | {row.task} | {' | '.join(cells)} | {verdict} |")
+        ratios = [row.eager_ratio] if mode == EAGER else [row.compiled_to_eager, row.compiled_ratio]
+        cells = [_cell(row, mode, name) for name in columns] + [_verdict(value) for value in ratios]
+        lines.append(f"| {row.flow} | {row.num_layers} | {row.task} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _report(rows: list[Row], mode: str) -> None:
+    """The tables, and what the compilation took."""
+    for one in (EAGER, COMPILED):
+        if mode in (one, "both"):
+            print("\n" + markdown(rows, one))
+    if mode != EAGER:
+        print("\nSeconds to compile, median over rows (largest):", end="")
+        for library in (OURS, *INSTALLED):
+            seconds = [row.compile_seconds[library] for row in rows if library in row.compile_seconds]
+            if seconds:
+                print(f" {library} {statistics.median(seconds):.1f} ({max(seconds):.1f});", end="")
+        print("\n*: torch.compile breaks it into several graphs.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flows", nargs="+", choices=FLOWS, default=list(FLOWS), metavar="FLOW")
+    parser.add_argument("--tasks", nargs="+", choices=("train", "inverse"), default=["train", "inverse"])
+    parser.add_argument("--mode", choices=(EAGER, COMPILED, "both"), default="both")
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=32)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--layers", type=int, nargs="+", help="default: 1 and 8, with networks 1 and 4")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30, help="at least 15 for a usable interval")
-    parser.add_argument("--loop", type=int, default=16, help="calls a round with one layer")
+    parser.add_argument("--slice", type=float, default=20.0, help="milliseconds of a variant in a round")
+    parser.add_argument(
+        "--row-seconds", type=float, default=60.0, help="fewer rounds where a row takes longer"
+    )
+    parser.add_argument("--compile-limit", type=int, default=300, help="seconds, of one variant")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(torch.float32)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # what fails to compile is in the table
+    warnings.filterwarnings("ignore", category=UserWarning)  # nflows solves with what torch has deprecated
     setting = (
-        f"batch {options.batch} x dimension {options.dim}, float32, eager, {options.threads} thread(s), "
-        f"{options.rounds} rounds, torch {torch.__version__}, {platform.machine()}"
+        f"batch {options.batch} x dimension {options.dim}, float32, {options.threads} thread(s), "
+        f"up to {options.rounds} rounds, torch {torch.__version__}, {platform.machine()}"
     )
     print(f"Milliseconds a call, median: {setting}.")
-    if not HAS_NORMFLOWS:
-        print("normflows is not installed: skipped.")
-    tasks = ("train", "inverse")
-    rows = [
-        measure(flow, num_layers, task, options)
-        for flow in ("planar", "radial")
-        for num_layers in options.layers
-        for task in tasks
-    ]
-    print("\n" + markdown(rows))
-    if options.json is not None:
-        figures = {"setting": setting, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    rows = []
+    for flow in options.flows:
+        for num_layers in options.layers or ([1, 4] if flow in NETWORK_FLOWS else [1, 8]):
+            for task in options.tasks:
+                rows.append(measure(Row(flow, num_layers, task), options))
+                if options.json is not None:  # after every row: a run takes long
+                    figures = {"setting": setting, "rows": [asdict(row) for row in rows]}
+                    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    _report(rows, options.mode)
 
 
 if __name__ == "__main__":

@@ -102,23 +102,14 @@ def _realnvp(dim: int, num_layers: int, hidden: Sequence[int]) -> list[Parametri
 
 
 def _neural_spline(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    # An affine map after each, so that every box can be where the mass is.
-    return [
-        layer
-        for i in range(num_layers)
-        for layer in (SplineCoupling(dim, mask=_mask(i), hidden=hidden), ElementwiseAffine(dim))
-    ]
+    # One affine map outside the boxes: one for each layer outran the networks, and training shook.
+    layers = [SplineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
 
 
 def _neural_spline_ar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [
-        layer
-        for i in range(num_layers)
-        for layer in (
-            SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1),
-            ElementwiseAffine(dim),
-        )
-    ]
+    layers = [SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
 
 
 def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
