@@ -11,9 +11,9 @@ better for the peer.  What remains different:
   first half left alone; its LU layer is for images and left out;
 - normflows' spline layers are taken without their wrappers, which go the other way around, have residual
   networks and move the first half as well; its autoregressive networks have one activation less, its LU
-  layer is the part of ``LULinearPermute`` without the permutation, ``AffineConstFlow`` stands for ``ActNorm``,
-  which looks at every call whether it has seen data, and its planar layer has an inverse for the leaky ReLU
-  alone, where it is linear: that is the one in the row of inverses;
+  layer is the part of ``LULinearPermute`` without the permutation, ``AffineConstFlow`` stands for
+  ``ActNorm``, which looks at every call whether it has seen data, and its planar layer has an inverse for
+  the leaky ReLU alone, where it is linear: that is the one in the row of inverses;
 - zuko's LU layer has no offset, and the inverse of zuko gives its log-determinant by a second evaluation of
   the layer, as ``rsample_and_log_prob`` does;
 - nflows divides widths and heights of a coupling's splines by a constant; ``ActNorm`` is in evaluation mode;
@@ -147,7 +147,9 @@ def _pyro(flow: str, dim: int, task: str) -> Part | None:
         x = transform._inv_call(y)  # what ``transform.inv`` calls
         return x, -transform.log_abs_det_jacobian(x, y)
 
-    return Part(layer, forward, None if flow in ("planar", "radial", "sylvester") else inverse)
+    # The coupling holds a spline for the first half even where it does not use it.
+    owner = layer.upper_spline if flow == "spline coupling" else layer
+    return Part(owner, forward, None if flow in ("planar", "radial", "sylvester") else inverse)
 
 
 def _zuko(flow: str, dim: int, task: str) -> Part | None:

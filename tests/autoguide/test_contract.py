@@ -24,7 +24,17 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 
-from pyro_flowvi import FLOWS, AutoFlow, AutoPlanar, AutoRadial
+from pyro_flowvi import (
+    FLOWS,
+    AutoFlow,
+    AutoIAF,
+    AutoNeuralSpline,
+    AutoNICE,
+    AutoPlanar,
+    AutoRadial,
+    AutoRealNVP,
+    AutoSylvester,
+)
 from pyro_flowvi.infer.particles import Particles
 from tests import zoo
 
@@ -32,6 +42,12 @@ GUIDES = {
     "planar": partial(AutoPlanar, num_layers=3),
     "radial": partial(AutoRadial, num_layers=3),
     "flow": partial(AutoFlow, build=partial(FLOWS["planar_radial"], num_layers=4)),
+    "nice": partial(AutoNICE, num_layers=2, hidden=(5,)),
+    "realnvp": partial(AutoRealNVP, num_layers=4, hidden=(5,), tails=True),
+    "spline": partial(AutoNeuralSpline, num_layers=2, hidden=(5,)),
+    "iaf": partial(AutoIAF, num_layers=2, hidden=(5,)),
+    "maf": partial(AutoFlow, build=partial(FLOWS["maf"], num_layers=2, hidden=(5,))),
+    "sylvester": partial(AutoSylvester, num_layers=2),
 }
 BASIC = ("hierarchy", "log_normal", "dirichlet")
 
@@ -125,10 +141,10 @@ class TestDropIn:
         guide = GUIDES[kind](model).materialize(*args)
         elbo = Trace_ELBO(num_particles=2)(model, guide)
         optimizer = torch.optim.Adam(elbo.parameters(), lr=1e-2)
-        before = guide.state_dict()["flow.parts.1.loc"].clone()
+        before = guide.affine.loc.detach().clone()
         elbo(*args).backward()
         optimizer.step()
-        assert not torch.equal(guide.state_dict()["flow.parts.1.loc"], before)
+        assert not torch.equal(guide.affine.loc, before)
 
     @pytest.mark.parametrize("parallel", [False, True])
     def test_predictive(self, kind, name, parallel):
