@@ -1,13 +1,34 @@
 """Data sets of the source papers, embedded so that nothing is downloaded."""
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributions import constraints
 
-__all__ = ["EIGHT_SCHOOLS", "LabelledImages", "Reference", "digits", "eight_schools_reference"]
+from ._checks import check_positive_int
+from .numerics import safe_norm
+
+__all__ = [
+    "EIGHT_SCHOOLS",
+    "ENERGIES",
+    "ENERGY_BOX",
+    "Energy",
+    "LabelledImages",
+    "Reference",
+    "digits",
+    "eight_schools_reference",
+    "two_moons",
+]
 
 EIGHT_SCHOOLS: Final[dict[str, list[float]]] = {
     "y": [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0],
@@ -104,3 +125,121 @@ def digits(seed: int = 0) -> tuple[LabelledImages, LabelledImages, LabelledImage
         LabelledImages(images[rows], labels[rows], num_levels=17) for rows in np.split(order, [1297, 1397])
     )
     return train, validation, test
+
+
+def two_moons(num: int = 100, noise: float = 0.05, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Two interleaving half circles of radius 1, evenly spaced along them, with Gaussian noise.
+
+    The curves of scikit-learn's ``make_moons``; it is not needed.
+
+    :param num: the number of points N, of which the upper moon has N // 2.
+    :param noise: standard deviation of the noise in each coordinate.
+    :param seed: of the noise.
+    :return: points, shape ``(N, 2)``, and labels, 0 on the upper moon and 1 on the lower, shape ``(N,)``.
+    :raises ValueError: if ``num`` is not a positive integer, or ``noise`` is negative or not finite.
+
+    Example::
+
+        >>> points, labels = two_moons(100)
+        >>> points.shape, labels.sum()
+        ((100, 2), np.int64(50))
+    """
+    upper = check_positive_int("num", num) // 2
+    if not 0.0 <= noise < math.inf:
+        raise ValueError(f"noise: expected a number that is not negative, got {noise!r}")
+    first, second = np.linspace(0.0, math.pi, upper), np.linspace(0.0, math.pi, num - upper)
+    moons = np.concatenate(
+        [
+            np.stack([np.cos(first), np.sin(first)], -1),
+            np.stack([1.0 - np.cos(second), 0.5 - np.sin(second)], -1),
+        ]
+    )
+    labels = np.repeat([0, 1], [upper, num - upper])
+    return moons + noise * np.random.default_rng(seed).standard_normal(moons.shape), labels
+
+
+ENERGY_BOX: Final = (-4.0, 4.0)
+"""The interval to which z1 is confined under the :data:`ENERGIES`: three of them are improper without."""
+
+
+def _bell(x: Tensor, scale: float) -> Tensor:
+    """The logarithm of a Gaussian bell of height 1."""
+    return -0.5 * (x / scale).square()
+
+
+def _wave(z: Tensor) -> Tensor:
+    """z2 - w1, the height above the wave w1 = sin(2 pi z1 / 4)."""
+    return z[..., 1] - torch.sin(0.5 * math.pi * z[..., 0])
+
+
+def _ring(z: Tensor) -> Tensor:
+    two_spots = torch.logaddexp(_bell(z[..., 0] - 2.0, 0.6), _bell(z[..., 0] + 2.0, 0.6))
+    return -_bell(safe_norm(z) - 2.0, 0.4) - two_spots
+
+
+def _one_wave(z: Tensor) -> Tensor:
+    return -_bell(_wave(z), 0.4)
+
+
+def _split_wave(z: Tensor) -> Tensor:
+    w2 = 3.0 * _bell(z[..., 0] - 1.0, 0.6).exp()
+    return -torch.logaddexp(_bell(_wave(z), 0.35), _bell(_wave(z) + w2, 0.35))
+
+
+def _forked_wave(z: Tensor) -> Tensor:
+    w3 = 3.0 * torch.sigmoid((z[..., 0] - 1.0) / 0.3)
+    return -torch.logaddexp(_bell(_wave(z), 0.4), _bell(_wave(z) + w3, 0.35))
+
+
+@dataclass(frozen=True)
+class Energy:
+    r"""An unnormalised density of two variables, :math:`p(z) = e^{-U(z)} / Z` for z1 in ENERGY_BOX.
+
+    For a guide q of :meth:`model`, KL(q || p) = E[log q(z) + U(z)] + log Z = -ELBO + log Z, exactly.
+
+    :param name: of the energy.
+    :param function: U, from z of shape ``(*, 2)`` to ``(*,)``.
+    :param log_normalizer: log Z.
+
+    Example::
+
+        >>> energy = Energy("bowl", lambda z: 0.5 * z.square().sum(-1), 1.837814)
+        >>> energy(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
+        tensor([0.0000, 2.5000])
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    log_normalizer: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """U(z), shape ``(*,)``, of z of shape ``(*, 2)``."""
+        return self.function(z)
+
+    def model(self, weight: float | Tensor = 1.0) -> None:
+        """A Pyro model of the sites "z1", in ENERGY_BOX, and "z2", real, of log density -``weight`` U.
+
+        :param weight: 1 for the target; less, to begin with a flatter one (annealing).
+        """
+        z1 = pyro.sample("z1", dist.ImproperUniform(constraints.interval(*ENERGY_BOX), (), ()))
+        z2 = pyro.sample("z2", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.factor("minus_energy", -weight * self(torch.stack([z1, z2], -1)))
+
+
+ENERGIES: Final[Mapping[str, Energy]] = MappingProxyType(
+    {
+        "U1": Energy("U1", _ring, 1.877502),
+        "U2": Energy("U2", _one_wave, 2.082089),
+        "U3": Energy("U3", _split_wave, 2.641705),
+        "U4": Energy("U4", _forked_wave, 2.710698),
+    }
+)
+"""The four test energies of Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015,
+table 1: a ring with two spots, a wave, a wave that splits and joins, a wave that forks::
+
+    >>> ENERGIES["U2"](torch.tensor([1.0, 1.0]))
+    tensor(0.)
+    >>> guide = pyro_flowvi.AutoPlanar(ENERGIES["U2"].model).materialize()
+    >>> sorted(guide.sample_posterior(3))
+    ['z1', 'z2']
+"""

@@ -33,7 +33,18 @@ ROWS = [
 ]
 RANK = {name: i for i, row in enumerate(ROWS) for name in row}
 ONLY_TORCH = {"numerics", "nn", "transforms.functional", "transforms.splines", "_checks"}
-EXTRAS = {"jax", "numpyro", "matplotlib", "arviz", "sklearn", "normflows", "zuko", "nbformat", "nbclient"}
+EXTRAS = {
+    "jax",
+    "numpyro",
+    "matplotlib",
+    "arviz",
+    "sklearn",
+    "normflows",
+    "nflows",
+    "zuko",
+    "nbformat",
+    "nbclient",
+}
 
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

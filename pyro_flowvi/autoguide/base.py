@@ -18,7 +18,7 @@ from torch.distributions import Transform, biject_to
 from .._checks import check_dtype, check_positive
 from ..distributions.flow import FlowDistribution, Shape
 from ..init import SafeInit, UnconstrainedModel, is_enumerated, prototype
-from ..transforms import FLOWS, Compose, HeavyTails
+from ..transforms import FLOWS, Compose, HeavyTails, recipe_name
 from .params import PROTOTYPE_STATE, NamedGuide, signature
 from .posterior import AFFINES, CallPosterior, affine_layer, reference_normal, rows
 
@@ -93,6 +93,7 @@ class AutoFlow(NamedGuide):
         self._init_scale = check_positive("init_scale", init_scale)
         self._affine = affine
         self._tails = bool(tails)
+        self.flow_name = build if isinstance(build, str) else recipe_name(build)
         self._signatures: set[Any] = set()
 
     # -- set-up --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .._checks import check_positive, check_positive_int
 from ..autoguide import AutoFlow
 from ..init import find_modes
+from ..transforms import defaults_for
 from .cause import CannotCompile
 from .compiled import CompiledSVI
 from .particles import Particles
@@ -30,6 +31,7 @@ LEARNING_RATE = 1e-2
 FINAL_RATE = 1e-2
 """The learning rate ends at this fraction of its start."""
 NUM_PARTICLES = 16
+"""This rate and number are for guides that the table of defaults does not know."""
 NUM_PARTICLES_APART = 4
 """Particles a step where the model cannot run them together, so that each costs a full step."""
 MAX_MODE_EVALUATIONS = 200
@@ -103,6 +105,14 @@ def _cosine(lr: float, step: int, num_steps: int) -> float:
     return lr * (FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
 
 
+def _defaults(guide: Any) -> tuple[float, int]:
+    """Learning rate and number of particles of a flow of the registry, by the number of latents."""
+    if not isinstance(guide, AutoFlow) or guide.flow_name is None:
+        return LEARNING_RATE, NUM_PARTICLES
+    row = defaults_for(guide.latent_dim)
+    return row.lr[guide.flow_name], row.num_particles
+
+
 def _locate(run: Run, guide: Any) -> bool:
     """Moves the guide to a mode, and to the best of a few scales there; whether that raised the ELBO."""
     affine = guide.affine if isinstance(guide, AutoFlow) else None
@@ -155,8 +165,9 @@ def fit(
     :param guide: any Pyro guide for it.
     :param args: the model's positional arguments.
     :param num_steps: gradient steps; 3000 by default.
-    :param lr: the learning rate to start from; 1e-2 by default.
-    :param num_particles: draws per step; by default 16, in one run of the model, or 4 where a batch of
+    :param lr: the learning rate to start from; by default that of
+        :data:`pyro_flowvi.transforms.DEFAULTS` for the flow and the number of latents, else 1e-2.
+    :param num_particles: draws per step; by default of the same table, else 16, in one run of the model, or 4 where a batch of
         draws would not give the model the same log density as one by one.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where the model enumerates a discrete
         site and ``Trace_ELBO`` elsewhere.
@@ -185,7 +196,8 @@ def fit(
         ('completed', True)
     """
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
-    lr = LEARNING_RATE if lr is None else check_positive("lr", lr)
+    if lr is not None:
+        check_positive("lr", lr)
     if num_particles is not None:
         check_positive_int("num_particles", num_particles)
         if loss is not None:
@@ -212,7 +224,9 @@ def fit(
     if isinstance(guide, AutoFlow):
         guide.materialize(*args, **kwargs)
     particles = Particles(model, guide, args, kwargs)
-    default = NUM_PARTICLES if particles.vectorized else NUM_PARTICLES_APART
+    default_lr, default_particles = _defaults(guide)
+    lr = default_lr if lr is None else float(lr)
+    default = default_particles if particles.vectorized else NUM_PARTICLES_APART
     run = Run(
         model,
         guide,

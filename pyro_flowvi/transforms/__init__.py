@@ -33,7 +33,7 @@ from .linear import (
 )
 from .planar import ConditionalPlanar, Planar
 from .radial import ConditionalRadial, Radial
-from .recipes import FLOWS, Recipe
+from .recipes import FLOWS, Recipe, recipe_name
 from .sylvester import Sylvester
 from .tails import HeavyTails
 
@@ -69,6 +69,7 @@ __all__ = [
     "Planar",
     "Radial",
     "Recipe",
+    "recipe_name",
     "SplineAutoregressive",
     "SplineCoupling",
     "Squeeze2d",

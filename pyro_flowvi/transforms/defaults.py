@@ -14,7 +14,7 @@ class Defaults:
     :param num_layers: by flow: layers, for couplings half-layers.
     :param hidden: widths of every network.
     :param num_particles: draws a step.
-    :param lr: Adam's learning rate to start from.
+    :param lr: by flow: Adam's learning rate to start from.
 
     Example::
 
@@ -26,7 +26,7 @@ class Defaults:
     num_layers: dict[str, int]
     hidden: tuple[int, ...]
     num_particles: int
-    lr: float
+    lr: dict[str, float]
 
 
 def _layers(coupling: int, spline: int, autoregressive: int, sylvester: int) -> dict[str, int]:
@@ -39,11 +39,18 @@ def _layers(coupling: int, spline: int, autoregressive: int, sylvester: int) -> 
     }
 
 
+def _rates(networks: float) -> dict[str, float]:
+    return {
+        **dict.fromkeys(("planar", "radial", "planar_radial", "sylvester"), 1e-2),
+        **dict.fromkeys(("nice", "realnvp", "neural_spline", "neural_spline_ar", "iaf", "maf"), networks),
+    }
+
+
 DEFAULTS: Final = (
-    Defaults(4, _layers(8, 4, 4, 8), (32, 32), 16, 1e-2),
-    Defaults(32, _layers(8, 4, 4, 8), (32, 32), 16, 1e-2),
-    Defaults(200, _layers(8, 4, 4, 8), (64, 64), 16, 1e-2),
-    Defaults(float("inf"), _layers(8, 4, 4, 8), (100, 100), 16, 1e-2),
+    Defaults(4, _layers(8, 4, 4, 8), (32, 32), 16, _rates(3e-3)),
+    Defaults(32, _layers(8, 4, 4, 8), (32, 32), 16, _rates(3e-3)),
+    Defaults(200, _layers(8, 4, 4, 8), (64, 64), 16, _rates(3e-3)),
+    Defaults(float("inf"), _layers(8, 4, 4, 8), (100, 100), 16, _rates(1e-3)),
 )
 """Rows by increasing dimension."""
 

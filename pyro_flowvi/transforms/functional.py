@@ -219,9 +219,13 @@ def reflect(x: Tensor, vectors: Tensor) -> Tensor:
     :return: shape ``(*, D)``.
     """
     units = vectors / safe_norm(vectors).unsqueeze(-1)
-    for unit in units.unbind(-2):
-        x = torch.addcmul(x, (x * unit).sum(-1, keepdim=True), unit, value=-2.0)
-    return x
+    # The product of all is I - Uᵀ W, U the units as rows, with (I + 2 triu(U Uᵀ, 1)) W = 2 U (Schreiber and
+    # Van Loan, *A storage-efficient WY representation*, 1989): two products with the batch in place of K
+    # passes.  The system is small, and ill-conditioned where vectors are nearly parallel: in float64.
+    wide = units.to(torch.float64)
+    gram = 2.0 * wide @ wide.mT
+    weights = torch.linalg.solve_triangular(gram, 2.0 * wide, upper=True, unitriangular=True).to(units.dtype)
+    return x - _times(_times(x, units.mT), weights)
 
 
 def orthonormal_frame(vectors: Tensor) -> Tensor:

@@ -154,8 +154,12 @@ class LULinear(ParametricTransform):
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         upper, log_det = self._upper(raw["factors"])
-        x = _linear(x, upper)
-        y = raw["loc"] + x + _linear(x, raw["factors"].tril(-1))
+        lower = raw["factors"].tril(-1)
+        if upper.dim() == 2 and x.numel() >= upper.numel():  # many vectors: one product with each, not two
+            y = raw["loc"] + _linear(x, torch.addmm(upper, lower, upper))
+        else:
+            x = _linear(x, upper)
+            y = raw["loc"] + x + _linear(x, lower)
         return y, log_det.expand(y.shape[:-1])
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:

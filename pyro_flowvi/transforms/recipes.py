@@ -1,5 +1,6 @@
 """The registry of named flows, shared by guides, models, tests and benchmarks."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from .planar import Planar
 from .radial import Radial
 from .sylvester import Sylvester
 
-__all__ = ["FLOWS", "Builder", "Recipe"]
+__all__ = ["FLOWS", "Builder", "Recipe", "recipe_name"]
 
 Builder = Callable[..., nn.Module]
 """``builder(dim, *, num_layers=None, hidden=None, context_dim=None)`` -> transform module."""
@@ -74,6 +75,20 @@ class Recipe:
             conditional = [Conditional(layer, context_dim, widths) for layer in layers]
             return conditional[0] if len(conditional) == 1 else ConditionalCompose(conditional)
         return layers[0] if len(layers) == 1 else Compose(layers)
+
+
+def recipe_name(build: object) -> str | None:
+    """The key of the named flow that a builder builds, also through ``functools.partial``; None for others.
+
+    Example::
+
+        >>> import functools
+        >>> recipe_name(functools.partial(FLOWS["nice"], num_layers=2))
+        'nice'
+    """
+    while isinstance(build, functools.partial):
+        build = build.func
+    return build.name if isinstance(build, Recipe) else None
 
 
 def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:

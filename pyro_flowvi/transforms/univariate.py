@@ -46,7 +46,10 @@ def _log_scale(h: Tensor | None, offset: Tensor, limit: float) -> Tensor:
     """b + k tanh(h / k): the offset b is free, what depends on the input is bounded."""
     largest = 0.45 * math.log(torch.finfo(offset.dtype).max)
     free = offset.clamp(-largest, largest)  # finite for any raw value
-    return free if h is None else torch.add(free, torch.tanh(h / limit), alpha=limit)
+    if h is None:
+        return free
+    # tanh(z) = 2 sigmoid(2 z) - 1: of the same absolute accuracy, and on a CPU several times as fast.
+    return torch.add(free, torch.sigmoid(h * (2.0 / limit)) - 0.5, alpha=2.0 * limit)
 
 
 @dataclass(frozen=True)
