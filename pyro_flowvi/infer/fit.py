@@ -167,8 +167,8 @@ def fit(
     :param num_steps: gradient steps; 3000 by default.
     :param lr: the learning rate to start from; by default that of
         :data:`pyro_flowvi.transforms.DEFAULTS` for the flow and the number of latents, else 1e-2.
-    :param num_particles: draws per step; by default of the same table, else 16, in one run of the model, or 4 where a batch of
-        draws would not give the model the same log density as one by one.
+    :param num_particles: draws per step; by default of the same table, else 16, in one run of the model,
+        or 4 where a batch of draws would not give the model the same log density as one by one.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where the model enumerates a discrete
         site and ``Trace_ELBO`` elsewhere.
     :param optim: a Pyro optimizer in place of Adam; a scheduler is stepped once a step.

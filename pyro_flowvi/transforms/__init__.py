@@ -69,7 +69,6 @@ __all__ = [
     "Planar",
     "Radial",
     "Recipe",
-    "recipe_name",
     "SplineAutoregressive",
     "SplineCoupling",
     "Squeeze2d",
@@ -83,4 +82,5 @@ __all__ = [
     "forward_and_log_det",
     "inverse_and_log_det",
     "multiscale_realnvp",
+    "recipe_name",
 ]

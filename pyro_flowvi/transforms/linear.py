@@ -156,7 +156,9 @@ class LULinear(ParametricTransform):
         upper, log_det = self._upper(raw["factors"])
         lower = raw["factors"].tril(-1)
         if upper.dim() == 2 and x.numel() >= upper.numel():  # many vectors: one product with each, not two
-            y = raw["loc"] + _linear(x, torch.addmm(upper, lower, upper))
+            matrix = torch.addmm(upper, lower, upper)
+            loc = raw["loc"]
+            y = F.linear(x, matrix, loc) if loc.dim() == 1 else loc + F.linear(x, matrix)
         else:
             x = _linear(x, upper)
             y = raw["loc"] + x + _linear(x, lower)
