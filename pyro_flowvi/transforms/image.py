@@ -15,7 +15,7 @@ from .._checks import check_positive, check_positive_int
 from ..nn import ConvResNet, check_image_shape
 from .base import Compose, Conditional, ConditionalCompose, FlowTransform, ParametricTransform, Raw
 from .coupling import LOG_SCALE_LIMIT, Coupling, coupling_mask
-from .linear import _scale
+from .linear import finite_scale
 from .univariate import Affine
 
 __all__ = ["Conv1x1", "Partial", "Squeeze2d", "channel_mask", "checkerboard_mask", "multiscale_realnvp"]
@@ -173,7 +173,7 @@ class Conv1x1(ParametricTransform):
     def _factors(self, lu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """I + L, I + U, the scales, and log |det|."""
         eye = torch.eye(self.shape[0], dtype=lu.dtype, device=lu.device)
-        scale, log_scale = _scale(lu.diagonal(dim1=-2, dim2=-1))
+        scale, log_scale = finite_scale(lu.diagonal(dim1=-2, dim2=-1))
         log_det = self.shape[1] * self.shape[2] * log_scale.sum(-1)
         return lu.tril(-1) + eye, lu.triu(1) + eye, scale, log_det
 

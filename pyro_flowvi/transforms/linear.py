@@ -24,7 +24,7 @@ __all__ = [
 MAX_REFLECTIONS = 16
 
 
-def _scale(log_scale: Tensor) -> tuple[Tensor, Tensor]:
+def finite_scale(log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and its log, both finite for any raw value."""
     bound = 0.9 * math.log(torch.finfo(log_scale.dtype).max)
     log_scale = log_scale.clamp(-bound, bound)
@@ -72,12 +72,12 @@ class ElementwiseAffine(ParametricTransform):
         self.log_scale = nn.Parameter(torch.full((dim,), math.log(check_positive("scale", scale))))
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = _scale(raw["log_scale"])
+        scale, log_scale = finite_scale(raw["log_scale"])
         y = torch.addcmul(raw["loc"], scale, x)
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = _scale(raw["log_scale"])
+        scale, log_scale = finite_scale(raw["log_scale"])
         x = (y - raw["loc"]) / scale
         return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
@@ -110,14 +110,14 @@ class LowerAffine(ParametricTransform):
             self.lower = nn.Parameter(torch.zeros(dim, dim))
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = _scale(raw["log_scale"])
+        scale, log_scale = finite_scale(raw["log_scale"])
         if self.dim > 1:
             x = x + _linear(x, raw["lower"].tril(-1))
         y = torch.addcmul(raw["loc"], scale, x)
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = _scale(raw["log_scale"])
+        scale, log_scale = finite_scale(raw["log_scale"])
         x = (y - raw["loc"]) / scale
         if self.dim > 1:
             x = _solve(raw["lower"], x, upper=False, unit=True)
@@ -149,7 +149,7 @@ class LULinear(ParametricTransform):
 
     @staticmethod
     def _upper(factors: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = _scale(factors.diagonal(dim1=-2, dim2=-1))
+        scale, log_scale = finite_scale(factors.diagonal(dim1=-2, dim2=-1))
         return factors.triu(1) + torch.diag_embed(scale), log_scale.sum(-1)
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,14 +285,14 @@ class LowRankAffine(ParametricTransform):
         return log_scale.sum(-1) + 2.0 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = _scale(raw["log_scale"])
+        scale, log_scale = finite_scale(raw["log_scale"])
         factor = raw["factor"]
         y = raw["loc"] + scale * x + _linear(_linear(x, factor.mT), factor)
         log_det = self._log_det(log_scale, self._small_cholesky(factor, scale))
         return y, log_det.expand(y.shape[:-1])
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = _scale(raw["log_scale"])
+        scale, log_scale = finite_scale(raw["log_scale"])
         factor = raw["factor"]
         cholesky = self._small_cholesky(factor, scale)
         x = (y - raw["loc"]) / scale

@@ -82,9 +82,9 @@ class HeavyTails(ParametricTransform):
         h = self._index(raw, y)
         steepest = h * REACH**2
         last = REACH * (0.5 * steepest).exp()
-        tiny = torch.finfo(y.dtype).tiny
+        least = torch.finfo(y.dtype).eps ** 2  # of no influence on x, and 1 / w² is still finite
         near = torch.minimum(y.abs(), last)  # at y = 0 its gradient is not needed: it enters squared
-        w = _lambert_w((h * near.square()).clamp(min=tiny))
+        w = _lambert_w((h * near.square()).clamp(min=least))
         inside = y.abs() < last
         square = torch.where(inside, w, steepest)
         curved = torch.where(inside, torch.log1p(square), 0.0)
