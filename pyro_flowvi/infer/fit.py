@@ -109,8 +109,8 @@ def _defaults(guide: Any) -> tuple[float, int]:
     """Learning rate and number of particles of a flow of the registry, by the number of latents."""
     if not isinstance(guide, AutoFlow) or guide.flow_name is None:
         return LEARNING_RATE, NUM_PARTICLES
-    row = defaults_for(guide.latent_dim)
-    return row.lr[guide.flow_name], row.num_particles
+    choice = defaults_for(guide.latent_dim).flows[guide.flow_name]
+    return choice.lr, choice.num_particles
 
 
 def _locate(run: Run, guide: Any) -> bool:

@@ -18,7 +18,7 @@ from .coupling import (
     SplineCoupling,
     coupling_mask,
 )
-from .defaults import DEFAULTS, Defaults, defaults_for
+from .defaults import DEFAULTS, Defaults, FlowDefaults, defaults_for
 from .dequantize import Logit, bits_per_dim, dequantize
 from .image import Conv1x1, Partial, Squeeze2d, channel_mask, checkerboard_mask, multiscale_realnvp
 from .inverse import Inverse
@@ -54,6 +54,7 @@ __all__ = [
     "Coupling",
     "Defaults",
     "ElementwiseAffine",
+    "FlowDefaults",
     "FlowTransform",
     "HeavyTails",
     "Householder",

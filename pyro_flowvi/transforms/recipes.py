@@ -68,7 +68,7 @@ class Recipe:
         :raises ValueError: if an argument is not of the described kind.
         """
         row = defaults_for(check_positive_int("dim", dim))
-        num = row.num_layers[self.name] if num_layers is None else num_layers
+        num = row.flows[self.name].num_layers if num_layers is None else num_layers
         widths = row.hidden if hidden is None else check_widths("hidden", hidden)
         layers = self.layers(dim, check_positive_int("num_layers", num), widths)
         if context_dim is not None:

@@ -169,7 +169,7 @@ class TestHeavyTails:
 class TestDefaults:
     def test_every_flow_has_its_row(self):
         for row in DEFAULTS:
-            assert row.num_layers.keys() == row.lr.keys() == FLOWS.keys()
+            assert row.flows.keys() == FLOWS.keys()
         dims = [row.max_dim for row in DEFAULTS]
         assert dims == sorted(dims)
         assert dims[-1] == math.inf
@@ -182,7 +182,7 @@ class TestDefaults:
         )
         assert few < many
         row = defaults_for(6)
-        explicit = FLOWS[name](6, num_layers=row.num_layers[name], hidden=row.hidden)
+        explicit = FLOWS[name](6, num_layers=row.flows[name].num_layers, hidden=row.hidden)
         assert sum(p.numel() for p in explicit.parameters()) == many
 
     def test_recipe_name(self):
