@@ -44,10 +44,10 @@ def banana():
 
 @pytest.mark.parametrize("guide_class", GUIDES)
 def test_banana(guide_class):
-    """Normalised, so the divergence is known; a Gaussian is more than a nat off."""
-    guide = fitted(guide_class, banana, num_steps=1500, lr=5e-3, guide={"num_layers": 4}, num_particles=32)
+    """Normalised, so the divergence is known; the best Gaussian's is 0.85."""
+    guide = fitted(guide_class, banana, num_steps=500, lr=1e-2, guide={"num_layers": 4}, num_particles=32)
     kl, se = divergence(banana, guide)
-    assert -4 * se <= kl <= 0.15
+    assert -4 * se <= kl <= (0.75 if guide_class is AutoSylvester else 0.4)
 
 
 def two_modes():
@@ -61,13 +61,13 @@ def test_spline_has_two_modes():
     guide = fitted(
         AutoNeuralSpline,
         two_modes,
-        num_steps=1500,
-        lr=1e-2,
+        num_steps=500,
+        lr=2e-2,
         num_particles=64,
-        guide={"num_layers": 3, "init_scale": 2.0},
+        guide={"num_layers": 1, "init_scale": 2.0},
     )
     kl, se = divergence(two_modes, guide)
-    assert -4 * se <= kl <= 0.03
+    assert -4 * se <= kl <= 0.06
     x = guide.sample_posterior(20_000)["x"]
     assert (x > 0).double().mean() == pytest.approx(0.5, abs=0.05)
 
@@ -85,10 +85,10 @@ def test_heavy_tails(guide_class):
         guide = fitted(
             guide_class,
             student,
-            num_steps=1500,
-            lr=1e-2,
+            num_steps=500,
+            lr=2e-2,
             num_particles=32,
-            guide={"num_layers": 2, "tails": tails},
+            guide={"num_layers": 1, "hidden": (8,), "tails": tails},
         )
         x = guide.sample_posterior(200_000)["x"].abs()
         results[tails] = divergence(student, guide)[0], float(torch.quantile(x[:, 0], 0.999))
