@@ -2,24 +2,25 @@
 
     python benchmarks/energies.py [--quick | --full] [--seeds 3] [--rows REGEX] [--json FILE] [--figure FILE]
 
-A row is ``family/K``: a flow of the registry with K layers, for couplings half-layers, under ``AutoFlow`` with
-its trainable affine map, on the Pyro models of ``pyro_flowvi.datasets.ENERGIES``.  Every family has one
-setting (``SETTINGS``), the same for the four energies and for every K, found by trying a handful.  Training is
-``CompiledSVI`` with Adam, whose rate falls to a hundredth along a cosine, in float32; the target is annealed as
-in the paper: its log density is multiplied by a weight that rises from 0.01 to 1 within a part of the run.
-``--no-anneal`` leaves that out.
+A row is ``family/K``: a flow of the registry with K layers, for couplings half-layers, under ``AutoFlow``
+with its trainable affine map, on the Pyro models of ``pyro_flowvi.datasets.ENERGIES``.  Every family has
+one setting (``SETTINGS``), the same for the four energies and for every K, found by trying a handful.
+Training is ``CompiledSVI`` with Adam, whose rate falls to a hundredth along a cosine, in float32; the
+target is annealed as in the paper: its log density is multiplied by a weight that rises from 0.01 to 1
+within a part of the run. ``--no-anneal`` leaves that out.
 
-KL(q || p) = E[log q + U] + log Z, in nats, on fresh draws, in float64, log q by the guide's ``log_prob``, that is by
-the inverse of the flow; log Z is known by quadrature.  It is exact up to the standard error of the mean, of which the
-table prints the largest of the row.  A KL below -3 standard errors would be a bug: it is flagged, and the
-exit status is 1.  Figures are medians over the seeds, of the initial parameters and the draws.
+KL(q || p) = E[log q + U] + log Z, in nats, on fresh draws, in float64, log q by the guide's ``log_prob``,
+that is by the inverse of the flow; log Z is known by quadrature.  It is exact up to the standard error of
+the mean, of which the table prints the largest of the row.  A KL below -3 standard errors would be a bug:
+it is flagged, and the exit status is 1.  Figures are medians over the seeds, of the initial parameters and
+the draws.
 
-*ms* is a step of training, of all particles, in the compiled code; *compile* the seconds of the first two calls of
-``step``, eager checks included, warm where an earlier run has left its code on the disk; *seconds* those of one
-run of training.  One graph serves the four energies: which one counts is an argument.
+*ms* is a step of training, of all particles, in the compiled code; *compile* the seconds of the first two
+calls of ``step``, eager checks included, warm where an earlier run has left its code on the disk; *seconds*
+those of one run of training.  One graph serves the four energies: which one counts is an argument.
 
-Targets, marked + (met) or - (missed): for each energy a KL of at most 0.02 nats by some row; for planar flows
-a KL that falls in K on each energy.
+Targets, marked + (met) or - (missed): for each energy a KL of at most 0.02 nats by some row; for planar
+flows a KL that falls in K on each energy.
 """
 
 import argparse
@@ -231,9 +232,7 @@ def targets(rows: list[Arrays]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="", help="regular expression: only rows whose name it matches")
-    parser.add_argument(
-        "--quick", action="store_true", help="three small rows, a tenth of the steps, one seed"
-    )
+    parser.add_argument("--quick", action="store_true", help="three small rows, a tenth of the steps")
     parser.add_argument("--full", action="store_true", help="couplings with K = 32 as well")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row and energy")
     parser.add_argument("--draws", type=int, default=50_000, help="for the KL")

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"tanh": torch.tanh, "relu": torch.relu}
+_IN_PLACE: Final[dict[str, Callable[[Tensor], Tensor]]] = {"tanh": torch.tanh_, "relu": torch.relu_}
 Biases = Mapping[str, Tensor]
 
 
@@ -87,7 +88,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, biases: Biases | None = None) -> Tensor:
         """The output, shape ``(*, out_dim)``; ``biases`` replace the network's own."""
         biases = self.biases() if biases is None else biases
-        activate = ACTIVATIONS[self.activation]
+        activate = _IN_PLACE[self.activation]
         for i, layer in enumerate(self.hidden):
             x = activate(_linear(x, self._weight(layer), biases[f"hidden.{i}.bias"]))
         return _linear(x, self._weight(self.last), biases.get("last.bias"))

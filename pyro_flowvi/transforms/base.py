@@ -32,7 +32,9 @@ def _check_argument(transform: "FlowTransform", name: str, x: Tensor) -> None:
     check_dtype(name, x.dtype)
     if x.dim() == 0 or x.shape[-1] != transform.dim:
         raise ValueError(f"{name}: expected shape (*, {transform.dim}), got {tuple(x.shape)}")
-    for param in transform.parameters():
+    for param in transform._parameters.values():  # those of parts are checked by the parts
+        if param is None:
+            continue
         if param.dtype != x.dtype or param.device != x.device:
             raise ValueError(
                 f"{name}: expected {param.dtype} on {param.device}, as the parameters of "
@@ -194,7 +196,7 @@ class ParametricTransform(FlowTransform):
 
     def raw_parameters(self) -> dict[str, Tensor]:
         """The trainable raw parameters by name; any real values are valid."""
-        return dict(self.named_parameters(recurse=False))
+        return {name: param for name, param in self._parameters.items() if param is not None}
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`forward_and_log_det` at the parameters ``raw``, whose batch broadcasts with x's."""
@@ -315,23 +317,20 @@ class Compose(FlowTransform):
             if not isinstance(part, Transform):
                 raise ValueError(f"parts: expected a Transform, got {part!r}")
         super().__init__(_common_dim(parts) if dim is None else dim)
-        self._plain = {i: p for i, p in enumerate(parts) if not isinstance(p, nn.Module)}
+        self._sequence = tuple(parts)
         self.parts = nn.ModuleDict({str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Module)})
         self.exact_inverse = all(getattr(part, "exact_inverse", True) for part in parts)
 
     def __len__(self) -> int:
-        return len(self._plain) + len(self.parts)
+        return len(self._sequence)
 
     def __getitem__(self, index: int) -> Transform:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected below {len(self)}, got {index}")
-        index %= len(self)
-        part: Any = self._plain[index] if index in self._plain else self.parts[str(index)]
-        transform: Transform = part
-        return transform
+        return self._sequence[index]
 
     def __iter__(self) -> Iterator[Transform]:
-        return (self[i] for i in range(len(self)))
+        return iter(self._sequence)
 
     @property
     def batch_shape(self) -> Size:
@@ -339,15 +338,15 @@ class Compose(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_dets = []
-        for part in self:
+        for part in self._sequence:
             x, log_det = forward_and_log_det(part, x)
             log_dets.append(log_det)
         return x, functools.reduce(torch.add, log_dets)
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         log_dets = []
-        for i in reversed(range(len(self))):
-            y, log_det = inverse_and_log_det(self[i], y)
+        for part in reversed(self._sequence):
+            y, log_det = inverse_and_log_det(part, y)
             log_dets.append(log_det)
         return y, functools.reduce(torch.add, log_dets)
 
