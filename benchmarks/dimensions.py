@@ -33,8 +33,10 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_flowvi import FLOWS, AutoFlow, CompiledSVI, diagnose, fit
+from pyro_flowvi.transforms import Permute
 
 RHO = 0.9
+AFFINE = "affine alone"
 PYROS = {"Pyro normal": AutoNormal, "Pyro multivariate": AutoMultivariateNormal}
 PARTICLES = 16
 TIMED_STEPS = 30
@@ -61,6 +63,8 @@ def make_guide(name: str, model: Callable[..., Any], dim: int) -> Any:
         # Pyro's guides cannot start on a flat prior without a value for the site.
         start = pyro.infer.autoguide.init_to_value(values={"z": torch.zeros(dim)})
         return PYROS[name](model, init_loc_fn=start) if model is correlated else PYROS[name](model)
+    if name == AFFINE:
+        return AutoFlow(model, lambda dim: Permute(range(dim)))
     return AutoFlow(model, name)
 
 
@@ -130,7 +134,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 10, 100, 1000])
-    parser.add_argument("--guides", nargs="+", default=[*PYROS, *FLOWS], choices=[*PYROS, *FLOWS])
+    parser.add_argument(
+        "--guides", nargs="+", default=[*PYROS, AFFINE, *FLOWS], choices=[*PYROS, AFFINE, *FLOWS]
+    )
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=1)

@@ -210,7 +210,7 @@ def draw(rows: list[Arrays], path: Path) -> None:
     for axis, title in zip(axes[0], ["true", *(f"{r['family']}, {r['K']}" for r in shown)], strict=True):
         axis.set_title(title.replace("neural_spline", "spline").replace("nice", "NICE"), fontsize=9)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def targets(rows: list[Arrays]) -> list[str]:
