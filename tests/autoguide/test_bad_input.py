@@ -47,7 +47,7 @@ class TestConstructor:
 
 class TestBuild:
     def test_unknown_key(self):
-        with pytest.raises(ValueError, match=r"build: expected one of \['planar'.*got 'plannar'"):
+        with pytest.raises(ValueError, match=r"build: expected one of .*'planar'.*got 'plannar'"):
             AutoFlow(zoo.hierarchy, "plannar")
 
     @pytest.mark.parametrize("build", [None, 3])
