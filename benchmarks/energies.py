@@ -208,7 +208,7 @@ def draw(rows: list[Arrays], path: Path) -> None:
             axis.imshow(row["pictures"][name], **style)
             axis.set_xlabel(f"KL {row['energies'][name]['kl']:.3f}", fontsize=8, labelpad=2)
     for axis, title in zip(axes[0], ["true", *(f"{r['family']}, {r['K']}" for r in shown)], strict=True):
-        axis.set_title(title.replace("neural_spline", "spline").replace("nice", "NICE"), fontsize=9)
+        axis.set_title(title.replace("neural_", ""), fontsize=9)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=80)
 

@@ -26,6 +26,7 @@ __all__ = ["AutoFlow"]
 
 _MAX_SIGNATURES = 100
 _QUANTILE_DRAWS = 8192
+_QUANTILE_ELEMENTS = 2**20
 
 
 class AutoFlow(NamedGuide):
@@ -86,13 +87,15 @@ class AutoFlow(NamedGuide):
             raise ValueError(f"build: expected a key of FLOWS or a callable dim -> Transform, got {build!r}")
         if affine not in ("auto", None, *AFFINES):
             raise ValueError(f"affine: expected 'auto', None or {list(AFFINES)}, got {affine!r}")
+        if not isinstance(tails, bool):
+            raise ValueError(f"tails: expected True or False, got {tails!r}")
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
         super().__init__(model, SafeInit(init_loc_fn), name)
         self._build = build
         self._init_scale = check_positive("init_scale", init_scale)
         self._affine = affine
-        self._tails = bool(tails)
+        self._tails = tails
         self.flow_name = build if isinstance(build, str) else recipe_name(build)
         self._signatures: set[Any] = set()
 
@@ -349,7 +352,9 @@ class AutoFlow(NamedGuide):
         like = next(flow.parameters(), torch.zeros(()))
         probs = probs.to(like)
         result = {}
-        for name, free in self._split(flow(base.to(like))).items():
+        # In parts: a spline has 23 parameters for each latent of each point.
+        parts = base.to(like).split(max(1, _QUANTILE_ELEMENTS // self.latent_dim))
+        for name, free in self._split(torch.cat([flow(part) for part in parts])).items():
             bijection = self._bijection(name)
             if free.numel() == 0:
                 result[name] = bijection(free[0].expand(probs.shape + free.shape[1:]))

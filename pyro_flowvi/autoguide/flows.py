@@ -131,7 +131,8 @@ class AutoNICE(_Networked):
 class AutoRealNVP(_Networked):
     """Affine couplings over all continuous latents (Dinh, Sohl-Dickstein and Bengio 2017).
 
-    The guide to try first.
+    The guide to try first.  With one latent there is nothing to couple, and what remains is a Gaussian: take
+    :class:`AutoNeuralSpline` there.
 
     :param model: a Pyro model.
     :param num_layers: the number of couplings, of which each moves half of the latents.

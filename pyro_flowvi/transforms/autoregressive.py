@@ -6,12 +6,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_positive
 from ..nn import MaskedMLP
 from .base import ParametricTransform, Raw
 from .coupling import BOUND, LOG_SCALE_LIMIT, NUM_BINS, spline
 from .substitution import solve_autoregressive
-from .univariate import Affine, Transformer
+from .univariate import Affine, Transformer, transformer_of
 
 __all__ = ["AffineAutoregressive", "Autoregressive", "SplineAutoregressive"]
 
@@ -19,7 +18,7 @@ HIDDEN: Final = (64, 64)
 
 
 class Autoregressive(ParametricTransform):
-    """An autoregressive layer of any univariate transformer, with a masked network.
+    """An autoregressive layer of one of the package's univariate transformers, with a masked network.
 
     :math:`y_i = g(x_i; h_i(x_1, ..., x_{i-1}))`.  The forward pass is parallel.  The inverse solves for one
     coordinate after another, inside one operator that does the arithmetic of a single forward pass; it is
@@ -52,6 +51,11 @@ class Autoregressive(ParametricTransform):
         reverse: bool = False,
     ) -> None:
         super().__init__(dim)
+        known = transformer_of(transformer.kind, transformer.limit, transformer.num_params)
+        if transformer != known:  # the operator of the inverse is told the kind alone
+            raise ValueError(
+                f"transformer: expected one of pyro_flowvi.transforms.univariate, got {transformer!r}"
+            )
         self.transformer = transformer
         self.reverse = bool(reverse)
         self.offset = nn.Parameter(torch.zeros(transformer.num_params, dim))
@@ -128,7 +132,7 @@ class AffineAutoregressive(Autoregressive):
         reverse: bool = False,
         limit: float = LOG_SCALE_LIMIT,
     ) -> None:
-        transformer = Affine(check_positive("limit", limit))
+        transformer = Affine(limit)
         super().__init__(dim, transformer, hidden=hidden, activation=activation, reverse=reverse)
 
 

@@ -32,7 +32,10 @@ def _check_argument(transform: "FlowTransform", name: str, x: Tensor) -> None:
     check_dtype(name, x.dtype)
     if x.dim() == 0 or x.shape[-1] != transform.dim:
         raise ValueError(f"{name}: expected shape (*, {transform.dim}), got {tuple(x.shape)}")
-    for param in transform._parameters.values():  # those of parts are checked by the parts
+    params: Mapping[str, Tensor | None] = transform._parameters  # parts check for themselves
+    if not params and isinstance(transform, ParametricTransform):
+        params = transform.raw_parameters()
+    for param in params.values():
         if param is None:
             continue
         if param.dtype != x.dtype or param.device != x.device:
@@ -255,6 +258,8 @@ class Conditional(ConditionalTransformModule):
 
     def __init__(self, layer: ParametricTransform, context_dim: int, hidden: Sequence[int] = (32,)) -> None:
         super().__init__()
+        if not isinstance(layer, ParametricTransform):
+            raise ValueError(f"layer: expected a ParametricTransform, got {layer!r}")
         self.layer = layer
         self.dim = layer.dim
         self.context_dim = check_positive_int("context_dim", context_dim)

@@ -105,6 +105,8 @@ class Coupling(ParametricTransform):
     ) -> None:
         super().__init__(dim)
         self.transformer = transformer
+        if not isinstance(mask, str | Sequence | Tensor):
+            raise ValueError(f"mask: expected {dim} booleans or a name, got {mask!r}")
         keep = coupling_mask(dim, mask) if isinstance(mask, str) else torch.as_tensor(mask, device="cpu")
         if keep.dtype != torch.bool or keep.shape != (dim,):
             raise ValueError(f"mask: expected {dim} booleans, got {mask!r}")
@@ -218,7 +220,7 @@ class MultiplicativeCoupling(Coupling):
         activation: str = "tanh",
         limit: float = LOG_SCALE_LIMIT,
     ) -> None:
-        transformer = Multiplicative(check_positive("limit", limit))
+        transformer = Multiplicative(limit)
         super().__init__(dim, transformer, mask=mask, hidden=hidden, activation=activation)
 
 
@@ -250,7 +252,7 @@ class AffineCoupling(Coupling):
         activation: str = "tanh",
         limit: float = LOG_SCALE_LIMIT,
     ) -> None:
-        transformer = Affine(check_positive("limit", limit))
+        transformer = Affine(limit)
         super().__init__(dim, transformer, mask=mask, hidden=hidden, activation=activation)
 
 

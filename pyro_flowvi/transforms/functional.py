@@ -218,7 +218,10 @@ def reflect(x: Tensor, vectors: Tensor) -> Tensor:
     :param vectors: shape ``(*, K, D)``, of any length; a zero vector reflects nothing.
     :return: shape ``(*, D)``.
     """
-    units = vectors / safe_norm(vectors).unsqueeze(-1)
+    # A unit vector does not depend on the length: brought near 1 first, so that none is too short.
+    longest = vectors.detach().abs().amax(-1, keepdim=True)
+    near = vectors / torch.where(longest > 0, longest, 1.0)
+    units = near / safe_norm(near).unsqueeze(-1)
     # The product of all is I - Uᵀ W, U the units as rows, with (I + 2 triu(U Uᵀ, 1)) W = 2 U (Schreiber and
     # Van Loan, *A storage-efficient WY representation*, 1989): two products with the batch in place of K
     # passes.  The system is small, and ill-conditioned where vectors are nearly parallel: in float64.

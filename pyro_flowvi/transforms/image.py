@@ -203,6 +203,8 @@ class Partial(ParametricTransform):
 
     def __init__(self, layer: ParametricTransform, places: Sequence[int] | Tensor, dim: int) -> None:
         super().__init__(dim)
+        if not isinstance(layer, ParametricTransform):
+            raise ValueError(f"layer: expected a ParametricTransform, got {layer!r}")
         moved = torch.as_tensor(places, device="cpu").long()
         rest = sorted(set(range(dim)) - set(moved.tolist()))
         if moved.shape != (layer.dim,) or len(rest) != dim - layer.dim:

@@ -1,6 +1,6 @@
 """A transform turned around."""
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from .base import FlowTransform, ParametricTransform, Raw
 
@@ -27,6 +27,10 @@ class Inverse(ParametricTransform):
             raise ValueError(f"transform: expected a FlowTransform with an exact inverse, got {transform!r}")
         super().__init__(transform.dim)
         self.transform = transform
+
+    @property
+    def batch_shape(self) -> Size:
+        return self.transform.batch_shape
 
     def raw_parameters(self) -> dict[str, Tensor]:
         """Those of the transform, if a context can move them."""

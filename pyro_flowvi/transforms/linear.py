@@ -26,7 +26,7 @@ MAX_REFLECTIONS = 16
 
 def finite_scale(log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and its log, both finite for any raw value."""
-    bound = 0.9 * math.log(torch.finfo(log_scale.dtype).max)
+    bound = 0.3 * math.log(torch.finfo(log_scale.dtype).max)
     log_scale = log_scale.clamp(-bound, bound)
     return log_scale.exp(), log_scale
 
@@ -236,8 +236,11 @@ class ActNorm(ElementwiseAffine):
     def initialize(self, y: Tensor) -> None:
         """Sets location and scale so that the *inverse* of ``y``, ``(*, D)``, has mean 0 and variance 1.
 
-        :raises ValueError: if ``y`` has fewer than two vectors, or a coordinate does not vary.
+        :raises ValueError: if ``y`` is of another length, has fewer than two vectors, or a coordinate does
+            not vary.
         """
+        if y.dim() == 0 or y.shape[-1] != self.dim:
+            raise ValueError(f"y: expected shape (*, {self.dim}), got {tuple(y.shape)}")
         rows = y.reshape(-1, self.dim)
         spread = rows.std(0, correction=0) if len(rows) > 1 else rows.new_zeros(self.dim)
         if not bool((spread > 0).all() & spread.isfinite().all()):

@@ -18,7 +18,7 @@ __all__ = ["HeavyTails"]
 START = 0.01
 """h to start from: nearly the identity."""
 REACH = 8.0
-"""Beyond this many standard deviations the map is linear, so that nothing overflows."""
+"""Beyond this many standard deviations the map goes on along its tangent, so that nothing overflows."""
 
 
 def tail_index(raw: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def tail_index(raw: Tensor) -> Tensor:
     A sigmoid that starts as low would hardly move: the gradient of a tail is weak enough.
     """
     rising = raw >= 0
-    size = (raw.square() + 4.0 * START**2).sqrt() + torch.where(rising, raw, -raw)
+    size = torch.hypot(raw, torch.full_like(raw, 2.0 * START)) + torch.where(rising, raw, -raw)
     odds = torch.where(rising, 0.5 * size, 2.0 * START**2 / size)
     return odds / (1.0 + odds)
 
@@ -74,18 +74,19 @@ class HeavyTails(ParametricTransform):
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self._index(raw, x)
-        square = h * x.clamp(-REACH, REACH).square()
-        curved = torch.where(x.abs() < REACH, torch.log1p(square), 0.0)
-        return x * (0.5 * square).exp(), (0.5 * square + curved).sum(-1)
+        near = x.clamp(-REACH, REACH)
+        w = h * near.square()
+        stretch = (0.5 * w).exp()
+        # Beyond the reach along the tangent, so that the density has no jump.
+        y = near * stretch + (x - near) * stretch * (1.0 + w)
+        return y, (0.5 * w + torch.log1p(w)).sum(-1)
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         h = self._index(raw, y)
-        steepest = h * REACH**2
-        last = REACH * (0.5 * steepest).exp()
+        last = REACH * (0.5 * h * REACH**2).exp()
+        near = torch.maximum(torch.minimum(y, last), -last)
         least = torch.finfo(y.dtype).eps ** 2  # of no influence on x, and 1 / w² is still finite
-        near = torch.minimum(y.abs(), last)  # at y = 0 its gradient is not needed: it enters squared
         w = _lambert_w((h * near.square()).clamp(min=least))
-        inside = y.abs() < last
-        square = torch.where(inside, w, steepest)
-        curved = torch.where(inside, torch.log1p(square), 0.0)
-        return y * (-0.5 * square).exp(), -(0.5 * square + curved).sum(-1)
+        shrink = (-0.5 * w).exp()
+        x = near * shrink + (y - near) * shrink / (1.0 + w)
+        return x, -(0.5 * w + torch.log1p(w)).sum(-1)

@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from pyro_flowvi import FLOWS
+from pyro_flowvi.distributions import FlowDistribution
 from pyro_flowvi.transforms import (
     DEFAULTS,
     ActNorm,
     AdditiveCoupling,
+    AffineAutoregressive,
     AffineCoupling,
+    Autoregressive,
     Compose,
+    Conditional,
     Coupling,
     ElementwiseAffine,
     HeavyTails,
     Householder,
     Inverse,
     LULinear,
+    Partial,
+    Planar,
     Sylvester,
     coupling_mask,
     defaults_for,
@@ -102,6 +108,14 @@ class TestLinear:
         with pytest.raises(ValueError, match="num_reflections: expected an even number, got 3"):
             Householder(5, num_reflections=3)
 
+    @pytest.mark.parametrize("length", [0.0, 1e-300, 1e-15, 1e15])
+    def test_reflections_are_orthogonal_for_vectors_of_any_length(self, length):
+        flow = Householder(3, num_reflections=2)
+        with torch.no_grad():
+            flow.vectors.mul_(length)
+        matrix = flow(torch.eye(3)).detach()
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(3))
+
     def test_frame_is_orthonormal_and_any(self):
         """M reflections reach every frame of M rows, up to sign."""
         frame = orthonormal_frame(torch.randn(3, 6))
@@ -129,6 +143,53 @@ class TestLinear:
             Inverse(torch.distributions.transforms.ExpTransform())
 
 
+class TestRefusals:
+    def test_unknown_transformer_of_an_autoregression(self):
+        """Its inverse is an operator that is told the kind alone."""
+
+        class Twice(Affine):
+            pass
+
+        with pytest.raises(ValueError, match="transformer: expected one of"):
+            Autoregressive(3, Twice(2.0))
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: AffineCoupling(3, mask=None), "mask: expected 3 booleans or a name, got None"),
+            (lambda: Affine(0.0), "limit: expected a positive number, got 0.0"),
+            (lambda: Conditional(Compose([LULinear(2)]), 3), "layer: expected a ParametricTransform"),
+            (lambda: Partial(Compose([LULinear(2)]), [0, 1], 3), "layer: expected a ParametricTransform"),
+            (lambda: ActNorm(3).initialize(torch.randn(6, 2)), r"y: expected shape \(\*, 3\), got \(6, 2\)"),
+        ],
+    )
+    def test_arguments(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+    @pytest.mark.parametrize("make", [FLOWS["maf"], lambda dim: Partial(ElementwiseAffine(1), [2], dim)])
+    def test_wrong_dtype_reaches_no_layer(self, make):
+        with pytest.raises(ValueError, match=r"x: expected torch.float64 on cpu, as the parameters of"):
+            make(3)(torch.zeros(4, 3, dtype=torch.float32))
+
+
+def test_inverse_keeps_the_batch_of_the_context():
+    flow = Inverse(Conditional(Planar(2), 3).condition(torch.zeros(5, 3)))
+    assert flow.batch_shape == (5,)
+    assert (FlowDistribution(flow).sample().std(0) > 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_gradients_of_an_autoregressive_inverse_with_extreme_scales(scale):
+    flow = randomized(AffineAutoregressive(3), 1.0).to(torch.float32)
+    with torch.no_grad():
+        flow.offset.fill_(-1e4)
+    y = scale * torch.randn(4, 3, dtype=torch.float32)
+    x, log_det = flow.inverse_and_log_det(y)
+    (x.sum() + log_det.sum()).backward()
+    assert all(param.grad.isfinite().all() for param in flow.parameters())
+
+
 def test_sylvester_bounds():
     with pytest.raises(ValueError, match="num_units: expected at most dim = 2, got 3"):
         Sylvester(2, num_units=3)
@@ -136,7 +197,16 @@ def test_sylvester_bounds():
 
 
 class TestHeavyTails:
-    @pytest.mark.parametrize("raw", [-1e4, -3.0, 0.0, 1.0, 1e4])
+    def test_density_has_no_jump_where_the_tangent_begins(self):
+        flow = HeavyTails(1)
+        with torch.no_grad():
+            flow.tails.fill_(0.2)
+        x = 8.0 + torch.tensor([[-1e-9], [1e-9]])
+        y, log_det = flow.forward_and_log_det(x)
+        assert float((log_det[1] - log_det[0]).detach().abs()) <= 1e-7
+        assert float((flow.inverse_and_log_det(y)[1] + log_det).detach().abs().max()) <= 1e-9
+
+    @pytest.mark.parametrize("raw", [-1e20, -1e4, -3.0, 0.0, 1.0, 1e4])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_round_trip_and_gradients_everywhere(self, dtype, raw):
         flow = HeavyTails(1).to(dtype)
