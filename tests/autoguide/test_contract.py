@@ -67,7 +67,7 @@ def step(model, guide, args, loss):
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-@pytest.mark.parametrize("kind", GUIDES)
+@pytest.mark.parametrize("kind", ["planar", "radial", "flow", "realnvp", "maf"])
 class TestZoo:
     def test_objectives(self, kind, name):
         model, args = case(name)
