@@ -19,14 +19,20 @@ __all__ = [
 ]
 
 
+def _builder(key: str, num_layers: int | None, hidden: Sequence[int] | None = None) -> Callable[[int], Any]:
+    """A flow of the registry with its sizes checked now, not when the guide first sees data."""
+    layers = None if num_layers is None else check_positive_int("num_layers", num_layers)
+    widths = None if hidden is None else check_widths("hidden", hidden)
+    return partial(FLOWS[key], num_layers=layers, hidden=widths)
+
+
 class _Layered(AutoFlow):
     """AutoFlow with ``num_layers`` layers of one flow of the registry."""
 
     _flow_key: ClassVar[str]
 
     def __init__(self, model: Callable[..., Any], num_layers: int | None = None, **options: Any) -> None:
-        layers = None if num_layers is None else check_positive_int("num_layers", num_layers)
-        super().__init__(model, partial(FLOWS[self._flow_key], num_layers=layers), **options)
+        super().__init__(model, _builder(self._flow_key, num_layers), **options)
 
 
 class _Networked(AutoFlow):
@@ -41,9 +47,7 @@ class _Networked(AutoFlow):
         hidden: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        layers = None if num_layers is None else check_positive_int("num_layers", num_layers)
-        widths = None if hidden is None else check_widths("hidden", hidden)
-        super().__init__(model, partial(FLOWS[self._flow_key], num_layers=layers, hidden=widths), **options)
+        super().__init__(model, _builder(self._flow_key, num_layers, hidden), **options)
 
 
 class AutoPlanar(_Layered):

@@ -10,7 +10,7 @@ from torch import nn
 
 from .._checks import check_positive_int, check_widths
 from .autoregressive import AffineAutoregressive, SplineAutoregressive
-from .base import Compose, Conditional, ConditionalCompose, FlowTransform, ParametricTransform
+from .base import Compose, Conditional, ConditionalCompose, ParametricTransform
 from .coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
 from .defaults import defaults_for
 from .inverse import Inverse
@@ -132,7 +132,7 @@ def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTra
 
 
 def _maf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden) if isinstance(layer, FlowTransform)]
+    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden)]
 
 
 def _sylvester(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:

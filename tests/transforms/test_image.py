@@ -27,16 +27,10 @@ from pyro_flowvi.transforms import (
     multiscale_realnvp,
 )
 from pyro_flowvi.transforms.univariate import Affine
+from tests.transforms.test_properties import randomized
 
 # Smooth: a finite difference across the kink of a ReLU is no derivative.
 SMALL = {"num_layers": 1, "channels": 1, "num_blocks": 1, "activation": "tanh"}
-
-
-def randomized(transform, scale=0.3):
-    with torch.no_grad():
-        for param in transform.parameters():
-            param.add_(scale * torch.randn_like(param))
-    return transform
 
 
 def conv_coupling(shape, mask, activation="tanh", channels=2, num_blocks=1):

@@ -56,7 +56,7 @@ LAYERS = {
 }
 
 
-def randomized(transform, scale):
+def randomized(transform, scale=0.3):
     with torch.no_grad():
         for param in transform.parameters():
             param.add_(scale * torch.randn_like(param))
