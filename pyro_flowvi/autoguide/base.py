@@ -247,7 +247,7 @@ class AutoFlow(NamedGuide):
     @property
     def affine(self) -> Any:
         """The trainable affine map after the flow, with ``loc`` and ``log_scale``; None without one."""
-        return None if self._affine is None else self._flow[-1]
+        return None if self._affine is None else self._flow[1 + self._tails]
 
     def get_base_dist(self) -> Any:
         """The standard normal over the latents."""

@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 from torch import Size, Tensor
 
-from ..distributions.flow import FlowDistribution, Shape
+from ..distributions.flow import FlowDistribution, Shape, is_scoring
 from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
 
 __all__ = ["AFFINES", "CallPosterior", "affine_layer", "reference_normal", "rows"]
@@ -30,11 +30,18 @@ class CallPosterior(FlowDistribution):
     That saves the inverse pass, and serves transforms that have none.
     """
 
-    _drawn: tuple[Tensor, Tensor] | None = None
+    _drawn: tuple[Tensor, ...] | None = None
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
-        self._drawn = self.rsample_and_log_prob(sample_shape)
+        draw = self.rsample_with_score if is_scoring() else self.rsample_and_log_prob
+        self._drawn = draw(sample_shape)
         return self._drawn[0]
+
+    def drawn_score(self, value: Tensor) -> Tensor | None:
+        """∇ log q at the very tensor that was drawn within :func:`scoring`; None for any other."""
+        if self._drawn is None or value is not self._drawn[0] or len(self._drawn) < 3:
+            return None
+        return self._drawn[2]
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._drawn is not None and value is self._drawn[0]:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,7 +12,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from .._checks import check_dtype, check_positive_int
-from ..transforms.base import forward_and_log_det, inverse_and_log_det, own_dim
+from ..transforms.base import forward_and_log_det, forward_with_score, inverse_and_log_det
+from ..transforms.compose import own_dim
 
 __all__ = ["FlowDistribution"]
 
@@ -31,6 +34,24 @@ def _moved(distribution: Distribution, *args: Any, **kwargs: Any) -> Distributio
 
 
 Shape = Size | list[int] | tuple[int, ...]
+
+
+_scoring = [False]
+
+
+@contextmanager
+def scoring() -> Iterator[None]:
+    """Within it, draws of a guide's flow are made with the score of their density."""
+    before, _scoring[0] = _scoring[0], True
+    try:
+        yield
+    finally:
+        _scoring[0] = before
+
+
+def is_scoring() -> bool:
+    """Whether draws are wanted with their scores."""
+    return _scoring[0]
 
 
 class FlowDistribution(TorchDistribution):
@@ -116,6 +137,22 @@ class FlowDistribution(TorchDistribution):
         x, log_prob = self._base_sample_and_log_prob(Size(sample_shape))
         z, log_det = forward_and_log_det(self.transform, x)
         return z, log_prob - log_det
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """As a matrix, where no context tells rows apart: what linear layers take without reshaping."""
+        own_batch = getattr(self.transform, "batch_shape", Size())
+        return x if own_batch else x.reshape(-1, x.shape[-1])
+
+    def rsample_with_score(self, sample_shape: Shape = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws and log densities as :meth:`rsample_and_log_prob`, and ∇ log q(z) at the draws, no graph.
+
+        For a standard normal base.
+        """
+        with torch.enable_grad():
+            x, log_prob = self._base_sample_and_log_prob(Size(sample_shape))
+            rows = self._rows(x).requires_grad_()  # the layers differentiate at what they are given
+            z, log_det, score = forward_with_score(self.transform, rows, -rows.detach())
+        return z.reshape(x.shape), log_prob - log_det.reshape(x.shape[:-1]), score.reshape(x.shape)
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Draws that carry gradients, shape ``S + batch_shape + (D,)``."""

@@ -1,7 +1,18 @@
 """Fitting a guide."""
 
-from .cause import CannotCompile
-from .compiled import CompiledSVI, CompileWarning
+from .cause import CannotCompile, CompileWarning
+from .compiled import CompiledSVI
+from .elbo import TraceAnnealed_ELBO, TraceIW_ELBO, TraceSTL_ELBO
 from .fit import FitDiverged, FitResult, fit
 
-__all__ = ["CannotCompile", "CompileWarning", "CompiledSVI", "FitDiverged", "FitResult", "fit"]
+__all__ = [
+    "CannotCompile",
+    "CompileWarning",
+    "CompiledSVI",
+    "FitDiverged",
+    "FitResult",
+    "TraceAnnealed_ELBO",
+    "TraceIW_ELBO",
+    "TraceSTL_ELBO",
+    "fit",
+]

@@ -12,7 +12,7 @@ from types import CodeType
 import pyro
 import torch
 
-__all__ = ["CannotCompile", "brief", "is_library", "stack_inside", "user_line"]
+__all__ = ["CannotCompile", "CompileWarning", "brief", "is_library", "stack_inside", "user_line"]
 
 _LIBRARIES = tuple(
     os.path.join(folder, "")
@@ -22,6 +22,16 @@ _LIBRARIES = tuple(
         os.path.dirname(os.path.dirname(__file__)),
     }
 )
+
+
+class CompileWarning(UserWarning):
+    """Steps stay eager, for the cause that it names; ``compile=True`` raises :class:`CannotCompile` instead.
+
+    Example::
+
+        >>> issubclass(CompileWarning, UserWarning)
+        True
+    """
 
 
 class CannotCompile(RuntimeError):

@@ -1,5 +1,6 @@
 """CompiledSVI: Pyro's SVI with the gradient step traced once and run as machine code."""
 
+import math
 import sys
 import traceback
 import warnings
@@ -16,9 +17,9 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from .._checks import check_positive_int
-from .cause import CannotCompile, is_library
+from .cause import CannotCompile, CompileWarning, is_library
 from .compiled_step import CompiledStep
-from .elbo import tensor_loss
+from .forms import tensor_loss
 from .fused import Bucket, TorchOptim, inner_optimizer, make_buckets, meet
 from .hazards import EagerStep
 from .reach import kind_of
@@ -30,22 +31,17 @@ STEPS_BEFORE = 200
 """Calls of ``step`` with the same shapes that "auto" runs eagerly first."""
 PAYS_AT_LEAST = 1500
 """Steps that "auto" wants, one more for each operation of the graph, before :meth:`run` compiles."""
+INTERPRETED_FROM = 300
+"""Steps from which :func:`pyro_flowvi.fit` traces at all."""
+MACHINE_CODE_FROM = 10_000
+"""Steps, and ten more for each operation of the graph, from which it compiles: below that the seconds of
+the compiler, 10 to 60 of them where its cache is cold, are more than those it saves."""
 MAX_GRAPHS = 8
 """Compiled steps that one object makes: one for each combination of shapes and other arguments."""
 MAX_OPERATIONS = 20_000
 """Larger graphs would be compiled for many minutes; "auto" leaves them eager."""
 
 Program = Callable[..., Any]
-
-
-class CompileWarning(UserWarning):
-    """Steps stay eager, for the cause that it names; ``compile=True`` raises :class:`CannotCompile` instead.
-
-    Example::
-
-        >>> issubclass(CompileWarning, UserWarning)
-        True
-    """
 
 
 class CompiledSVI(SVI):
@@ -108,8 +104,16 @@ class CompiledSVI(SVI):
         self.compile = compile
         self.cause: CannotCompile | None = None
         """Why all steps are eager; None while they are compiled or may be."""
-        self._guarded, self._fuse = False, True
+        self._limits: Tensor | None = None
+        self._stats = [math.nan] * 3
+        """Of the last traced step of :meth:`_take`: loss, dropped particles, norm of the gradient."""
+        self._mode: str | None = None
+        """Settles how steps run, where an earlier process has begun: "interpreted" or "machine code"."""
+        self._interprets = False
+        """Whether a graph that is not worth compiling is used as it is, operation by operation."""
+        self._fuse = True
         self._objective = tensor_loss(loss)
+        self._advance: Callable[[], None] | None = getattr(loss, "advance", None)
         self._eager = EagerStep(model, guide, loss, self.loss_and_grads)
         self._started = False
         self._steps: dict[Any, CompiledStep] = {}
@@ -150,10 +154,12 @@ class CompiledSVI(SVI):
         step, tensors = self._prepare(args, kwargs, left)
         if step is None:
             return self._step_eagerly(args, kwargs, left)
-        loss: float = step(self.optim, tensors).item()
+        self._stats = step(self.optim, tensors).tolist()
+        if self._advance is not None:
+            self._advance()
         for bucket in self._buckets:
             bucket.write()
-        return loss
+        return self._stats[0]
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Tensor:
         """Takes many steps on the same arguments.
@@ -193,14 +199,17 @@ class CompiledSVI(SVI):
         optim = self.optim
         try:
             for _ in range(count):
-                loss = step(optim, tensors)
+                loss = step(optim, tensors)[0]
                 losses.append(loss.item() if loss.is_cpu else loss.clone())
+                if self._advance is not None:
+                    self._advance()
         finally:
             for bucket in self._buckets:
                 bucket.write()
         return losses
 
     def _step_eagerly(self, args: Any, kwargs: Any, left: int | None = None) -> float:
+        self._stats = [math.nan] * 3
         loss: float = super().step(*args, **kwargs)
         first, self._started = not self._started, True
         if first and self.compile is True:
@@ -324,6 +333,10 @@ class CompiledSVI(SVI):
         if self.compile is True:
             return True
         calls = self._eager_calls[key[:2]] = self._eager_calls.get(key[:2], 0) + 1
+        if self._mode is not None:
+            return True
+        if self._interprets:
+            return calls + (left or 0) > INTERPRETED_FROM
         if self._sizes.get(key[:2], 0) > MAX_OPERATIONS:
             return False
         if left is None:
@@ -348,7 +361,13 @@ class CompiledSVI(SVI):
             with self._eager.undisturbed(*tensors):
                 step = CompiledStep(self._objective, self.model, self.guide, params, tensors, rebuild)
             self._traced[key] = step
-        if self.compile == "auto":
+        machine_code = True
+        if self._mode is not None:
+            machine_code = self._mode == "machine code"
+        elif self._interprets and self.compile == "auto":
+            coming = self._eager_calls[key[:2]] + (left or 0)
+            machine_code = MACHINE_CODE_FROM + 10 * step.traced.size < coming
+        elif self.compile == "auto":
             self._sizes[key[:2]] = step.traced.size
             coming = self._eager_calls[key[:2]] + (left or 0)
             too_few = left is not None and coming <= PAYS_AT_LEAST + step.traced.size
@@ -363,7 +382,7 @@ class CompiledSVI(SVI):
         self._stored = [(name, param) for name, param in named if name is not None]
         self._trained = [(param, param.requires_grad) for param in self._met]
         self._builds += 1
-        step.lower(self._buckets, tensors, self._guarded)
+        step.lower(self._buckets, tensors, self._limits, machine_code)
         for seed, perturbed in ((1, False), (2, True)):
             self._eager.compare(step, args, kwargs, tensors, seed, perturbed)
         self._steps[key] = self._traced.pop(key)

@@ -1,5 +1,6 @@
-"""One compiled gradient step: model, guide, gradient and optimizer in one graph."""
+"""One gradient step as a graph: model, guide, gradient and optimizer, as machine code or as it is."""
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .fused import Bucket, flatten
+from .interpret import interpreted
 from .tracing import Traced, lower, trace
 
 __all__ = ["CompiledStep"]
@@ -40,25 +42,31 @@ class CompiledStep:
     ) -> None:
         def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
             args, kwargs = rebuild(inputs)
-            loss, surrogate = objective(model, guide, args, kwargs)
+            loss, surrogate, *dropped = objective(model, guide, args, kwargs)
             grads = torch.autograd.grad(surrogate, params, allow_unused=True)
             zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
-            return loss.detach().clone(), *zeros
+            loss = loss.detach().clone()
+            return loss, dropped[0].to(loss) if dropped else torch.zeros_like(loss), *zeros
 
         with pyro.validation_enabled(False):
             self.traced: Traced = trace(gradients, params, tensors)
         self.params, self._examples = params, [weakref.ref(tensor) for tensor in tensors]
         self.buckets: list[Bucket] = []
+        self.limits: Tensor | None = None
+        self.machine_code = True
         self.calls, self.next_audit = 0, 1
 
-    def lower(self, buckets: list[Bucket], tensors: Sequence[Tensor], guarded: bool) -> None:
-        """Compiles the graph together with the optimizers' steps.
+    def lower(
+        self, buckets: list[Bucket], tensors: Sequence[Tensor], limits: Tensor | None, machine_code: bool
+    ) -> None:
+        """Makes one function of the graph and the optimizers' steps.
 
         :param buckets: the parameters, all of them, with their optimizers.
-        :param guarded: a loss or gradient that is not finite leaves everything as it was and makes the
-            loss NaN.
+        :param limits: a tensor of two norms: a gradient above the first is scaled down to it, one above the
+            second, or not finite, leaves everything as it was; what is not finite makes the loss NaN.
+        :param machine_code: compiles it; otherwise the graph's operations are called one by one.
         """
-        self.buckets = buckets
+        self.buckets, self.limits, self.machine_code = buckets, limits, machine_code
         order = {id(p): i for i, p in enumerate(self.params)}
         positions = [[order[id(p)] for p in bucket.params] for bucket in buckets]
         static = [bucket.state for bucket in buckets]
@@ -69,20 +77,58 @@ class CompiledStep:
             values: dict[int, Tensor] = {}
             for state, where in zip(states, positions, strict=True):
                 values.update(zip(where, state, strict=False))
-            loss, *grads = self.traced.graph(*(values[i] for i in range(len(order))), *inputs[ends[-1] :])
+            rest = inputs[ends[-1] :]
+            bounds, rest = (rest[0], rest[1:]) if limits is not None else (None, rest)
+            loss, dropped, *grads = self.traced.graph(*(values[i] for i in range(len(order))), *rest)
             flat = [flatten(grads[i] for i in where) for where in positions]
-            good = (
-                torch.stack([loss.isfinite(), *(g.isfinite().all() for g in flat)]).all() if guarded else None
-            )
+            norm, good = torch.zeros_like(loss), None
+            if bounds is not None:
+                norm = torch.stack([g.double().square().sum() for g in flat]).sum().sqrt()
+                good = loss.isfinite() & (norm <= bounds[1])
+                shrink = (bounds[0] / norm.clamp(min=1e-300)).clamp(max=1.0)
+                flat = [g * shrink.to(g.dtype) for g in flat]
+                loss = torch.where(norm.isfinite(), loss, torch.nan)
             for bucket, state, grad in zip(buckets, states, flat, strict=True):
                 if bucket.rule is not None:
                     for old, new in zip(state, bucket.stepped(state, grad), strict=True):
                         old.copy_(new if good is None else torch.where(good, new, old))
             outputs = (grad for bucket, grad in zip(buckets, flat, strict=True) if bucket.rule is None)
-            return loss if good is None else torch.where(good, loss, torch.nan), *outputs
+            stats = torch.stack([loss.double(), dropped.double(), norm.double()])
+            return stats, *outputs
 
-        held = [value for state in static for value in state] + self.traced.constants
-        self.run = lower(step, [*held, *tensors], len(held))
+        held = [value for state in static for value in state]
+        held += ([] if limits is None else [limits]) + self.traced.constants
+        if machine_code:
+            self.run = lower(step, [*held, *tensors], len(held))
+        else:
+            self.run = self._operation_by_operation(positions)
+
+    def _operation_by_operation(self, positions: list[list[int]]) -> Program:
+        """The same step without a compiler, the optimizers' part in place."""
+        graph = interpreted(self.traced.graph, [*(p.detach() for p in self.params), *self.traced.constants])
+        buckets, limits = self.buckets, self.limits
+
+        @torch.no_grad()
+        def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+            loss, dropped, *grads = graph(*tensors)
+            flat = [flatten(grads[i] for i in where) for where in positions]
+            norm = torch.zeros_like(loss)
+            moves = True
+            if limits is not None:
+                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in flat]))
+                size, clip, skip = norm.item(), *limits.tolist()
+                moves = math.isfinite(loss.item()) and size <= skip
+                if size > clip:
+                    flat = [g.mul_(clip / size) for g in flat]
+                if not math.isfinite(size):
+                    loss = torch.full_like(loss, math.nan)
+            for bucket, grad in zip(buckets, flat, strict=True):
+                if bucket.rule is not None and moves:
+                    bucket.step_in_place(grad)
+            outputs = (grad for bucket, grad in zip(buckets, flat, strict=True) if bucket.rule is None)
+            return torch.stack([loss.double(), dropped.double(), norm.double()]), *outputs
+
+        return step
 
     def is_new_to(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the first arguments that are others than those it was traced with; once."""
@@ -99,12 +145,16 @@ class CompiledStep:
         )
 
     def __call__(self, optim: PyroOptim, tensors: Sequence[Tensor]) -> Tensor:
-        """Takes the step; the loss, in memory that the next step overwrites."""
-        loss, *grads = self.run(*tensors)
+        """Takes the step.
+
+        :return: loss, number of dropped particles, norm of the gradient (zero without limits), in memory
+            that the next step overwrites.
+        """
+        stats, *grads = self.run(*tensors)
         self.calls += 1
         if grads:
             self._step_outside(optim, grads)
-        return loss  # type: ignore[no-any-return]
+        return stats  # type: ignore[no-any-return]
 
     def _step_outside(self, optim: PyroOptim, grads: Sequence[Tensor]) -> None:
         plain = [bucket for bucket in self.buckets if bucket.rule is None]

@@ -1,67 +1,42 @@
 """fit: one call from a model and a guide to a trained guide."""
 
 import math
-import re
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
-from tqdm import tqdm
 
 from .._checks import check_positive, check_positive_int
 from ..autoguide import AutoFlow
-from ..init import find_modes
+from ..autoguide.frame import leave_frame
+from ..distributions.flow import scoring
 from ..transforms import defaults_for
-from .cause import CannotCompile
-from .compiled import CompiledSVI
+from .checkpoint import Checkpoint, fingerprint, restore
+from .driver import Driver, FitDiverged
 from .particles import Particles
-from .state import GuardedOptim, NotFinite, Run
+from .start import locate
+from .state import GuardedOptim, Run
 
 __all__ = ["FitDiverged", "FitResult", "fit"]
 
 NUM_STEPS = 3000
 LEARNING_RATE = 1e-2
-FINAL_RATE = 1e-2
-"""The learning rate ends at this fraction of its start."""
 NUM_PARTICLES = 16
 """This rate and number are for guides that the table of defaults does not know."""
 NUM_PARTICLES_APART = 4
 """Particles a step where the model cannot run them together, so that each costs a full step."""
-MAX_MODE_EVALUATIONS = 200
-SCALE_FACTORS = (1e-4, 1e-3, 1e-2, 0.1, 10.0, 100.0, 1e3, 1e4)
-"""Multiples of the initial scale that are tried at the best mode."""
-CHECKS = 50
-"""How often in a run the state is compared with the best and kept."""
+COMPARISON_DRAWS_ON_DATA = 16
+"""Draws on which states are compared on validation data, as a rule many rows with latents of their own."""
+CHECKPOINT_SECONDS = 30.0
 
 Program = Callable[..., Any]
-_LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-
-
-class FitDiverged(RuntimeError):
-    """Training met a loss or gradient that is not finite; the guide holds its last good state.
-
-    :param step: the step at which it happened, from 0.
-    :param site: the sample site that is the first with a value, log density or gradient that is not
-        finite; None if it could not be found.
-    :param losses: the losses up to that step.
-
-    Example::
-
-        >>> str(FitDiverged(12, "tau", torch.zeros(12)))
-        "step 12: the loss is not finite, first at site 'tau'; the last good state is restored"
-    """
-
-    def __init__(self, step: int, site: str | None, losses: Tensor) -> None:
-        self.step, self.site, self.losses = step, site, losses
-        where = f"first at site {site!r}" if site else "at no single site"
-        super().__init__(f"step {step}: the loss is not finite, {where}; the last good state is restored")
 
 
 @dataclass(frozen=True)
@@ -72,9 +47,19 @@ class FitResult:
     :param losses: the loss (negative ELBO, nats) of every step, shape ``(steps,)``.
     :param best_loss: the loss of the best state, over a few hundred fresh draws.
     :param best_state: name -> value of every trained parameter, the model's included, unconstrained.
-    :param stop_reason: "completed" or "interrupted".
+    :param stop_reason: "converged" (the ELBO stopped to rise, twice), "completed" (all steps were taken),
+        "no more batches" or "interrupted".
     :param wall_time: seconds.
-    :param located: whether the guide was moved to a mode before training.
+    :param start: the kind of Gaussian that the guide was moved to before training: "prior", "laplace",
+        "path" or "mean-field"; None if it stayed where it was.
+    :param converged: whether the ELBO had stopped to rise when the run ended.
+    :param rates: the learning rate of every step; NaN with an optimizer of your own.
+    :param gradient_norms: the norm of the gradient of every step.
+    :param elbos: (step, ELBO, standard error) of the averaged state, on draws that were the same each time.
+    :param race: learning rates that were tried, with the ELBO after a hundred steps.
+    :param num_dropped: particles left out because their density or gradient was not finite.
+    :param num_skipped: steps left out because their gradient was far above the running median.
+    :param num_restarts: how often the run went back to its last good state, with half the rate.
 
     Example::
 
@@ -89,20 +74,43 @@ class FitResult:
     best_state: dict[str, Tensor]
     stop_reason: str
     wall_time: float
-    located: bool = False
+    start: str | None = None
+    converged: bool = False
+    rates: Tensor = field(default_factory=lambda: torch.zeros(0))
+    gradient_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
+    elbos: list[tuple[int, float, float]] = field(default_factory=list)
+    race: dict[float, float] = field(default_factory=dict)
+    num_dropped: int = 0
+    num_skipped: int = 0
+    num_restarts: int = 0
 
     def __repr__(self) -> str:
         first = float(self.losses[0]) if len(self.losses) else math.nan
-        located = ", started at a mode" if self.located else ""
+        notes = [] if self.start is None else [f"started at the best Gaussian ({self.start})"]
+        for count, what in (
+            (self.num_dropped, "particles without a finite density"),
+            (self.num_skipped, "steps skipped"),
+            (self.num_restarts, "restarts"),
+        ):
+            notes += [f"{count} {what}"] if count else []
         return (
             f"FitResult({self.stop_reason}: {len(self.losses)} steps in {self.wall_time:.1f} s, "
-            f"loss {first:.2f} -> {self.best_loss:.2f}{located})"
+            f"loss {first:.2f} -> {self.best_loss:.2f}{''.join(f', {note}' for note in notes)})"
         )
 
+    @property
+    def located(self) -> bool:
+        """Whether the guide was moved before training."""
+        return self.start is not None
 
-def _cosine(lr: float, step: int, num_steps: int) -> float:
-    """The learning rate of a step: from ``lr`` to ``FINAL_RATE * lr``."""
-    return lr * (FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
+    def plot(self) -> Any:
+        """Draws ELBO, learning rate and gradient norm by step; a matplotlib figure.
+
+        :raises ImportError: without matplotlib.
+        """
+        from ..plotting import plot_trace
+
+        return plot_trace(self)
 
 
 def _defaults(guide: Any) -> tuple[float, int]:
@@ -113,28 +121,77 @@ def _defaults(guide: Any) -> tuple[float, int]:
     return choice.lr, choice.num_particles
 
 
-def _locate(run: Run, guide: Any) -> bool:
-    """Moves the guide to a mode, and to the best of a few scales there; whether that raised the ELBO."""
-    affine = guide.affine if isinstance(guide, AutoFlow) else None
-    if affine is None or not (affine.loc.requires_grad and affine.log_scale.requires_grad):
-        return False
-    density = guide.density(*run.args, **run.kwargs)
-    loc, log_scale = affine.loc, affine.log_scale
-    best_elbo, best = run.evaluate().mean(), (loc.detach().clone(), log_scale.detach().clone())
-    first = best
-    starts = [best[0], *best[0].new_empty(2, density.dim).uniform_(-2, 2)]
-    with torch.no_grad():
-        modes = find_modes(density, starts, max_evaluations=MAX_MODE_EVALUATIONS)
-        for mode, factor in [*((mode, 1.0) for mode in modes), *((None, f) for f in SCALE_FACTORS)]:
-            # All modes at the scale of the start, then all scales at the best of them.
-            loc.copy_(best[0] if mode is None else mode)
-            log_scale.copy_(first[1] + math.log(factor))
-            elbo = run.evaluate().mean()
-            if elbo > best_elbo:
-                best_elbo, best = elbo, (loc.clone(), log_scale.clone())
-        loc.copy_(best[0])
-        log_scale.copy_(best[1])
-    return not torch.equal(best[0], first[0])
+def _as_args(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _supply(batches: Any, args: tuple[Any, ...]) -> Callable[[int], tuple[Any, ...] | None]:
+    """The model's arguments by step; None once there are no more."""
+    if batches is None:
+        return lambda step: args
+    if callable(batches):
+        return lambda step: _as_args(batches(step))
+
+    def rounds() -> Iterator[Any]:
+        while True:
+            empty = True
+            for batch in batches:
+                empty = False
+                yield batch
+            if empty or iter(batches) is batches:  # a generator runs once
+                return
+
+    source = rounds()
+    taken: dict[int, Any] = {}
+
+    def next_batch(step: int) -> tuple[Any, ...] | None:
+        while step not in taken:
+            try:
+                batch = next(source)
+            except StopIteration:
+                return None
+            last = max(taken, default=-1) + 1
+            taken.clear()
+            taken[last] = batch
+        return _as_args(taken[step])
+
+    return next_batch
+
+
+def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a guide of flows can carry scores forward: a foreign transform may have no inverse."""
+    with torch.random.fork_rng(), poutine.block(), scoring():
+        try:
+            poutine.trace(guide).get_trace(*args, **kwargs)
+        except NotImplementedError:
+            return False
+    return True
+
+
+def _check_arguments(options: Mapping[str, Any]) -> None:
+    loss, optim = options["loss"], options["optim"]
+    if options["lr"] is not None:
+        check_positive("lr", options["lr"])
+    if options["num_particles"] is not None:
+        check_positive_int("num_particles", options["num_particles"])
+        if loss is not None:
+            raise ValueError("num_particles: expected None with a loss, which has its own, got both")
+    if loss is not None and not isinstance(loss, ELBO):
+        raise ValueError(f"loss: expected a pyro.infer.ELBO, got {loss!r}")
+    if optim is not None and not isinstance(optim, PyroOptim):
+        raise ValueError(f"optim: expected a pyro.optim optimizer, got {optim!r}")
+    if getattr(optim, "pt_scheduler_constructor", None) is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        raise ValueError("optim: expected a schedule by steps, got ReduceLROnPlateau, which needs a metric")
+    for name in ("model", "guide"):
+        if not callable(options[name]):
+            raise ValueError(f"{name}: expected a callable, got {options[name]!r}")
+    batches = options["batches"]
+    if not (batches is None or callable(batches) or hasattr(batches, "__iter__")):
+        raise ValueError(f"batches: expected an iterable or a callable of the step, got {batches!r}")
+    if batches is not None and options["args"]:
+        raise ValueError("batches: expected no further arguments of the model with batches, got both")
+    if options["compile"] not in (True, False, "auto"):
+        raise ValueError(f"compile: expected True, False or 'auto', got {options['compile']!r}")
 
 
 def fit(
@@ -156,33 +213,47 @@ def fit(
 ) -> FitResult:
     """Trains a guide, and the model's own parameters, by stochastic variational inference.
 
-    A flow guide is first moved to a mode of the posterior and to the best of a few scales there, if that
-    raises the ELBO.  Then Adam with a cosine-decaying rate; the latest state remains, or an
-    earlier one whose ELBO, on common random numbers, is better beyond its noise (always the latest with a
-    loss of your own, or where the model subsamples its data).
+    A flow guide first moves to the best Gaussian that a search finds (L-BFGS from many points, Laplace and
+    mean-field normals at the modes and on the way to them, refined by natural gradients), if that raises
+    the ELBO, and its flow is trained in that Gaussian's frame.  Then Adam at the best of three learning
+    rates, along a cosine.  The weights are averaged; on draws that are the same each time, the average is
+    compared with the best so far, which is what remains.  When the ELBO stops to rise the rate falls; when
+    it does so again, the run ends.  The Gaussian stays in the comparison to the end.
+
+    Gradients above five times their running median are scaled down, steps above twenty times left out.  A
+    loss that is not finite takes the run back to its last good state, with half the rate.
 
     :param model: a Pyro model.
     :param guide: any Pyro guide for it.
     :param args: the model's positional arguments.
-    :param num_steps: gradient steps; 3000 by default.
-    :param lr: the learning rate to start from; by default that of
-        :data:`pyro_flowvi.transforms.DEFAULTS` for the flow and the number of latents, else 1e-2.
+    :param num_steps: gradient steps at most; 3000 by default.
+    :param lr: the learning rate to start from; by default the best in a short race of that in
+        :data:`pyro_flowvi.transforms.DEFAULTS` for the flow and the number of latents (else 1e-2), a
+        third and three times of it.
     :param num_particles: draws per step; by default of the same table, else 16, in one run of the model,
         or 4 where a batch of draws would not give the model the same log density as one by one.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where the model enumerates a discrete
-        site and ``Trace_ELBO`` elsewhere.
+        site, :class:`TraceSTL_ELBO` where all sites of the guide are reparameterised, else ``Trace_ELBO``.
     :param optim: a Pyro optimizer in place of Adam; a scheduler is stepped once a step.
-    :param batches: not supported yet.
-    :param validation: not supported yet.
+    :param batches: the model's arguments step by step, in place of ``args``: an iterable, gone through again
+        and again unless it is a generator, or a callable of the step, from 0.  Each is a tuple, or one
+        argument.  A model that scales its likelihood to the whole data does so as in Pyro, with
+        ``pyro.plate(..., subsample_size)`` or ``poutine.scale``.
+    :param validation: arguments of the model, a tuple or one argument, on which states are compared in place
+        of the training data: the best state is that with the best ELBO there, and a plateau ends the run.
     :param model_kwargs: the model's keyword arguments.
     :param seed: sets Pyro's seed first.
-    :param compile: as in :class:`CompiledSVI`.
-    :param checkpoint: not supported yet.
+    :param compile: True compiles the step to machine code, False leaves it to eager Pyro, "auto" traces it
+        from 300 steps on and compiles it where very many steps are to come.
+    :param checkpoint: a path.  The run is written there every half minute and when it ends; if the
+        file exists the run goes on from it, and ends bit for bit as without the interruption.
     :param progress: shows a progress bar.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
-    :raises ValueError: if an argument is not of the described kind, or the data has NaN.
+    :raises ValueError: if an argument is not of the described kind, the data has NaN, or the checkpoint is
+        of another run or cut short.
     :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
-    :raises FitDiverged: at a loss or gradient that is not finite; the last good state is restored.
+    :raises FitDiverged: after five failures in a row; the last good state is restored, and kept in the
+        checkpoint.
 
     Example::
 
@@ -195,106 +266,85 @@ def fit(
         >>> result.stop_reason, abs(guide.median()["mu"].item() - 100.0) < 0.5
         ('completed', True)
     """
+    _check_arguments(locals())
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
-    if lr is not None:
-        check_positive("lr", lr)
-    if num_particles is not None:
-        check_positive_int("num_particles", num_particles)
-        if loss is not None:
-            raise ValueError("num_particles: expected None with a loss, which has its own, got both")
-    if loss is not None and not isinstance(loss, ELBO):
-        raise ValueError(f"loss: expected a pyro.infer.ELBO, got {loss!r}")
-    if optim is not None and not isinstance(optim, PyroOptim):
-        raise ValueError(f"optim: expected a pyro.optim optimizer, got {optim!r}")
-    if getattr(optim, "pt_scheduler_constructor", None) is torch.optim.lr_scheduler.ReduceLROnPlateau:
-        raise ValueError("optim: expected a schedule by steps, got ReduceLROnPlateau, which needs a metric")
-    for name, value in (("model", model), ("guide", guide)):
-        if not callable(value):
-            raise ValueError(f"{name}: expected a callable, got {value!r}")
-    for name, value in (("batches", batches), ("validation", validation), ("checkpoint", checkpoint)):
-        if value is not None:
-            raise NotImplementedError(f"{name}: not supported yet, expected None")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
-
+    file = None if checkpoint is None else Checkpoint(checkpoint)
     started = time.perf_counter()
     if seed is not None:
         pyro.set_rng_seed(seed)
     kwargs = dict(model_kwargs or {})
+    supply = _supply(batches, args)
+    first = supply(0)
+    if first is None:
+        raise ValueError("batches: expected at least one batch, got none")
     if isinstance(guide, AutoFlow):
-        guide.materialize(*args, **kwargs)
-    particles = Particles(model, guide, args, kwargs)
+        guide.materialize(*first, **kwargs)
+    particles = Particles(model, guide, first, kwargs)
+    judge = particles if validation is None else Particles(model, guide, _as_args(validation), kwargs)
     default_lr, default_particles = _defaults(guide)
-    lr = default_lr if lr is None else float(lr)
-    default = default_particles if particles.vectorized else NUM_PARTICLES_APART
+    if not particles.vectorized:
+        default_particles = NUM_PARTICLES_APART
+    if loss is None:
+        path = particles.path_gradients and _has_scores(guide, first, kwargs)
+        objective = particles.elbo(num_particles or default_particles, path)
+    else:
+        objective = loss
+    rate = default_lr if lr is None else float(lr)
     run = Run(
         model,
         guide,
-        args,
         kwargs,
-        particles.elbo(num_particles or default) if loss is None else loss,
-        particles,
-        GuardedOptim(PyroOptim(torch.optim.Adam, {"lr": lr}) if optim is None else optim, guide, model),
-        ranked=loss is None and not particles.subsampled,
+        objective,
+        judge,
+        GuardedOptim(PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim, guide, model),
+        ranked=validation is not None or (loss is None and batches is None and not particles.subsampled),
     )
-    located = _locate(run, guide)
-    stop_reason = _train(run, num_steps, lr if optim is None else None, compile, progress)
+    if validation is not None:
+        run.comparison_draws = COMPARISON_DRAWS_ON_DATA
+    driver = Driver(run, num_steps, rate if optim is None else None, compile, supply)
+    identity: dict[str, str] = {}
+    saved = None
+    if file is not None:
+        names = sorted(f"{n}{tuple(p.shape)}" for n, p in pyro.get_param_store()._params.items())
+        settings: dict[str, Any] = {
+            "num_steps": num_steps,
+            "lr": lr,
+            "num_particles": num_particles,
+            "seed": seed,
+        }
+        settings |= {"objective": type(objective).__name__, "optim": type(optim).__name__}
+        settings |= {"compile": compile, "guide": type(guide).__name__, "parameters": names}
+        identity = fingerprint(settings, (first, kwargs))
+        saved = file.read(identity)
+    try:
+        if saved is not None:
+            restore(driver, saved)
+        else:
+            if isinstance(guide, AutoFlow):
+                driver.start = locate(run, guide, guide.density(*first, **kwargs))
+            if lr is None and (batches is None or callable(batches)):
+                driver.race()
+        stop_reason = driver.train(
+            progress, None if file is None else lambda: file.write(driver, identity), CHECKPOINT_SECONDS
+        )
+    finally:
+        if isinstance(guide, AutoFlow):
+            leave_frame(guide)
+    done = driver.progress
     return FitResult(
         guide=guide,
         losses=torch.tensor(run.losses),
         best_loss=run.best_loss,
-        best_state=run.best,
+        best_state={name: param.detach().clone() for name, param in run.optim.params.items()},
         stop_reason=stop_reason,
         wall_time=time.perf_counter() - started,
-        located=located,
+        start=driver.start,
+        converged=driver.converged,
+        rates=torch.tensor(done.rates),
+        gradient_norms=torch.tensor(done.norms),
+        elbos=list(done.elbos),
+        race=dict(done.race),
+        num_dropped=done.num_dropped,
+        num_skipped=done.num_skipped,
+        num_restarts=done.num_restarts,
     )
-
-
-def _train(run: Run, num_steps: int, lr: float | None, compile: bool | str, progress: bool) -> str:
-    """Takes the steps and leaves the best state in place; the reason to stop."""
-    svi = CompiledSVI(run.model, run.guide, run.optim, run.loss, compile=compile)
-    svi._guarded = True
-    every = max(1, num_steps // CHECKS)
-    stop_reason = "completed"
-    with tqdm(total=num_steps, disable=not progress, desc=type(run.guide).__name__) as bar:
-        try:
-            for step in range(num_steps):
-                _step(run, svi, step, num_steps - step)
-                run.optim.advance(None if lr is None else _cosine(lr, step + 1, num_steps))
-                bar.update()
-                if (step + 1) % every == 0 or step == num_steps - 1:
-                    run.keep_unless_worse()
-                    bar.set_postfix_str(f"ELBO {-run.best_loss:.2f}", refresh=False)
-        except KeyboardInterrupt:
-            stop_reason = "interrupted"
-            if not run.best:
-                run.keep_unless_worse()
-    run.restore()
-    return stop_reason
-
-
-def _step(run: Run, svi: CompiledSVI, step: int, left: int) -> None:
-    random_state = torch.get_rng_state()
-    cause: Exception | None = None
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN")  # it is an error here
-            value = svi._take(run.args, run.kwargs, left)
-    except NotFinite:
-        value = math.nan
-    except CannotCompile:
-        raise
-    except (ValueError, _LINALG_ERROR) as error:
-        if step == 0:
-            raise  # most likely the model's own mistake: its message is the best
-        value, cause = math.nan, error
-    if math.isfinite(value):
-        run.losses.append(value)
-        return
-    torch.set_rng_state(random_state)
-    named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
-    site = named.group(1) if named else run.find_bad_site()
-    for param in run.optim.params.values():
-        param.grad = None
-    run.restore()
-    raise FitDiverged(step, site, torch.tensor(run.losses)) from cause

@@ -184,6 +184,7 @@ class Bucket:
             # torch's Adam keeps its step counts on the CPU, Pyro's as Python numbers.
             self._counts = list(self.steps) if device.type == "cpu" and not rule.pyro_form else None
             self._taken = [0.0] * len(params)
+            self._uneven = True
         self.adopt()
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -203,6 +204,27 @@ class Bucket:
         first, second = self.rule.moments(self.rule.gradient(flat, grad), first, second)
         moved = self.rule.move(flat, first, second, steps, lr, self.sizes)
         return [*self.split(moved), first, second, steps, lr]
+
+    @torch.no_grad()
+    def step_in_place(self, grad: Tensor) -> None:
+        """Takes the step of :meth:`stepped` on the parameters themselves, in few operations."""
+        assert self.rule is not None
+        rule = self.rule
+        beta1, beta2 = rule.betas
+        counts = self.steps.unique() if self._uneven else self.steps[:1]
+        plain = not (rule.pyro_form or rule.centered or rule.weight_decay or math.isfinite(rule.clip))
+        if len(counts) != 1 or not plain or rule.decay != 1.0:
+            self._uneven = len(counts) != 1
+            for old, new in zip(self.state, self.stepped(self.state, grad), strict=True):
+                old.copy_(new)
+            return
+        self.steps += 1.0
+        count, lr = counts.item() + 1.0, self.lr.item()
+        self.first.lerp_(grad, 1.0 - beta1)
+        self.second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        root = self.second.sqrt().div_(math.sqrt(1.0 - beta2**count)).add_(rule.eps)
+        move = (self.first / root).mul_(-lr / (1.0 - beta1**count))
+        torch._foreach_add_(self.values, self.split(move))
 
     @torch.no_grad()
     def adopt(self) -> None:

@@ -237,6 +237,9 @@ class EagerStep:
         :raises CannotCompile: if losses, gradients or updates differ.
         """
         before = [[value.clone() for value in bucket.state] for bucket in step.buckets]
+        limits = None if step.limits is None else step.limits.clone()
+        if step.limits is not None:
+            step.limits.fill_(math.inf)
         try:
             with self.undisturbed(*tensors):
                 if perturbed:
@@ -245,7 +248,8 @@ class EagerStep:
                         value.add_(PERTURBATION * (1 + value.abs()) * torch.randn_like(value))
                 start = [[value.clone() for value in bucket.values] for bucket in step.buckets]
                 torch.manual_seed(seed)
-                loss, *plain = [value.clone() for value in step.run(*tensors)]
+                stats, *plain = [value.clone() for value in step.run(*tensors)]
+                loss = stats[0]
                 grads = _gradients(step, before, plain)
                 if bool(loss.isfinite()):
                     _check_updates(step, start, before)
@@ -260,6 +264,8 @@ class EagerStep:
                     return  # nothing is known where eager Pyro fails as well
                 raise
         finally:
+            if step.limits is not None and limits is not None:
+                step.limits.copy_(limits)
             for bucket, state in zip(step.buckets, before, strict=True):
                 for value, old in zip(bucket.state, state, strict=True):
                     value.copy_(old)

@@ -7,12 +7,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.traceenum_elbo import _compute_model_factors
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from torch.distributions import TransformedDistribution
 
-from ..init import is_enumerated
+from ..init import enumerated_log_weights, is_enumerated, sum_apart
+from .elbo import TraceSTL_ELBO
 
 __all__ = ["Particles"]
 
@@ -32,6 +32,14 @@ def _samples(trace: Trace, drawn: bool = False) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not (drawn and site["is_observed"])
     }
+
+
+def _has_path_gradient(site: Any) -> bool:
+    """Pyro's flows are left out: some of their transforms have no inverse, of others it is slow or fails."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    return site_is_subsample(site) or (fn.has_rsample and not isinstance(fn, TransformedDistribution))
 
 
 class Particles:
@@ -70,6 +78,8 @@ class Particles:
                 for name, site in _samples(prune_subsample_sites(model_trace)).items()
                 if site["fn"].support.is_discrete
             }
+            self.path_gradients = all(map(_has_path_gradient, _samples(guide_trace, drawn=True).values()))
+            """Whether the densities of the guide's draws can be differentiated at the draws."""
             self.enumerated = any(is_enumerated(site) for site in sites)
             """Whether a discrete site is summed out, so that ``TraceEnum_ELBO`` is the objective."""
             self.subsampled = any(
@@ -106,14 +116,8 @@ class Particles:
         """The log density of each particle, shape ``(size,)``."""
         trace = prune_subsample_sites(trace)
         trace.compute_log_prob()
-        parts = [self._apart(site["log_prob"], size) for site in _samples(trace).values()]
+        parts = [sum_apart(site["log_prob"], size, self._nesting) for site in _samples(trace).values()]
         return torch.stack(parts).sum(0)
-
-    def _apart(self, log_prob: Tensor, size: int) -> Tensor:
-        """A site's log density summed for each particle; one that all share counts for each."""
-        if log_prob.dim() <= self._nesting:
-            return log_prob.sum().expand(size)
-        return log_prob.reshape(log_prob.shape[-1 - self._nesting], -1).sum(-1).expand(size)
 
     def _vectorizes(self, guide_one: Trace, model_one: Trace) -> bool:
         """Whether every site scores each of a few particles run together as it does alone."""
@@ -149,7 +153,10 @@ class Particles:
         for name, site in _samples(trace).items():
             log_prob = site["log_prob"]
             magnitude = log_prob.nan_to_num(0.0, 0.0, 0.0).abs().sum()
-            scores[name] = log_prob.sum() if size is None else self._apart(log_prob, size), magnitude
+            scores[name] = (
+                log_prob.sum() if size is None else sum_apart(log_prob, size, self._nesting),
+                magnitude,
+            )
         return scores
 
     def _slice(self, index: int, program: Program, templates: Any, *batched: Trace) -> Trace:
@@ -166,9 +173,12 @@ class Particles:
             replayed.add_node(name, **{**site, "value": value})
         return self._replay(replayed, program)
 
-    def elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
-        """Pyro's objective for this pair, with that many particles."""
-        kind = TraceEnum_ELBO if self.enumerated else Trace_ELBO
+    def elbo(self, num_particles: int, path: bool = False) -> Any:
+        """The objective for this pair, with that many particles.
+
+        :param path: with path gradients, where they exist.
+        """
+        kind: Any = TraceEnum_ELBO if self.enumerated else TraceSTL_ELBO if path else Trace_ELBO
         return kind(
             num_particles=num_particles,
             vectorize_particles=self.vectorized and num_particles > 1,
@@ -218,30 +228,12 @@ class Particles:
             for batch in range(num_batches):
                 size = num_samples // num_batches + (batch < num_samples % num_batches)
                 if self.enumerated:
-                    parts.append(self._enumerated_log_weights(size))
+                    parts.append(
+                        enumerated_log_weights(
+                            self.model, self.guide, self.args, self.kwargs, size, self._nesting
+                        )
+                    )
                 else:
                     guide_trace, model_trace = self._traces(size)
                     parts.append(self._score(model_trace, size) - self._score(guide_trace, size))
             return torch.cat(parts)
-
-    def _enumerated_log_weights(self, size: int) -> Tensor:
-        """As Pyro's ``TraceEnum_ELBO`` sums discrete sites out, but keeping the particles apart."""
-        if size == 1:  # Pyro has no plate for one particle
-            return self._enumerated_log_weights(2)[:1]
-        elbo = TraceEnum_ELBO(num_particles=size, vectorize_particles=True, max_plate_nesting=self._nesting)
-        ((model_trace, guide_trace),) = elbo._get_traces(self.model, self.guide, self.args, self.kwargs)
-        costs, factors, _, sum_dims, scale = _compute_model_factors(model_trace, guide_trace)
-        particle = model_trace.plate_to_symbol["num_particles_vectorized"]
-
-        def apart(packed: Any) -> Tensor:
-            """Sums a packed tensor over all its dimensions but the particles'."""
-            dims = packed._pyro_dims
-            others = [i for i, dim in enumerate(dims) if dim != particle]
-            total: Tensor = packed.sum(others) if others else packed
-            return total if particle in dims else total.expand(size)
-
-        terms = [apart(cost) for group in costs.values() for cost in group]
-        if factors:
-            terms.append(scale * contract_to_tensor(factors, sum_dims, frozenset(particle)))
-        terms += [-apart(site["packed"]["log_prob"]) for site in _samples(guide_trace).values()]
-        return torch.stack(terms).sum(0)

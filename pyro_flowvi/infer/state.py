@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .particles import Particles
 
-__all__ = ["GuardedOptim", "NotFinite", "Run"]
+__all__ = ["GuardedOptim", "NotFinite", "Run", "is_worse"]
 
 COMPARISON_DRAWS = 256
 """Draws on which two states of a guide are compared, with common random numbers."""
@@ -30,16 +30,20 @@ class NotFinite(Exception):
 
 
 class GuardedOptim(PyroOptim):
-    """Passes steps on to an optimizer, but refuses gradients that are not finite.
+    """Passes steps on to an optimizer, but for gradients that are not finite or far too large.
 
-    Keeps every parameter that it has met, by name, and the value at which it met it.  For the rest it is
-    the optimizer that it guards.
+    A gradient whose norm is above the first of ``limits`` is scaled down to it; above the second the step
+    is left out; one that is not finite raises :class:`NotFinite`.  Keeps every parameter that it has met, by
+    name, and the value at which it met it.  For the rest it is the optimizer that it guards.
     """
 
     def __init__(self, optim: PyroOptim, *programs: Any) -> None:
         self.optim = optim
         self.params: dict[str, Tensor] = {}
         self.first: dict[str, Tensor] = {}
+        self.limits = torch.full((2,), math.inf, dtype=torch.float64)
+        self.norm = math.nan
+        """Of the last gradient that came this way."""
         self._modules = [program for program in programs if isinstance(program, torch.nn.Module)]
 
     def __getattr__(self, name: str) -> Any:
@@ -62,6 +66,21 @@ class GuardedOptim(PyroOptim):
                 self.params[name] = param
                 self.first[name] = param.detach().clone()
 
+    def find(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Meets the parameters of these names, of which the programs have been run; by name.
+
+        :raises ValueError: if there is none of a name.
+        """
+        known: dict[str, Tensor] = {}
+        known |= {name: param for module in self._modules for name, param in module.named_parameters()}
+        known |= pyro.get_param_store()._params
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(f"checkpoint: expected parameters of this model and guide, got {missing}")
+        found = {name: known[name] for name in names}
+        self._meet(found.values())
+        return found
+
     def _order(self) -> dict[int, str]:
         return {id(param): name for name, param in self.params.items()}
 
@@ -72,9 +91,28 @@ class GuardedOptim(PyroOptim):
             self._meet(params)
             order = self._order()
         gradients = [param.grad for param in params if param.grad is not None]
-        if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
-            raise NotFinite
+        if gradients:
+            norms = torch.stack([torch.linalg.vector_norm(g.detach()) for g in gradients])
+            self.norm = float(torch.linalg.vector_norm(norms.double()))
+            if not math.isfinite(self.norm):
+                raise NotFinite
+            clip, skip = self.limits.tolist()
+            if self.norm > skip:
+                return
+            if self.norm > clip:
+                torch._foreach_mul_(gradients, clip / self.norm)
         self.optim(sorted(params, key=lambda param: order[id(param)]), *args, **kwargs)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Sets moments and step counts of the optimizers to zero."""
+        for optimizer in self.optim.optim_objs.values():
+            for state in getattr(optimizer, "optimizer", optimizer).state.values():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+                    elif key == "step":
+                        state[key] = 0
 
     def advance(self, rate: float | None) -> None:
         """Sets the learning rate of the next step, or steps the schedule that the optimizer has."""
@@ -91,16 +129,20 @@ class GuardedOptim(PyroOptim):
 
 @dataclass
 class Run:
-    """One run: the pair, its data and the best state so far."""
+    """One run: the pair, its data and the best state so far.
+
+    :param judge: draws on whose weights states are compared: on validation data if there are any.
+    :param ranked: whether states can be compared.
+    """
 
     model: Program
     guide: Program
-    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     loss: Any
-    particles: Particles
+    judge: Particles
     optim: GuardedOptim
     ranked: bool
+    comparison_draws: int = COMPARISON_DRAWS
     losses: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
@@ -110,23 +152,26 @@ class Run:
 
         A state that the model cannot evaluate has the ELBO minus infinity.
         """
-        size = COMPARISON_DRAWS if self.particles.vectorized else COMPARISON_DRAWS_APART
+        size = self.comparison_draws if self.judge.vectorized else COMPARISON_DRAWS_APART
         with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             try:
-                weights = self.particles.log_weights(size)
+                weights = self.judge.log_weights(size)
             except (ValueError, RuntimeError):
                 return torch.full((size,), -math.inf)
         return weights.nan_to_num(-math.inf, -math.inf, -math.inf)
 
-    def keep_unless_worse(self) -> None:
-        """Keeps the present state as the best, unless an earlier one is better beyond its noise."""
+    def keep_unless_worse(self) -> Tensor:
+        """Keeps the present state as the best, unless an earlier one is better beyond its noise.
+
+        :return: its log weights.
+        """
         weights = self.evaluate()
-        if self.best and self.ranked and _is_worse(weights, self.best_weights):
-            return
-        self.best_weights = weights
-        self.best = {name: param.detach().clone() for name, param in self.optim.params.items()}
+        if not (self.best and self.ranked and is_worse(weights, self.best_weights)):
+            self.best_weights = weights
+            self.best = {name: param.detach().clone() for name, param in self.optim.params.items()}
+        return weights
 
     @property
     def best_loss(self) -> float:
@@ -138,13 +183,11 @@ class Run:
         for name, param in self.optim.params.items():
             param.copy_(self.best.get(name, self.optim.first[name]))
 
-    def find_bad_site(self) -> str | None:
+    def find_bad_site(self, args: tuple[Any, ...]) -> str | None:
         """The first site of the step just run that is not finite, in value, density or gradient."""
         with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for model_trace, guide_trace in self.loss._get_traces(
-                self.model, self.guide, self.args, self.kwargs
-            ):
+            for model_trace, guide_trace in self.loss._get_traces(self.model, self.guide, args, self.kwargs):
                 for trace in (guide_trace, model_trace):
                     for name, site in trace.nodes.items():
                         if site["type"] == "sample" and _site_is_bad(site):
@@ -156,7 +199,7 @@ class Run:
         return None
 
 
-def _is_worse(weights: Tensor, best: Tensor) -> bool:
+def is_worse(weights: Tensor, best: Tensor) -> bool:
     """Whether the mean of paired log weights fell, beyond twice its standard error."""
     now, before = weights.isfinite(), best.isfinite()
     if int(now.sum()) != int(before.sum()):  # draws without a density decide

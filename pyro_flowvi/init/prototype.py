@@ -1,31 +1,21 @@
-"""The model seen from its unconstrained latent space: checks, log density, modes.
+"""A trace of the model at its starting point, checked for what continuous VI cannot serve.
 
-Knows no guide.  Names of Pyro: a *site* is a ``pyro.sample`` statement; the *prototype* is a trace of the
+Names of Pyro: a *site* is a ``pyro.sample`` statement; the *prototype* is a trace of the
 model at a starting point.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import pyro
-import pyro.distributions as dist
-import scipy.optimize
 import torch
-from numpy.typing import NDArray
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.distributions.util import sum_rightmost
-from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
-__all__ = ["SafeInit", "UnconstrainedModel", "find_modes", "prototype"]
+__all__ = ["SafeInit", "is_enumerated", "latent_sites", "prototype"]
 
 Site = Any  # a message of Pyro, whose own type admits none of its keys
 Trace = Any
@@ -222,155 +212,3 @@ def _check_static_supports(bounds: Mapping[str, list[Tensor]], moved: Mapping[st
                 f"{name} = low + (high - low) * pyro.sample('{name}_unit', dist.Uniform(0, 1)), or "
                 "a Dirichlet for parts of a whole"
             )
-
-
-@dataclass(frozen=True)
-class _Latent:
-    """Where one site stands in the packed unconstrained vector."""
-
-    fn: Any
-    shape: Size
-    free_shape: Size
-    stack: tuple[Any, ...]
-
-    @property
-    def bijection(self) -> Any:
-        return biject_to(self.fn.support)
-
-    def constrain(self, free: Tensor) -> tuple[Tensor, Tensor]:
-        """The site's value and log |det J| of the bijection, per batch element of the site."""
-        value = self.bijection(free)
-        log_det = self.bijection.log_abs_det_jacobian(free, value)
-        return value, sum_rightmost(log_det, log_det.dim() - value.dim() + self.fn.event_dim)
-
-
-class UnconstrainedModel:
-    """A model as a density over one packed vector of unconstrained latents.
-
-    :param model: a Pyro model.
-    :param args: the model's positional arguments.
-    :param kwargs: the model's keyword arguments.
-    :param init_loc_fn: where each latent site starts.
-    :raises ValueError: as :func:`prototype`.
-
-    Example::
-
-        >>> def model():
-        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        >>> density = UnconstrainedModel(model)
-        >>> density.dim, round(density.log_density(torch.zeros(1)).item(), 4)
-        (1, -0.9189)
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        init_loc_fn: Callable[[Site], Tensor] = init_to_median,
-    ) -> None:
-        self._model, self._args, self._kwargs = model, args, dict(kwargs or {})
-        trace = prototype(model, args, kwargs, init_loc_fn)
-        self._latents: dict[str, _Latent] = {}
-        start = []
-        for name, site in latent_sites(trace):
-            free = biject_to(site["fn"].support).inv(site["value"])
-            self._latents[name] = _Latent(
-                site["fn"], site["value"].shape, free.shape, site["cond_indep_stack"]
-            )
-            start.append(free.reshape(-1))
-        self.start: Tensor = torch.cat(start).nan_to_num(0.0, 0.0, 0.0)
-        """The starting point, shape ``(D,)``."""
-        self.dim: int = len(self.start)
-        """The number D of unconstrained coordinates."""
-        # Trace_ELBO with a Delta guide is the log density; TraceEnum_ELBO also sums discrete sites out.
-        frames = [f for site in trace.nodes.values() for f in site.get("cond_indep_stack", ())]
-        self._elbo = TraceEnum_ELBO(
-            strict_enumeration_warning=False,
-            max_plate_nesting=max((-frame.dim for frame in frames if frame.vectorized), default=0),
-        )
-
-    def _split(self, z: Tensor) -> Iterator[tuple[str, _Latent, Tensor]]:
-        sizes = [latent.free_shape.numel() for latent in self._latents.values()]
-        for (name, latent), part in zip(self._latents.items(), z.split(sizes, -1), strict=True):
-            yield name, latent, part.reshape(z.shape[:-1] + latent.free_shape)
-
-    def log_density(self, z: Tensor) -> Tensor:
-        """log p(data, x(z)) + log |det dx/dz| at ``z`` of shape ``(D,)``; a scalar with gradient."""
-        # The ELBO of a point mass that carries the Jacobian is the log density.
-
-        def point_mass(*args: Any, **kwargs: Any) -> None:
-            plates = {
-                frame.name: pyro.plate(frame.name, frame.size, dim=frame.dim)
-                for latent in self._latents.values()
-                for frame in latent.stack
-            }
-            for name, latent, free in self._split(z):
-                value, log_det = latent.constrain(free)
-                with ExitStack() as stack:
-                    for frame in latent.stack:
-                        stack.enter_context(plates[frame.name])
-                    pyro.sample(name, dist.Delta(value, -log_det, event_dim=latent.fn.event_dim))
-
-        # Pyro refuses to differentiate a loss that needs no gradient.
-        z = z if z.requires_grad else z.detach().requires_grad_()
-        with poutine.block(), torch.enable_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN")
-            loss = self._elbo.differentiable_loss(self._model, point_mass, *self._args, **self._kwargs)
-        return -torch.as_tensor(loss, dtype=z.dtype, device=z.device)
-
-
-def find_modes(
-    density: UnconstrainedModel,
-    starts: Iterable[Tensor],
-    *,
-    max_evaluations: int = 200,
-) -> list[Tensor]:
-    """Local modes of the log density by L-BFGS, one run from each start.
-
-    Where the density is unbounded (a centred funnel) a run ends at its last point; whether an end is
-    a good place for a guide is for the caller to measure.
-
-    :param density: the model.
-    :param starts: points of shape ``(D,)``.
-    :param max_evaluations: the number of gradient evaluations shared by all runs.
-    :return: the ends of the runs with finite log density, best first.
-
-    Example::
-
-        >>> def model():
-        ...     pyro.sample("x", dist.Normal(100.0, 1.0))
-        >>> density = UnconstrainedModel(model)
-        >>> find_modes(density, [torch.zeros(1)])[0].round()
-        tensor([100.])
-    """
-    starts = list(starts)
-    ends: list[tuple[float, Tensor]] = []
-    for start in starts:
-
-        def objective(x: NDArray[np.float64], like: Tensor = start) -> tuple[float, Any]:
-            z = torch.as_tensor(x, dtype=like.dtype, device=like.device).requires_grad_()
-            try:
-                with torch.enable_grad():
-                    value = -density.log_density(z)
-                    (gradient,) = torch.autograd.grad(value, z)
-            except (ValueError, RuntimeError):  # outside what the model can evaluate
-                return _WALL, np.zeros_like(x)
-            if not (value.isfinite() and gradient.isfinite().all()):
-                return _WALL, np.zeros_like(x)
-            return float(value.detach()), gradient.double().cpu().numpy()
-
-        found = scipy.optimize.minimize(
-            objective,
-            start.detach().double().cpu().numpy(),
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxfun": max(1, max_evaluations // len(starts)), "maxcor": 10},
-        )
-        if found.fun < _WALL:
-            ends.append((float(found.fun), torch.as_tensor(found.x).to(start)))
-    return [end for _, end in sorted(ends, key=lambda pair: pair[0])]
-
-
-_WALL = 1e30
-"""The value of a point where the log density is not finite: L-BFGS steps back from it."""

@@ -2,14 +2,13 @@
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import (
-    Compose,
     Conditional,
-    ConditionalCompose,
     FlowTransform,
     ParametricTransform,
     forward_and_log_det,
     inverse_and_log_det,
 )
+from .compose import Compose, ConditionalCompose
 from .coupling import (
     AdditiveCoupling,
     AffineCoupling,

@@ -15,6 +15,8 @@ from .univariate import Affine, Transformer, transformer_of
 __all__ = ["AffineAutoregressive", "Autoregressive", "SplineAutoregressive"]
 
 HIDDEN: Final = (64, 64)
+MAX_DENSE_JACOBIAN: Final = 32
+"""Up to this dimension the score is carried forward by whole Jacobians, above it through the inverse."""
 
 
 class Autoregressive(ParametricTransform):
@@ -81,6 +83,21 @@ class Autoregressive(ParametricTransform):
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_det = self._forward(raw, self._ordered(x))
         return self._ordered(y), log_det
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.dim > MAX_DENSE_JACOBIAN:
+            return super().forward_with_score(x, score)
+        raw, x = self.raw_parameters(), self._ordered(x)
+        image, log_det = self._forward(raw, x)
+        # Each copy of x gives a row of the Jacobian: an inverse pass would take the coordinates in turn.
+        copies = x.detach().expand(self.dim, *x.shape).clone().requires_grad_()
+        rows, log_dets = self._forward(raw, copies)
+        diagonal = rows.diagonal(dim1=0, dim2=-1).sum()
+        (jacobian,) = torch.autograd.grad(diagonal, copies, retain_graph=True)
+        (bend,) = torch.autograd.grad(log_dets[0].sum(), copies)
+        score = (self._ordered(score) - bend[0]).unsqueeze(-1)
+        solved = torch.linalg.solve_triangular(jacobian.movedim(0, -2).mT, score, upper=True)
+        return self._ordered(image), log_det, self._ordered(solved.squeeze(-1))
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         y = self._ordered(y)

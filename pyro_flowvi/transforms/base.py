@@ -1,7 +1,7 @@
 """What every transform of the package is: stateless, fused, exact in both directions."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -15,12 +15,11 @@ from .._checks import check_dtype, check_positive_int
 from ..nn import MLP
 
 __all__ = [
-    "Compose",
     "Conditional",
-    "ConditionalCompose",
     "FlowTransform",
     "ParametricTransform",
     "forward_and_log_det",
+    "forward_with_score",
     "inverse_and_log_det",
 ]
 
@@ -107,6 +106,20 @@ class FlowTransform(TransformModule):
         """The preimage of ``y`` and the log |det J| *of the inverse* at ``y``."""
         raise NotImplementedError(f"{type(self).__name__}.inverse_and_log_det")
 
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward pass, carrying the score of the density of ``x`` to that of its image.
+
+        With log q(y) = log q(x) - log |det J(x)| the score is J⁻ᵀ(score - ∇ log |det J|) (Vaitl, Winkler,
+        Richter and Kessel 2024, proposition 3.1).  This way through the inverse serves any layer; layers
+        that know the structure of their Jacobian override it.
+
+        :param x: shape ``(*, D)``, part of a graph.
+        :param score: ∇ log q at ``x``, same shape.
+        :return: image, log-determinant, and the score at the image, which has no graph.
+        """
+        y, log_det = self.forward_and_log_det(x)
+        return y, log_det, score_by_inverse(self, y, score)
+
     def _call(self, x: Tensor) -> Tensor:
         return self.forward_and_log_det(x)[0]
 
@@ -154,6 +167,33 @@ def forward_and_log_det(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor
     y = transform(x)
     log_det = transform.log_abs_det_jacobian(x, y)
     return y, _sum_event(log_det, transform)
+
+
+def score_by_inverse(transform: Transform, y: Tensor, score: Tensor) -> Tensor:
+    """The score at ``y`` of the image of a density whose score at the preimage is ``score``; no graph."""
+    with torch.enable_grad():
+        at = y.detach().requires_grad_()
+        x, log_det = inverse_and_log_det(transform, at)
+        total = (x * score).sum() + log_det.sum()
+        (pushed,) = torch.autograd.grad(total, at)
+    result: Tensor = pushed
+    return result
+
+
+def forward_with_score(transform: Transform, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:meth:`FlowTransform.forward_with_score` for any ``Transform`` of vectors, ours or not.
+
+    Example::
+
+        >>> from torch.distributions import transforms as T
+        >>> x = torch.ones(1, 2, requires_grad=True)
+        >>> forward_with_score(T.AffineTransform(0.0, 2.0), x, -x.detach())[2]
+        tensor([[-0.5000, -0.5000]])
+    """
+    if isinstance(transform, FlowTransform):
+        return transform.forward_with_score(x, score)
+    y, log_det = forward_and_log_det(transform, x)
+    return y, log_det, score_by_inverse(transform, y, score)
 
 
 def inverse_and_log_det(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,102 +322,3 @@ class Conditional(ConditionalTransformModule):
             for (name, own), offset in zip(self.layer.raw_parameters().items(), offsets, strict=True)
         }
         return _Conditioned(self.layer, raw, batch_shape)
-
-
-def own_dim(transform: Any) -> int | None:
-    """The length of a transform's vectors; None for a foreign one, whose ``dim`` may be an axis."""
-    return transform.dim if isinstance(transform, FlowTransform | Conditional) else None
-
-
-def _common_dim(parts: Sequence[Any]) -> int:
-    dims = {dim for dim in map(own_dim, parts) if dim is not None}
-    if not dims:
-        raise ValueError("dim: expected the dimension, which none of the parts tells, got None")
-    if len(dims) > 1:
-        raise ValueError(f"parts: expected transforms of one dimension, got {sorted(dims)}")
-    return dims.pop()
-
-
-class Compose(FlowTransform):
-    """Transforms applied one after another, the first of ``parts`` first.
-
-    :param parts: transforms of vectors of one dimension; those of torch and Pyro may be among them.
-    :param dim: the dimension, needed only where no part tells it.
-    :raises ValueError: if ``parts`` is empty, a part is no ``Transform``, or dimensions differ.
-
-    Example::
-
-        >>> from pyro_flowvi.transforms import Permute, Planar
-        >>> flow = Compose([Planar(2), Permute([1, 0]), Planar(2)])
-        >>> y, log_det = flow.forward_and_log_det(torch.zeros(2))
-        >>> y.shape, log_det.shape
-        (torch.Size([2]), torch.Size([]))
-    """
-
-    def __init__(self, parts: Iterable[Transform], dim: int | None = None) -> None:
-        parts = list(parts)
-        if not parts:
-            raise ValueError("parts: expected at least one transform, got none")
-        for part in parts:
-            if not isinstance(part, Transform):
-                raise ValueError(f"parts: expected a Transform, got {part!r}")
-        super().__init__(_common_dim(parts) if dim is None else dim)
-        self._sequence = tuple(parts)
-        self.parts = nn.ModuleDict({str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Module)})
-        self.exact_inverse = all(getattr(part, "exact_inverse", True) for part in parts)
-
-    def __len__(self) -> int:
-        return len(self._sequence)
-
-    def __getitem__(self, index: int) -> Transform:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: expected below {len(self)}, got {index}")
-        return self._sequence[index]
-
-    def __iter__(self) -> Iterator[Transform]:
-        return iter(self._sequence)
-
-    @property
-    def batch_shape(self) -> Size:
-        return Size(torch.broadcast_shapes(*(getattr(part, "batch_shape", ()) for part in self)))
-
-    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_dets = []
-        for part in self._sequence:
-            x, log_det = forward_and_log_det(part, x)
-            log_dets.append(log_det)
-        return x, functools.reduce(torch.add, log_dets)
-
-    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        log_dets = []
-        for part in reversed(self._sequence):
-            y, log_det = inverse_and_log_det(part, y)
-            log_dets.append(log_det)
-        return y, functools.reduce(torch.add, log_dets)
-
-
-class ConditionalCompose(ConditionalTransformModule):
-    """Transforms one after another, of which some depend on a context.
-
-    :param parts: transforms, and conditional transforms (with a ``condition`` method).
-    :raises ValueError: if ``parts`` is empty or dimensions differ.
-
-    Example::
-
-        >>> from pyro_flowvi.transforms import ConditionalPlanar, Permute
-        >>> flow = ConditionalCompose([ConditionalPlanar(2, 3), Permute([1, 0])])
-        >>> flow.condition(torch.zeros(3))(torch.zeros(2)).shape
-        torch.Size([2])
-    """
-
-    def __init__(self, parts: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        if not self.parts:
-            raise ValueError("parts: expected at least one transform, got none")
-        self.dim = _common_dim(list(self.parts))
-
-    def condition(self, context: Tensor) -> Compose:
-        """The transform given ``context``, shape ``(*B, context_dim)``."""
-        parts: list[Any] = list(self.parts)
-        return Compose(part.condition(context) if hasattr(part, "condition") else part for part in parts)

@@ -66,6 +66,14 @@ def _places(which: Tensor) -> slice | list[int]:
     return slice(places[0], places[-1] + 1, step)
 
 
+def _grad(total: Tensor, at: Tensor) -> Tensor:
+    """The gradient of a scalar at a point of its graph, which is kept; zero where it has no part."""
+    if not total.requires_grad:
+        return torch.zeros_like(at)
+    (gradient,) = torch.autograd.grad(total, at, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(at) if gradient is None else gradient
+
+
 class Coupling(ParametricTransform):
     """A coupling layer of any mask, conditioner and univariate transformer.
 
@@ -163,6 +171,20 @@ class Coupling(ParametricTransform):
         kept, moved, h = self._split(x, raw)
         moved, log_slope = self.transformer.forward(moved, h, raw["offset"])
         return self._merge(kept, moved), log_slope.sum(-1)
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Jᵀ is block triangular: what moves is divided by its slope, what passes costs one vector-Jacobian
+        # product of the network.
+        raw = self.raw_parameters()
+        kept, moved, h = self._split(x, raw)
+        image, log_slope = self.transformer.forward(moved, h, raw["offset"])
+        log_det = log_slope.sum(-1)
+        score_moved = (score[..., self._moved] - _grad(log_det.sum(), moved)) * (-log_slope.detach()).exp()
+        score_kept = None
+        if kept is not None:
+            pulled = _grad(log_det.sum() + (image * score_moved).sum(), kept)
+            score_kept = score[..., self._kept] - pulled
+        return self._merge(kept, image), log_det, self._merge(score_kept, score_moved)
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved, h = self._split(y, raw)

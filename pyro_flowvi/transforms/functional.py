@@ -46,9 +46,11 @@ __all__ = [
     "planar_forward",
     "planar_inverse",
     "planar_params",
+    "planar_score",
     "radial_forward",
     "radial_inverse",
     "radial_params",
+    "radial_score",
     "reflect",
     "sylvester_forward",
     "sylvester_inverse",
@@ -114,6 +116,24 @@ def planar_forward(x: Tensor, w: Tensor, u_hat: Tensor, c: Tensor, b: Tensor) ->
         x = _add_outer(x, act, u_k)
         acts.append(act)
     return x, _planar_log_det(torch.stack(acts, -1), c).sum(-1)
+
+
+def planar_score(x: Tensor, w: Tensor, u_hat: Tensor, c: Tensor, b: Tensor, score: Tensor) -> Tensor:
+    """The score at the image of ``x`` of a density whose score at ``x`` is given, layer by layer.
+
+    J = I + û ψᵀ with ψ = (1 - tanh²) w, so that J⁻ᵀ is Sherman's and Morrison's formula.
+    """
+    layers = zip(w.unbind(-2), u_hat.unbind(-2), c.unbind(-1), b.unbind(-1), strict=True)
+    for w_k, u_k, c_k, b_k in layers:
+        act = torch.tanh(_project(x, w_k) + b_k)
+        slope = 1.0 - act.square()
+        stretch = 1.0 + c_k * slope
+        # The log-determinant log(1 + c (1 - tanh²)) has the gradient -2 c tanh (1 - tanh²) w / (1 + ...).
+        along = _project(score, u_k) + 2.0 * c_k.square() * act * slope / stretch
+        weight = slope * (2.0 * c_k * act - along) / stretch
+        score = score + weight.unsqueeze(-1) * w_k
+        x = torch.addcmul(x, act.unsqueeze(-1), u_k)
+    return score
 
 
 def _planar_residual(s: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +212,27 @@ def radial_forward(x: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tu
         x = torch.addcmul(x, delta, (beta_k * h).unsqueeze(-1))
         heights.append(h)
     return x, _radial_log_det(heights, alpha, beta, x.shape[-1])
+
+
+def radial_score(x: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor, score: Tensor) -> Tensor:
+    """The score at the image of ``x`` of a density whose score at ``x`` is given, layer by layer.
+
+    J is (1 + β h) I less a multiple of δ δᵀ with δ = x - x₀ and h = 1 / (α + |δ|).
+    """
+    last = x.shape[-1] - 1
+    for centre_k, alpha_k, beta_k in zip(centre.unbind(-2), alpha.unbind(-1), beta.unbind(-1), strict=True):
+        delta = x - centre_k
+        radius = safe_norm(delta)
+        h = (alpha_k + radius).reciprocal()
+        across, along = 1.0 + beta_k * h, 1.0 + alpha_k * beta_k * h.square()
+        bend = -beta_k * h.square() * (last / across + 2.0 * alpha_k * h / along)
+        unit = delta / radius.unsqueeze(-1)
+        score = score - bend.unsqueeze(-1) * unit
+        onto = (score * unit).sum(-1)
+        score = score / across.unsqueeze(-1)
+        score = score + (onto * (1.0 / along - 1.0 / across)).unsqueeze(-1) * unit
+        x = torch.addcmul(x, delta, (beta_k * h).unsqueeze(-1))
+    return score
 
 
 def radial_inverse(y: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

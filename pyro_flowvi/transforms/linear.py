@@ -76,6 +76,9 @@ class ElementwiseAffine(ParametricTransform):
         y = torch.addcmul(raw["loc"], scale, x)
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.forward_and_log_det(x), score / finite_scale(self.log_scale.detach())[0]
+
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         scale, log_scale = finite_scale(raw["log_scale"])
         x = (y - raw["loc"]) / scale
@@ -115,6 +118,11 @@ class LowerAffine(ParametricTransform):
             x = x + _linear(x, raw["lower"].tril(-1))
         y = torch.addcmul(raw["loc"], scale, x)
         return y, log_scale.sum(-1).expand(y.shape[:-1])
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.dim > 1:
+            score = _solve(self.lower.detach().mT, score, upper=True, unit=True)
+        return *self.forward_and_log_det(x), score / finite_scale(self.log_scale.detach())[0]
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         scale, log_scale = finite_scale(raw["log_scale"])

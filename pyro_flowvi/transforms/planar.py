@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._checks import check_positive_int
 from .base import Conditional, ParametricTransform, Raw
-from .functional import planar_forward, planar_inverse, planar_params
+from .functional import planar_forward, planar_inverse, planar_params, planar_score
 
 __all__ = ["ConditionalPlanar", "Planar"]
 
@@ -50,6 +50,13 @@ class Planar(ParametricTransform):
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         u_hat, c = planar_params(raw["w"], raw["u"] / self.num_layers)
         return planar_forward(x, raw["w"], u_hat, c, raw["b"])
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, log_det = self.forward_and_log_det(x)
+        with torch.no_grad():
+            u_hat, c = planar_params(self.w, self.u / self.num_layers)
+            score = planar_score(x, self.w, u_hat, c, self.b, score)
+        return y, log_det, score
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         u_hat, c = planar_params(raw["w"], raw["u"] / self.num_layers)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._checks import check_positive_int
 from .base import Conditional, ParametricTransform, Raw
-from .functional import radial_forward, radial_inverse, radial_params
+from .functional import radial_forward, radial_inverse, radial_params, radial_score
 
 __all__ = ["ConditionalRadial", "Radial"]
 
@@ -50,6 +50,13 @@ class Radial(ParametricTransform):
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         return radial_forward(x, raw["centre"], *radial_params(raw["a"], raw["b"] / self.num_layers))
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, log_det = self.forward_and_log_det(x)
+        with torch.no_grad():
+            alpha, beta = radial_params(self.a, self.b / self.num_layers)
+            score = radial_score(x, self.centre, alpha, beta, score)
+        return y, log_det, score
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         return radial_inverse(y, raw["centre"], *radial_params(raw["a"], raw["b"] / self.num_layers))

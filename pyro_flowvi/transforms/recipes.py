@@ -10,7 +10,8 @@ from torch import nn
 
 from .._checks import check_positive_int, check_widths
 from .autoregressive import AffineAutoregressive, SplineAutoregressive
-from .base import Compose, Conditional, ConditionalCompose, ParametricTransform
+from .base import Conditional, ParametricTransform
+from .compose import Compose, ConditionalCompose
 from .coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
 from .defaults import defaults_for
 from .inverse import Inverse

@@ -228,11 +228,19 @@ class TestFit:
         with pytest.raises(ValueError, match=message):
             fit(model, AutoPlanar(model), *args, **options)
 
-    @pytest.mark.parametrize("option", ["batches", "validation", "checkpoint"])
-    def test_what_is_not_there_yet(self, option):
-        model, args = hierarchy()
-        with pytest.raises(NotImplementedError, match=f"{option}: not supported yet"):
-            fit(model, AutoPlanar(model), *args, **{option: 1})
+    @pytest.mark.parametrize(
+        ("args", "options", "message"),
+        [
+            ((), {"batches": 1}, "batches: expected an iterable or a callable of the step, got 1"),
+            ((), {"batches": []}, "batches: expected at least one batch, got none"),
+            ((1,), {"batches": [1]}, "batches: expected no further arguments"),
+            ((1,), {"checkpoint": "/no/such/folder/file"}, "checkpoint: expected a file in a folder"),
+        ],
+    )
+    def test_data_and_files(self, args, options, message):
+        model, _ = hierarchy()
+        with pytest.raises(ValueError, match=message):
+            fit(model, AutoPlanar(model), *args, **options)
 
     def test_guide_that_is_no_guide(self):
         with pytest.raises(ValueError, match="guide: expected a callable, got 3"):

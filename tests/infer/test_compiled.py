@@ -17,7 +17,7 @@ from torch import nn
 
 from pyro_flowvi import CompiledSVI
 from pyro_flowvi.infer import CannotCompile, CompileWarning, compiled
-from pyro_flowvi.infer.elbo import tensor_loss
+from pyro_flowvi.infer.forms import tensor_loss
 from pyro_flowvi.infer.fused import Bucket, make_buckets, meet
 
 Y = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
