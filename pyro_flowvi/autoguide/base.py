@@ -1,5 +1,6 @@
 """AutoFlow: a normalizing flow over all continuous latents of an unmodified Pyro model."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
@@ -20,13 +21,12 @@ from ..distributions.flow import FlowDistribution, Shape
 from ..init import SafeInit, UnconstrainedModel, is_enumerated, prototype
 from ..transforms import FLOWS, Compose, HeavyTails, recipe_name
 from .params import PROTOTYPE_STATE, NamedGuide, signature
-from .posterior import AFFINES, CallPosterior, affine_layer, reference_normal, rows
+from .posterior import AFFINES, CallPosterior, affine_layer, marginal_quantiles, rows
+from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
 
 _MAX_SIGNATURES = 100
-_QUANTILE_DRAWS = 8192
-_QUANTILE_ELEMENTS = 2**20
 
 
 class AutoFlow(NamedGuide):
@@ -98,6 +98,7 @@ class AutoFlow(NamedGuide):
         self._tails = tails
         self.flow_name = build if isinstance(build, str) else recipe_name(build)
         self._signatures: set[Any] = set()
+        self._data: tuple[Any, Any] | None = None
 
     # -- set-up --------------------------------------------------------------------------------
 
@@ -113,6 +114,7 @@ class AutoFlow(NamedGuide):
         elif self._stale:
             self._require_model()
             self._reset_prototype(args, kwargs)
+        self._data = args, kwargs
         return self
 
     _prototype_hide_fn = staticmethod(lambda msg: _hidden(msg))
@@ -292,15 +294,30 @@ class AutoFlow(NamedGuide):
         return biject_to(self._site(name)["fn"].support)
 
     @torch.no_grad()
-    def sample_posterior(self, num_samples: int | Shape = ()) -> dict[str, Tensor]:
+    def sample_posterior(self, num_samples: int | Shape = (), resample: bool = False) -> dict[str, Tensor]:
         """Independent draws of every latent site, in its constrained space.
 
         :param num_samples: number of draws, or a sample shape.
+        :param resample: whether to correct the draws by Pareto-smoothed importance weights, with the model
+            and the data that the guide was last materialized or fitted with: four times as many draws are
+            scored, and of them these are kept, some more than once.
         :return: site name -> tensor of shape ``sample shape + site shape``.
+        :raises RuntimeError: with ``resample``, if the guide does not know all of its data.
         """
         single = isinstance(num_samples, Integral)
         shape: Any = (int(num_samples),) if single else tuple(num_samples)  # type: ignore[arg-type]
-        latent = self.get_posterior().sample(shape)
+        posterior = self.get_posterior()
+        if resample:
+            if self._data is None:
+                raise RuntimeError(
+                    f"{self.name}: call materialize(*args, **kwargs) with all data to resample"
+                )
+            density = self.density(*self._data[0], **self._data[1])
+            latent = importance_resample(
+                lambda size: posterior.rsample_and_log_prob((size,)), density, math.prod(shape)
+            ).reshape(*shape, self.latent_dim)
+        else:
+            latent = posterior.sample(shape)
         return {name: self._bijection(name)(free) for name, free in self._split(latent).items()}
 
     def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
@@ -346,23 +363,7 @@ class AutoFlow(NamedGuide):
     # -- summaries -----------------------------------------------------------------------------
 
     def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
-        """Marginal quantiles of each site, ``probs.shape + site shape``, by quasi-Monte Carlo."""
-        flow = self._flow
-        base = reference_normal(_QUANTILE_DRAWS, self.latent_dim)
-        like = next(flow.parameters(), torch.zeros(()))
-        probs = probs.to(like)
-        result = {}
-        # In parts: a spline has 23 parameters for each latent of each point.
-        parts = base.to(like).split(max(1, _QUANTILE_ELEMENTS // self.latent_dim))
-        for name, free in self._split(torch.cat([flow(part) for part in parts])).items():
-            bijection = self._bijection(name)
-            if free.numel() == 0:
-                result[name] = bijection(free[0].expand(probs.shape + free.shape[1:]))
-            elif bijection.domain.event_dim == 0:  # elementwise: exact for decreasing maps as well
-                result[name] = torch.quantile(bijection(free), probs, dim=0)
-            else:
-                result[name] = bijection(torch.quantile(free, probs, dim=0))
-        return result
+        return marginal_quantiles(self._flow, self.latent_dim, probs, self._split, self._bijection)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ PROTOTYPE_STATE = (
     "_cond_indep_stacks",
     "latent_dim",
     "plates",
+    "_data",
 )
 """What the guide keeps of its traces of the model; copies share it."""
 
@@ -181,7 +182,7 @@ class NamedGuide(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         self._drop_caches()
         state = self.__dict__.copy()
-        state["master"] = None
+        state["master"] = state["_data"] = None
         for param in self.parameters():
             param.__dict__.pop("unconstrained", None)  # Pyro's weak reference; it sets it anew
         try:

@@ -7,9 +7,9 @@ import torch
 from torch import Size, Tensor
 
 from ..distributions.flow import FlowDistribution, Shape, is_scoring
-from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
+from ..transforms import Compose, ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
 
-__all__ = ["AFFINES", "CallPosterior", "affine_layer", "reference_normal", "rows"]
+__all__ = ["AFFINES", "CallPosterior", "affine_layer", "marginal_quantiles", "reference_normal", "rows"]
 
 MAX_CHOLESKY_DIM: Final = 200
 """Up to this many latents a guide's affine map has a full Cholesky factor, above it a low-rank one."""
@@ -19,6 +19,9 @@ AFFINES: Final[dict[str, Callable[..., FlowTransform]]] = {
     "low_rank": LowRankAffine,
     "elementwise": ElementwiseAffine,
 }
+
+_QUANTILE_DRAWS = 8192
+_QUANTILE_ELEMENTS = 2**20
 
 _MAX_SOBOL_DIM = 21201
 """The largest dimension of torch's Sobol sequence."""
@@ -72,6 +75,34 @@ def reference_normal(num_points: int, dim: int) -> Tensor:
         uniform = torch.cat([uniform, rest], -1)
     points: Tensor = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
     return points
+
+
+def marginal_quantiles(
+    flow: Compose,
+    dim: int,
+    probs: Tensor,
+    split: Callable[[Tensor], dict[str, Tensor]],
+    bijection_of: Callable[[str], Any],
+) -> dict[str, Tensor]:
+    """Marginal quantiles of each site, ``probs.shape + site shape``, by quasi-Monte Carlo.
+
+    :param split: from packed latents to unconstrained values by site.
+    :param bijection_of: from the name of a site to the map onto its support.
+    """
+    like = next(flow.parameters(), torch.zeros(()))
+    probs = probs.to(like)
+    result = {}
+    # In parts: a spline has 23 parameters for each latent of each point.
+    parts = reference_normal(_QUANTILE_DRAWS, dim).to(like).split(max(1, _QUANTILE_ELEMENTS // dim))
+    for name, free in split(torch.cat([flow(part) for part in parts])).items():
+        bijection = bijection_of(name)
+        if free.numel() == 0:
+            result[name] = bijection(free[0].expand(probs.shape + free.shape[1:]))
+        elif bijection.domain.event_dim == 0:  # elementwise: exact for decreasing maps as well
+            result[name] = torch.quantile(bijection(free), probs, dim=0)
+        else:
+            result[name] = bijection(torch.quantile(free, probs, dim=0))
+    return result
 
 
 def rows(value: Tensor, batch: tuple[int, ...]) -> Tensor:

@@ -50,8 +50,8 @@ def fingerprint(settings: Mapping[str, Any], data: Any) -> dict[str, str]:
         **{name: repr(value) for name, value in settings.items()},
         "data": _digest(data),
         "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
+        "torch": str(torch.__version__),  # of a class that torch.load refuses
+        "pyro": str(pyro.__version__),
         "python": platform.python_version(),
     }
 

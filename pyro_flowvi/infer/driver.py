@@ -370,11 +370,18 @@ class Driver:
                         save()
                         saved = time.monotonic()
             except KeyboardInterrupt:
-                reason = "interrupted"
+                reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
+            except FitDiverged:
+                if save is not None:
+                    progress.failures = 0
+                    save()
+                raise
         if reason != "interrupted" or not run.best:
             self._keep_last()
         run.restore()
         progress.stop_reason = reason
+        if save is not None and reason != "interrupted":
+            save()
         return reason
 
     def _keep_last(self) -> None:

@@ -279,6 +279,7 @@ def fit(
         raise ValueError("batches: expected at least one batch, got none")
     if isinstance(guide, AutoFlow):
         guide.materialize(*first, **kwargs)
+        guide._data = (first, kwargs) if batches is None else None
     particles = Particles(model, guide, first, kwargs)
     judge = particles if validation is None else Particles(model, guide, _as_args(validation), kwargs)
     default_lr, default_particles = _defaults(guide)

@@ -267,9 +267,7 @@ def _starts(start: Tensor, num: int) -> Tensor:
 
 
 @torch.no_grad()
-def find_gaussian(
-    value_and_grad: ValueAndGrad, start: Tensor, effort: Effort | None = None
-) -> Gaussian:
+def find_gaussian(value_and_grad: ValueAndGrad, start: Tensor, effort: Effort | None = None) -> Gaussian:
     """The Gaussian with the best ELBO among many candidates, refined.
 
     Candidates: the start; Laplace approximations and mean-field normals at the ends of L-BFGS runs, and on

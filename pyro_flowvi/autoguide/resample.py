@@ -1,0 +1,46 @@
+"""Draws of a guide, corrected by importance weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..init import UnconstrainedModel
+from ..psis import psis
+
+__all__ = ["importance_resample"]
+
+POOL = 4
+"""Draws of the guide for each one that is kept."""
+MIN_POOL = 4000
+CHUNK = 4096
+"""Points at which the model is scored at once."""
+
+
+@torch.no_grad()
+def importance_resample(
+    draw: Callable[[int], tuple[Tensor, Tensor]], density: UnconstrainedModel, num_samples: int
+) -> Tensor:
+    """Draws of the posterior: a larger pool of the guide's, resampled by Pareto-smoothed weights.
+
+    Sampling importance resampling with the weights of Vehtari et al. (2024).  It follows Pyro's seed.
+
+    :param draw: from a number S to unconstrained draws ``(S, D)`` and their log densities ``(S,)``.
+    :param density: the model.
+    :param num_samples: how many draws are wanted.
+    :return: shape ``(num_samples, D)``; some occur more than once.
+    :raises ValueError: if fewer than 100 draws have a finite density.
+    """
+    z, log_q = draw(max(MIN_POOL, POOL * num_samples))
+    log_p = torch.cat([density.log_density(part) for part in z.split(CHUNK)])
+    ratios = (log_p - log_q).double().cpu().numpy()
+    finite = np.isfinite(ratios)
+    if finite.sum() < 100:
+        raise ValueError(f"resample: expected draws with a finite density, got {finite.sum()} of {len(z)}")
+    log_weights, _ = psis(ratios[finite])
+    weights = torch.from_numpy(np.exp(log_weights - log_weights.max()))
+    index: Any = torch.multinomial(weights, num_samples, replacement=True)
+    kept: Tensor = z[torch.from_numpy(np.flatnonzero(finite)[index.numpy()]).to(z.device)]
+    return kept
