@@ -10,7 +10,7 @@ from .autoguide import (
     AutoRealNVP,
     AutoSylvester,
 )
-from .diagnostics import Diagnosis, diagnose
+from .diagnostics import Comparison, Diagnosis, compare, diagnose, to_arviz
 from .infer import CompiledSVI, FitDiverged, FitResult, fit
 from .transforms import FLOWS
 
@@ -26,10 +26,13 @@ __all__ = [
     "AutoRadial",
     "AutoRealNVP",
     "AutoSylvester",
+    "Comparison",
     "CompiledSVI",
     "Diagnosis",
     "FitDiverged",
     "FitResult",
+    "compare",
     "diagnose",
     "fit",
+    "to_arviz",
 ]

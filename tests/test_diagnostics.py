@@ -9,9 +9,10 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
-from pyro_flowvi import AutoPlanar, AutoRadial, diagnose, fit
+from pyro_flowvi import AutoPlanar, AutoRadial, fit
+from pyro_flowvi.diagnostics import compare, diagnose
 from pyro_flowvi.infer.particles import Particles
-from pyro_flowvi.psis import effective_sample_size, psis
+from pyro_flowvi.psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis, resample
 from tests import zoo
 
 
@@ -45,6 +46,20 @@ class TestPsis:
         log_weights, _ = psis(-0.5 * (x - 0.5) ** 2 + 0.5 * (x / 1.3) ** 2)
         assert (np.exp(log_weights) * x).sum() == pytest.approx(0.5, abs=0.03)
         assert np.exp(log_weights).sum() == pytest.approx(1.0)
+
+    @pytest.mark.parametrize("nu", [1.0, 2.0, 5.0])
+    def test_shape_of_student_tails(self, nu):
+        t = np.abs(np.random.default_rng(0).standard_t(nu, 200_000))
+        assert generalized_pareto_shape(t) == pytest.approx(1 / nu, abs=0.12)
+
+    def test_threshold_depends_on_the_number_of_draws(self):
+        assert khat_threshold(100) == pytest.approx(0.5)
+        assert khat_threshold(10**6) == 0.7
+
+    def test_resampling_keeps_the_weights(self):
+        weights = np.random.default_rng(0).dirichlet(np.ones(50))
+        counts = np.bincount(resample(np.log(weights), 10_000, seed=1), minlength=50)
+        assert np.abs(counts - 10_000 * weights).max() <= 1.0
 
     def test_equal_weights(self):
         log_weights, khat = psis(np.zeros(100))
@@ -159,3 +174,74 @@ class TestDiagnose:
             guide = make(model)
             fit(model, guide, y, num_steps=50, progress=False)
             assert diagnose(model, guide, model_kwargs={"y": y}).verdict in ("good", "usable", "poor")
+
+    def test_gap_tends_to_the_divergence(self):
+        """IW-ELBO -> log Z, so that the gap is KL(q || p) where the weights have a variance."""
+        scale, log_z = 1.3, -4.0
+
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.factor("evidence", torch.full_like(x, log_z))
+
+        found = diagnose(model, normal_guide(scale), seed=0, num_samples=40_000, probes=False)
+        assert found.iw_elbo == pytest.approx(log_z, abs=0.01)
+        assert found.gap == pytest.approx(0.5 * (scale**2 - 1) - math.log(scale), abs=0.02)
+
+    @pytest.mark.parametrize("offset", [0.05, 0.2, 0.5])
+    def test_shift_is_that_of_the_mean(self, offset):
+        found = diagnose(standard_normal, normal_guide(1.0, offset), seed=0, num_samples=20_000, probes=False)
+        assert found.shift == pytest.approx(offset, abs=0.02)
+        assert found.verdict == ("good" if offset < 0.1 else "usable")
+
+    def test_scale_shift_is_that_of_the_sd(self):
+        found = diagnose(standard_normal, normal_guide(0.85), seed=0, num_samples=20_000, probes=False)
+        assert found.scale_shift == pytest.approx(-math.log(0.85), abs=0.03)
+        assert found.verdict == "usable"  # k-hat 0.28 and no shift, and yet the sd is wrong
+
+    def test_unconverged_is_not_good(self):
+        class Result:
+            converged = False
+
+        found = diagnose(standard_normal, normal_guide(1.0), seed=0, fit_result=Result(), probes=False)
+        assert found.verdict == "usable"
+        assert "converged" in " ".join(found.reasons)
+
+    def test_constrained_guides_are_located(self):
+        """Of a log-normal scale the unconstrained coordinate is normal: the shift is in its sd."""
+
+        def model():
+            pyro.sample("s", dist.LogNormal(0.0, 1.0))
+
+        def guide():
+            pyro.sample("s", dist.LogNormal(0.3, 1.0))
+
+        found = diagnose(model, guide, seed=0, num_samples=20_000, probes=False)
+        assert found.shift == pytest.approx(0.3, abs=0.03)
+
+    @pytest.mark.parametrize(("name", "value"), [("num_samples", 50), ("num_samples", 0.5), ("probes", 1)])
+    def test_bad_arguments(self, name, value):
+        with pytest.raises(ValueError, match=name):
+            diagnose(standard_normal, normal_guide(1.0), **{name: value})
+
+
+class TestCompare:
+    def test_ranks_by_elbo(self):
+        guides = {f"sd {s}": normal_guide(s) for s in (0.3, 1.0, 0.6)}
+        table = compare(standard_normal, guides, seed=0, probes=False)
+        assert [name for name, _ in table] == ["sd 1.0", "sd 0.6", "sd 0.3"]
+        elbos = [row.elbo for _, row in table]
+        expected = [0.0] + [math.log(s) - 0.5 * (s**2 - 1) for s in (0.6, 0.3)]
+        np.testing.assert_allclose(elbos, expected, atol=0.03)
+        assert table[0] is table["sd 1.0"]
+        assert len(str(table).splitlines()) == 4
+        assert table._repr_html_().count("<tr>") == 4
+
+    def test_names_of_a_list(self):
+        guides = [AutoNormal(standard_normal), AutoPlanar(standard_normal), AutoNormal(standard_normal)]
+        table = compare(standard_normal, guides, num_samples=100, probes=False)
+        assert sorted(name for name, _ in table) == ["AutoNormal", "AutoNormal_1", "AutoPlanar"]
+
+    @pytest.mark.parametrize("guides", [[], {}, "AutoNormal", [1.0]])
+    def test_bad_guides(self, guides):
+        with pytest.raises(ValueError, match="guides"):
+            compare(standard_normal, guides)

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from ..autoguide import AutoFlow
 from ..autoguide.frame import enter_frame, has_frame
-from .driver import Driver, Progress
+from .driver import Driver
 from .fused import inner_optimizer, meet
+from .progress import Progress
 
 __all__ = ["Checkpoint", "fingerprint", "restore"]
 

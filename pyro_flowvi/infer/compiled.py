@@ -105,8 +105,6 @@ class CompiledSVI(SVI):
         self.cause: CannotCompile | None = None
         """Why all steps are eager; None while they are compiled or may be."""
         self._limits: Tensor | None = None
-        self._stats = [math.nan] * 3
-        """Of the last traced step of :meth:`_take`: loss, dropped particles, norm of the gradient."""
         self._mode: str | None = None
         """Settles how steps run, where an earlier process has begun: "interpreted" or "machine code"."""
         self._interprets = False
@@ -135,7 +133,7 @@ class CompiledSVI(SVI):
 
     @property
     def compiled(self) -> bool:
-        """Whether a step has been compiled and is in use."""
+        """Whether a step has been traced and is in use."""
         return bool(self._steps)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -147,19 +145,18 @@ class CompiledSVI(SVI):
         :return: the loss, as Pyro's SVI reports it.
         :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
         """
-        return self._take(args, kwargs)
+        return self._take_many(args, kwargs, 1, None)[0][0]
 
-    def _take(self, args: Any, kwargs: Any, left: int | None = None) -> float:
-        """Takes one step, of ``left`` that are known to come."""
+    def _take_many(self, args: Any, kwargs: Any, count: int, left: int | None) -> list[list[float]]:
+        """Takes up to ``count`` of ``left`` steps that are to come; stops after a loss that is not finite.
+
+        :return: loss, dropped particles and norm of the gradient of each.
+        """
         step, tensors = self._prepare(args, kwargs, left)
         if step is None:
-            return self._step_eagerly(args, kwargs, left)
-        self._stats = step(self.optim, tensors).tolist()
-        if self._advance is not None:
-            self._advance()
-        for bucket in self._buckets:
-            bucket.write()
-        return self._stats[0]
+            return [[self._step_eagerly(args, kwargs, left), math.nan, math.nan]]
+        count = max(1, min(count, step.next_audit - step.calls - 1))
+        return self._run_traced(step, tensors, count, to_the_end=False)
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Tensor:
         """Takes many steps on the same arguments.
@@ -185,7 +182,7 @@ class CompiledSVI(SVI):
                     bar.update()
                     continue
                 chunk = min(left, max(1, num_steps // 100), max(1, step.next_audit - step.calls - 1))
-                losses.extend(self._run_compiled(step, tensors, chunk))
+                losses.extend(stats[0] for stats in self._run_traced(step, tensors, chunk))
                 bar.update(chunk)
                 if isinstance(losses[-1], float):
                     bar.set_postfix_str(f"loss {losses[-1]:.4g}", refresh=False)
@@ -194,22 +191,25 @@ class CompiledSVI(SVI):
             return torch.stack([torch.as_tensor(loss, device=device) for loss in losses])
         return torch.tensor(losses)
 
-    def _run_compiled(self, step: CompiledStep, tensors: list[Tensor], count: int) -> list[Any]:
-        losses: list[Any] = []
-        optim = self.optim
+    def _run_traced(
+        self, step: CompiledStep, tensors: list[Tensor], count: int, to_the_end: bool = True
+    ) -> list[Any]:
+        """Takes steps; loss, dropped particles and norm of the gradient of each."""
+        found: list[Any] = []
         try:
             for _ in range(count):
-                loss = step(optim, tensors)[0]
-                losses.append(loss.item() if loss.is_cpu else loss.clone())
+                stats = step(self.optim, tensors)
+                found.append(stats.tolist() if stats.is_cpu or not to_the_end else stats.clone())
                 if self._advance is not None:
                     self._advance()
+                if not (to_the_end or math.isfinite(found[-1][0])):
+                    break
         finally:
             for bucket in self._buckets:
                 bucket.write()
-        return losses
+        return found
 
     def _step_eagerly(self, args: Any, kwargs: Any, left: int | None = None) -> float:
-        self._stats = [math.nan] * 3
         loss: float = super().step(*args, **kwargs)
         first, self._started = not self._started, True
         if first and self.compile is True:
@@ -316,9 +316,7 @@ class CompiledSVI(SVI):
         return optimizer is not None and bool(inner_optimizer(optimizer).state.get(param))
 
     def _forget(self) -> None:
-        self._steps.clear()
-        self._traced.clear()
-        self._buckets = []
+        self._steps, self._traced, self._buckets = {}, {}, []
 
     def _pays(self, key: Any, left: int | None) -> bool:
         """Whether to compile, by counts alone."""

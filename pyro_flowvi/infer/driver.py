@@ -7,7 +7,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from tqdm import tqdm
 
 from .cause import CannotCompile
 from .compiled import CompiledSVI
+from .progress import FitDiverged, Progress
 from .state import NotFinite, Run, is_worse
 
-__all__ = ["CHECKS", "Driver", "FitDiverged", "Progress"]
+__all__ = ["CHECKS", "Driver"]
 
 CHECKS = 50
 """How often in a run the state is compared with the best and kept."""
@@ -56,49 +56,6 @@ MAX_SKIPS = 20
 _LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
-class FitDiverged(RuntimeError):
-    """Training met losses or gradients that are not finite, again and again; the guide holds its last good
-    state.
-
-    :param step: the step at which it happened, from 0.
-    :param site: the sample site that is the first with a value, log density or gradient that is not
-        finite; None if it could not be found.
-    :param losses: the losses up to that step.
-
-    Example::
-
-        >>> str(FitDiverged(12, "tau", torch.zeros(12)))
-        "step 12: the loss is not finite, first at site 'tau'; the last good state is restored"
-    """
-
-    def __init__(self, step: int, site: str | None, losses: Tensor) -> None:
-        self.step, self.site, self.losses = step, site, losses
-        where = f"first at site {site!r}" if site else "at no single site"
-        super().__init__(f"step {step}: the loss is not finite, {where}; the last good state is restored")
-
-
-@dataclass
-class Progress:
-    """What a run has done so far, all that is needed to go on with it but for tensors of parameters."""
-
-    step: int = 0
-    lr: float | None = None
-    factor: float = 1.0
-    norms: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    elbos: list[tuple[int, float, float]] = field(default_factory=list)
-    recent: list[Tensor] = field(default_factory=list)
-    plateaus: int = 0
-    failures: int = 0
-    good_steps: int = 0
-    skips: int = 0
-    num_skipped: int = 0
-    num_dropped: int = 0
-    num_restarts: int = 0
-    race: dict[float, float] = field(default_factory=dict)
-    stop_reason: str | None = None
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -114,6 +71,7 @@ class Driver:
     :param lr: the learning rate to start from; None leaves rates to the optimizer's own schedule.
     :param compile: as in :class:`CompiledSVI`.
     :param arguments: the model's arguments of a step; None once there are no more.
+    :param fresh_data: whether they differ from step to step.
     :param stops_early: whether a plateau ends the run.
     """
 
@@ -124,15 +82,16 @@ class Driver:
         lr: float | None,
         compile: bool | str,
         arguments: Callable[[int], tuple[Any, ...] | None],
+        fresh_data: bool = False,
         stops_early: bool = True,
     ) -> None:
         self.run, self.num_steps, self.arguments = run, num_steps, arguments
+        self.fresh_data = fresh_data
         self.stops_early = stops_early and run.ranked and num_steps >= ENOUGH_STEPS
         self.progress = Progress(lr=lr)
         self.average: dict[str, Tensor] = {}
         self.start: str | None = None
         """The kind of Gaussian that the guide was moved to."""
-        self.last_norm = math.nan
         self.svi = CompiledSVI(run.model, run.guide, run.optim, run.loss, compile=compile)
         self.svi._limits, self.svi._interprets = run.optim.limits, True
         self.norms: deque[float] = deque(maxlen=NORMS)
@@ -173,7 +132,7 @@ class Driver:
                 for step in range(RACE_STEPS):
                     run.optim.advance(progress.lr * min(1.0, (step + 1) / 20))
                     args = self.arguments(step)
-                    if args is None or not math.isfinite(self._loss(args, self.num_steps)):
+                    if args is None or not math.isfinite(self._steps(args, 1, self.num_steps)[0][0]):
                         break
                 else:
                     weights = run.evaluate()
@@ -191,21 +150,22 @@ class Driver:
 
     # -- steps --------------------------------------------------------------------------------------
 
-    def _loss(self, args: tuple[Any, ...], left: int) -> float:
-        """Takes a step; its loss.  Notes the norm of its gradient."""
+    def _steps(self, args: tuple[Any, ...], count: int, left: int) -> list[tuple[float, float]]:
+        """Takes up to ``count`` steps; loss and norm of the gradient of each."""
         run = self.run
         run.optim.norm = math.nan
         dropped_before = int(getattr(run.loss, "num_dropped", 0))
         with _quiet():
-            value = self.svi._take(args, run.kwargs, left)
-        _, dropped, norm = self.svi._stats
-        if math.isnan(dropped):  # the step was eager
-            dropped, norm = int(getattr(run.loss, "num_dropped", 0)) - dropped_before, run.optim.norm
-        self.progress.num_dropped += int(dropped)
-        self.last_norm = norm
-        if math.isfinite(norm) and norm > 0.0:
-            self.norms.append(norm)
-        return value
+            taken = self.svi._take_many(args, run.kwargs, count, left)
+        found = []
+        for value, dropped, norm in taken:
+            if math.isnan(dropped):  # the step was eager
+                dropped, norm = int(getattr(run.loss, "num_dropped", 0)) - dropped_before, run.optim.norm
+            self.progress.num_dropped += int(dropped)
+            if math.isfinite(norm) and norm > 0.0:
+                self.norms.append(norm)
+            found.append((value, norm))
+        return found
 
     def _set_limits(self) -> None:
         if len(self.norms) >= NORMS // 5:
@@ -213,7 +173,7 @@ class Driver:
             self.run.optim.limits.copy_(torch.tensor([CLIP * median, SKIP * median]))
 
     def step(self) -> bool:
-        """Takes one step, or recovers from one that failed; False if there is no more data."""
+        """Takes a few steps, or recovers from one that failed; False if there is no more data."""
         run, progress = self.run, self.progress
         random_state = torch.get_rng_state()
         cause: Exception | None = None
@@ -224,35 +184,46 @@ class Driver:
         if rate is not None:
             run.optim.advance(rate)
         skip = float(run.optim.limits[1])
+        count, left = self._until_a_change(), self.num_steps - progress.step
         try:
-            value = self._loss(args, self.num_steps - progress.step)
+            taken = self._steps(args, count, left)
         except NotFinite:
-            value = math.nan
+            taken = [(math.nan, math.nan)]
         except CannotCompile:
             raise
         except (ValueError, _LINALG_ERROR) as error:
             if progress.step == 0:
                 raise  # most likely the model's own mistake: its message is the best
-            value, cause = math.nan, error
-        skipped = math.isfinite(value) and self.last_norm > skip
-        progress.skips = progress.skips + 1 if skipped else 0
-        progress.num_skipped += skipped
-        if not math.isfinite(value) or progress.skips >= MAX_SKIPS:
-            self._recover(args, random_state, cause)
-            return True
-        progress.good_steps += 1
-        if progress.good_steps >= RECOVERED:
-            progress.failures = 0
-        run.losses.append(value)
-        progress.rates.append(math.nan if rate is None else rate)
-        progress.norms.append(self.last_norm)
-        if rate is None:
-            run.optim.advance(None)
+            taken, cause = [(math.nan, math.nan)], error
+        for value, norm in taken:
+            skipped = math.isfinite(value) and norm > skip
+            progress.skips = progress.skips + 1 if skipped else 0
+            progress.num_skipped += skipped
+            if not math.isfinite(value) or progress.skips >= MAX_SKIPS:
+                self._recover(args, random_state, cause)
+                return True
+            progress.good_steps += 1
+            if progress.good_steps >= RECOVERED:
+                progress.failures = 0
+            run.losses.append(value)
+            progress.rates.append(math.nan if rate is None else rate)
+            progress.norms.append(norm)
+            progress.step += 1
+            if rate is None:
+                run.optim.advance(None)
         if progress.step % AVERAGE_EVERY == 0:
             self._set_limits()
             self._update_average()
-        progress.step += 1
         return True
+
+    def _until_a_change(self) -> int:
+        """Steps that can be taken at once: up to the next update of averages, or one if the data change."""
+        if self.fresh_data or self.progress.lr is None:
+            return 1
+        step = self.progress.step
+        return min(
+            AVERAGE_EVERY - step % AVERAGE_EVERY, self.every - step % self.every, self.num_steps - step
+        )
 
     def _recover(self, args: tuple[Any, ...], random_state: Tensor, cause: Exception | None) -> None:
         """Goes back to the last good state with half the rate; gives up after several failures in a row."""

@@ -2,91 +2,36 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from .._checks import check_positive_int
-from ..distributions.flow import scoring
 from ..init import sum_apart
+from .draws import Draws, reaches_others
 
 __all__ = ["TraceAnnealed_ELBO", "TraceIW_ELBO", "TraceSTL_ELBO"]
 
 Program = Callable[..., Any]
-Trace = Any
 
 
-def _is_delta(site: Any) -> bool:
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, pyro.distributions.Delta)
+@dataclass(frozen=True)
+class _Run:
+    """One run of all particles, or of one: R particles."""
 
-
-def _sites(trace: Trace) -> Iterator[tuple[str, Any]]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            yield name, site
-
-
-class _Draws:
-    """One run of a guide, and the run again at its draws as leaves of a graph.
-
-    :param values: the draws of every reparameterised site, with their graph.
-    :param leaves: the same values without.
-    """
-
-    def __init__(self, model: Program, guide: Program, args: Any, kwargs: Any) -> None:
-        with scoring():
-            drawn: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        self.values: dict[str, Tensor] = {}
-        self.event_dims: dict[str, int] = {}
-        self.own: dict[str, Any] = {}
-        leaves: Trace = poutine.Trace()
-        for name, site in _sites(drawn):
-            if site["is_observed"] or _is_delta(site):
-                continue
-            if not site["fn"].has_rsample:
-                raise ValueError(
-                    f"site {name!r}: expected a reparameterised distribution in the guide, got "
-                    f"{type(site['fn']).__name__}; use Trace_ELBO or TraceGraph_ELBO"
-                )
-            if site["infer"].get("enumerate"):
-                raise ValueError(f"site {name!r}: expected no enumeration in the guide; use TraceEnum_ELBO")
-            self.values[name] = site["value"]
-            self.event_dims[name] = site["fn"].event_dim
-            leaf = site["value"].detach().requires_grad_()
-            leaves.add_node(name, **{**site, "value": leaf})
-            score = getattr(site["fn"], "drawn_score", lambda value: None)(site["value"])
-            if score is not None and site["mask"] is None and site["scale"] == 1.0:
-                self.own[name] = score, site["fn"].log_prob(site["value"])
-        self.leaves: dict[str, Tensor] = {name: leaves.nodes[name]["value"] for name in self.values}
-        for name, site in drawn.nodes.items():
-            if site["type"] == "sample" and site_is_subsample(site):
-                leaves.add_node(name, **site)
-        again: Trace = poutine.trace(poutine.replay(guide, trace=leaves)).get_trace(*args, **kwargs)
-        self.drawn, self.guide_trace = drawn, prune_subsample_sites(again)
-        model_trace: Trace = poutine.trace(poutine.replay(model, trace=again)).get_trace(*args, **kwargs)
-        self.model_trace = prune_subsample_sites(model_trace)
-        for name, site in _sites(self.model_trace):
-            if site["infer"].get("enumerate") and name not in self.guide_trace.nodes:
-                raise ValueError(f"site {name!r}: expected no enumeration in the model; use TraceEnum_ELBO")
-        self.model_trace.compute_log_prob()
-        # The density of a site that knows its own score is not computed again: that would be an inverse pass.
-        self.guide_trace.compute_log_prob(site_filter=lambda name, site: name not in self.own)
-
-    def terms(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Log densities of the model's sites, of the guide's at the leaves, and those known already."""
-        model = [site["log_prob"] for _, site in _sites(self.model_trace)]
-        guide = [site["log_prob"] for name, site in _sites(self.guide_trace) if name not in self.own]
-        return model, guide, [log_prob.detach() for _, log_prob in self.own.values()]
+    weights: Tensor
+    """The integrand, shape ``(R,)``, no graph."""
+    good: Tensor
+    """Whether it and its gradients are finite, shape ``(R,)``."""
+    moved: list[tuple[Tensor, Tensor]]
+    """Draws, and the gradient of the integrand at each."""
+    direct: Tensor | None
+    """What of the integrand depends on parameters other than through the draws, shape ``(R,)``."""
 
 
 class TraceSTL_ELBO(ELBO):
@@ -136,16 +81,22 @@ class TraceSTL_ELBO(ELBO):
 
     # -- what subclasses change ---------------------------------------------------------------------
 
+    _path = True
+    """Whether the gradient leaves out the score of the guide's parameters."""
+
     def _combine(self, model: Tensor, guide: Tensor) -> Tensor:
-        """The integrand from log densities of shape ``(P,)``."""
+        """The integrand from log densities of shape ``(R,)``."""
         return model - guide
 
+    def _counts(self, weights: Tensor, good: Tensor) -> Tensor:
+        """Which particles are not left out."""
+        return good
+
     def _weigh(self, weights: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, and the coefficients of the path gradients and of the model's own parameters."""
-        count = good.sum().clamp(min=1).to(weights)
-        loss = -torch.where(good, weights, 0.0).sum() / count
-        coefficient = torch.where(good, 1.0, 0.0).to(weights) / count
-        return torch.where(good.any(), loss, torch.nan), coefficient, coefficient
+        """Loss, and the coefficients of the path gradients and of the direct ones."""
+        coefficient = good.to(weights) / good.sum().clamp(min=1)
+        loss = -(coefficient * torch.where(good, weights, 0.0)).sum()
+        return loss, coefficient, coefficient
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         # Pyro's abstract method; what it gives serves those who look for the site that failed.
@@ -153,68 +104,80 @@ class TraceSTL_ELBO(ELBO):
 
     # -- the estimator ------------------------------------------------------------------------------
 
+    @property
     def _batched(self) -> bool:
         return bool(self.vectorize_particles) and self.num_particles > 1
 
-    def _sum(self, terms: list[Tensor]) -> Tensor | float:
-        """Terms summed over all dimensions but the particles'."""
+    def _sum(self, terms: list[Tensor]) -> Tensor:
+        """Terms summed over all dimensions but the particles', shape ``(R,)``."""
         total: Tensor | float = 0.0
-        size, nesting = self.num_particles, int(self.max_plate_nesting) - 1
         for term in terms:
-            total = total + (sum_apart(term, size, nesting) if self._batched() else term.sum())
-        return total
+            if self._batched:
+                total = total + sum_apart(term, self.num_particles, int(self.max_plate_nesting) - 1)
+            else:
+                total = total + term.sum()
+        return torch.as_tensor(total).expand(self.num_particles if self._batched else 1)
 
-    def _one(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        """Integrand, gradients at the draws, and what is finite, of one run: of all particles or of one."""
-        draws = _Draws(model, guide, args, kwargs)
-        model_terms, guide_terms, known = draws.terms()
-        log_p = self._sum(model_terms)
-        path = self._combine(log_p, self._sum(guide_terms))  # type: ignore[arg-type]
-        gradients = torch.autograd.grad(
-            path.sum(), list(draws.leaves.values()), retain_graph=True, allow_unused=True
-        )
-        rows = self.num_particles if self._batched() else 1
+    def _run(self, model: Program, guide: Program, args: Any, kwargs: Any) -> _Run:
+        path = self._path and torch.is_grad_enabled()
+        draws = Draws(model, guide, args, kwargs, path=path, nesting=self.max_plate_nesting)
+        log_p, density = self._sum(draws.model), self._sum(draws.density)
+        direct = self._combine(log_p, density)
+        total = self._combine(log_p, density + self._sum(draws.scored))
+        known = self._sum([log_prob for _, log_prob in draws.own.values()])
+        weights = (total - known).detach()
+        good = weights.isfinite()
+        leaves = list(draws.leaves.values())
+        gradients: Any = [None] * len(leaves)
+        if leaves and total.requires_grad:
+            gradients = torch.autograd.grad(total.sum(), leaves, retain_graph=True, allow_unused=True)
         moved = []
-        for name, gradient in zip(draws.leaves, gradients, strict=True):
-            value = draws.values[name]
-            gradient = torch.zeros_like(value) if gradient is None else gradient
+        for (name, value), gradient in zip(draws.values.items(), gradients, strict=True):
+            gradient = torch.zeros_like(value) if gradient is None else gradient.detach()
             if name in draws.own:
                 gradient = gradient - draws.own[name][0]
-            moved.append((value, gradient.detach()))
-        weights = (path - self._sum(known)).detach().reshape(rows)
-        good = weights.isfinite()
-        for _, gradient in moved:
-            good = good & gradient.isfinite().reshape(rows, -1).all(-1)
-        return weights, good, moved, torch.as_tensor(log_p).reshape(rows)
+            rows = gradient.reshape(len(weights), gradient.numel() // len(weights))
+            good = good & rows.isfinite().all(-1)
+            if value.requires_grad:
+                moved.append((value, gradient))
+        # Most models have no parameters: their graph is not gone through again.
+        return _Run(weights, good, moved, direct if reaches_others(direct, leaves) else None)
 
-    def _runs(self, model: Program, guide: Program, args: Any, kwargs: Any) -> list[tuple[Any, ...]]:
+    def _runs(self, model: Program, guide: Program, args: Any, kwargs: Any) -> list[_Run]:
+        if not self._batched:
+            return [self._run(model, guide, args, kwargs) for _ in range(self.num_particles)]
         if self.max_plate_nesting == math.inf:
             self._guess_max_plate_nesting(model, guide, args, kwargs)
-        if self._batched():
-            model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
-            return [self._one(model, guide, args, kwargs)]
-        return [self._one(model, guide, args, kwargs) for _ in range(self.num_particles)]
+        model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
+        return [self._run(model, guide, args, kwargs)]
 
-    def tensor_loss(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-        """Loss, the surrogate whose gradient is the estimator, and how many particles were dropped."""
+    def tensor_loss(
+        self, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, the surrogate whose gradient is the estimator, and how many particles were left out."""
         runs = self._runs(model, guide, args, kwargs)
-        weights, good = torch.cat([run[0] for run in runs]), torch.cat([run[1] for run in runs])
+        weights, good = torch.cat([run.weights for run in runs]), torch.cat([run.good for run in runs])
         loss, paths, own = self._weigh(weights, good)
-        surrogate = -torch.where(good, own * torch.cat([run[3] for run in runs]), 0.0).sum()
+        surrogate = torch.zeros_like(loss)
         size = len(weights) // len(runs)
-        for run, coefficient in zip(runs, paths.split(size), strict=True):
-            for value, gradient in run[2]:
-                ones = (1,) * (value.dim() - 1) if self._batched() else (1,) * value.dim()
-                factor = coefficient.reshape((size, *ones) if self._batched() else ones)
-                gradient = torch.where(factor == 0.0, 0.0, factor * gradient)
-                surrogate = surrogate - (gradient * value).sum()
-        return loss.detach(), surrogate, (~good).sum()
+        for run, path, share in zip(runs, paths.split(size), own.split(size), strict=True):
+            if run.direct is not None:
+                surrogate = surrogate - (share * torch.where(run.good, run.direct, 0.0)).sum()
+            for value, gradient in run.moved:
+                batch = (size,) if self._batched else ()
+                shape = batch + (1,) * (value.dim() - len(batch))
+                keep = run.good.reshape(shape)
+                slope = torch.where(keep, path.reshape(shape) * gradient, 0.0)
+                surrogate = surrogate - (slope * torch.where(keep, value, 0.0)).sum()
+        loss = torch.where(good.any(), loss, torch.nan).detach()
+        return loss, surrogate, (~self._counts(weights, good)).sum()
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar whose gradient is the estimator."""
         loss, surrogate, _ = self.tensor_loss(model, guide, args, kwargs)
         return surrogate - surrogate.detach() + loss
 
+    @torch.no_grad()
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss, without gradients of the parameters."""
         return self.tensor_loss(model, guide, args, kwargs)[0].item()
@@ -224,7 +187,7 @@ class TraceSTL_ELBO(ELBO):
         loss, surrogate, dropped = self.tensor_loss(model, guide, args, kwargs)
         self.num_dropped += dropped.cpu()
         if surrogate.requires_grad:
-            surrogate.backward()
+            surrogate.backward(retain_graph=self.retain_graph)
         value = loss.item()
         if not math.isfinite(value):
             warnings.warn("Encountered NaN: loss", stacklevel=2)
@@ -235,7 +198,8 @@ class TraceAnnealed_ELBO(TraceSTL_ELBO):
     """The ELBO of a target that is tempered at first: E[β log p(x, z) - log q(z)].
 
     Rezende and Mohamed 2015, equation 20, with the path gradient of :class:`TraceSTL_ELBO`.  A guide that
-    starts with small β meets all modes before any of them is deep.
+    starts with small β meets all modes before any of them is deep.  The loss that is reported is that of
+    the tempered target.
 
     :param schedule: β as a function of the step, from 0: a number above 0, as a rule rising to 1.
     :param options: those of :class:`TraceSTL_ELBO`.
@@ -244,8 +208,9 @@ class TraceAnnealed_ELBO(TraceSTL_ELBO):
     Example::
 
         >>> elbo = TraceAnnealed_ELBO(lambda step: min(1.0, 0.1 + step / 1000), num_particles=16)
-        >>> round(elbo.beta.item(), 2)
-        0.1
+        >>> elbo.steps = 400  # to resume
+        >>> elbo.beta.item()
+        0.5
     """
 
     def __init__(self, schedule: Callable[[int], float], **options: Any) -> None:
@@ -253,22 +218,29 @@ class TraceAnnealed_ELBO(TraceSTL_ELBO):
             raise ValueError(f"schedule: expected a callable of the step, got {schedule!r}")
         super().__init__(**options)
         self.schedule = schedule
-        self.steps: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
-        """How many steps have been taken; set it to resume."""
-        self.beta: Tensor = torch.ones((), device="cpu")
+        # Tensors, of which a compiled step holds a reference and an audit restores the values.
+        self._steps: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
+        self.beta: Tensor = torch.ones((), dtype=torch.float64, device="cpu")
         """β of the present step."""
-        self._set_beta()
+        self.steps = 0
 
-    def _set_beta(self) -> None:
-        beta = float(self.schedule(int(self.steps)))
+    @property
+    def steps(self) -> int:
+        """How many steps have been taken; set it to resume."""
+        return int(self._steps)
+
+    @steps.setter
+    def steps(self, value: int | Tensor) -> None:
+        step = int(value)
+        beta = float(self.schedule(step))
         if not (beta > 0.0 and math.isfinite(beta)):
-            raise ValueError(f"schedule: expected a positive number, got {beta} at step {int(self.steps)}")
+            raise ValueError(f"schedule: expected a positive number, got {beta} at step {step}")
+        self._steps.fill_(step)
         self.beta.fill_(beta)
 
     def advance(self) -> None:
         """Goes on to the next step; whoever steps without :meth:`loss_and_grads` calls it."""
         self.steps += 1
-        self._set_beta()
 
     def _combine(self, model: Tensor, guide: Tensor) -> Tensor:
         return self.beta.to(model) * model - guide
@@ -284,12 +256,16 @@ class TraceIW_ELBO(TraceSTL_ELBO):
 
     Burda, Grosse and Salakhutdinov 2016, equation 8.  With ``dreg`` its doubly reparameterised gradient
     (Tucker, Lawson, Gu and Maddison 2019, equation 8): path gradients weighted by the squares of the
-    normalised weights, whose signal does not vanish with more particles.  Otherwise path gradients weighted
-    by the normalised weights themselves, as Roeder, Wu and Duvenaud 2017 propose, which is biased.
+    normalised weights, whose signal does not vanish with more particles.  Otherwise the gradient of the
+    bound itself, by reparameterisation (Burda et al., equation 14).  Both are unbiased.
+
+    Model parameters get the gradient of the bound.  A particle of density zero has its part in the mean,
+    one whose density or gradient is NaN or infinite has not.
 
     :param num_particles: importance samples of the bound, at least 2.
-    :param dreg: whether to take the unbiased, doubly reparameterised gradient.
+    :param dreg: whether to take the doubly reparameterised gradient.
     :param options: those of :class:`TraceSTL_ELBO`.
+    :raises ValueError: if ``num_particles`` is below 2; at the first step as :class:`TraceSTL_ELBO`.
 
     Example::
 
@@ -305,11 +281,13 @@ class TraceIW_ELBO(TraceSTL_ELBO):
         if check_positive_int("num_particles", num_particles) < 2:
             raise ValueError(f"num_particles: expected at least 2, got {num_particles}")
         super().__init__(num_particles=num_particles, **options)
-        self.dreg = bool(dreg)
+        self.dreg = self._path = bool(dreg)
+
+    def _counts(self, weights: Tensor, good: Tensor) -> Tensor:
+        return good | weights.isneginf()
 
     def _weigh(self, weights: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights = torch.where(good, weights, -torch.inf)
-        total = weights.logsumexp(0)
-        shares = (weights - total).exp()
-        count = good.sum().clamp(min=1).to(weights)
-        return count.log() - total, shares.square() if self.dreg else shares, shares
+        total = torch.where(good, weights, -torch.inf).logsumexp(0)
+        shares = torch.where(good, (weights - total).exp(), 0.0)
+        loss = self._counts(weights, good).sum().to(weights).log() - total
+        return loss, shares.square(), shares

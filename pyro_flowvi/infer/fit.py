@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -19,10 +21,12 @@ from ..autoguide.frame import leave_frame
 from ..distributions.flow import scoring
 from ..transforms import defaults_for
 from .checkpoint import Checkpoint, fingerprint, restore
-from .driver import Driver, FitDiverged
+from .driver import Driver
 from .particles import Particles
+from .progress import FitDiverged
 from .start import locate
 from .state import GuardedOptim, Run
+from .tracing import PARALLEL_FROM
 
 __all__ = ["FitDiverged", "FitResult", "fit"]
 
@@ -168,6 +172,18 @@ def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
     return True
 
 
+@contextmanager
+def _threads_for(elements: int) -> Iterator[None]:
+    """One thread where no operation has work for two, which would mostly wait for one another."""
+    before = torch.get_num_threads()
+    if elements < PARALLEL_FROM:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _check_arguments(options: Mapping[str, Any]) -> None:
     loss, optim = options["loss"], options["optim"]
     if options["lr"] is not None:
@@ -302,7 +318,7 @@ def fit(
     )
     if validation is not None:
         run.comparison_draws = COMPARISON_DRAWS_ON_DATA
-    driver = Driver(run, num_steps, rate if optim is None else None, compile, supply)
+    driver = Driver(run, num_steps, rate if optim is None else None, compile, supply, batches is not None)
     identity: dict[str, str] = {}
     saved = None
     if file is not None:
@@ -317,17 +333,17 @@ def fit(
         settings |= {"compile": compile, "guide": type(guide).__name__, "parameters": names}
         identity = fingerprint(settings, (first, kwargs))
         saved = file.read(identity)
+    save = None if file is None else partial(file.write, driver, identity)
     try:
-        if saved is not None:
-            restore(driver, saved)
-        else:
-            if isinstance(guide, AutoFlow):
-                driver.start = locate(run, guide, guide.density(*first, **kwargs))
-            if lr is None and (batches is None or callable(batches)):
-                driver.race()
-        stop_reason = driver.train(
-            progress, None if file is None else lambda: file.write(driver, identity), CHECKPOINT_SECONDS
-        )
+        with _threads_for(particles.largest * int(objective.num_particles)):
+            if saved is not None:
+                restore(driver, saved)
+            else:
+                if isinstance(guide, AutoFlow):
+                    driver.start = locate(run, guide, guide.density(*first, **kwargs))
+                if lr is None and (batches is None or callable(batches)):
+                    driver.race()
+            stop_reason = driver.train(progress, save, CHECKPOINT_SECONDS)
     finally:
         if isinstance(guide, AutoFlow):
             leave_frame(guide)

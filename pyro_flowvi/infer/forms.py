@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
+from .corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
+
 __all__ = ["tensor_loss"]
 
 Losses = tuple[Tensor, Tensor]
@@ -120,7 +122,9 @@ def _users_loss(loss: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
 
 _FORMS: dict[type, Callable[..., Losses]] = {
     Trace_ELBO: _trace_loss,
+    TraceAuxiliary_ELBO: _trace_loss,
     TraceMeanField_ELBO: _trace_loss,
+    TraceMeanFieldJacobian_ELBO: _trace_loss,
     TraceEnum_ELBO: _enum_loss,
     RenyiELBO: _renyi_loss,
 }

@@ -41,6 +41,12 @@ _DIRECT = {
     aten.add.Tensor: torch.add,
     aten.sub.Tensor: torch.sub,
     aten.mul.Tensor: torch.mul,
+    aten.mul.Scalar: torch.mul,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.unbind.int: torch.unbind,
+    aten.clamp.default: torch.clamp,
+    aten.index_select.default: torch.index_select,
+    aten.lift_fresh_copy.default: torch.clone,
     aten.div.Tensor: torch.div,
     aten.neg.default: torch.neg,
     aten.exp.default: torch.exp,
@@ -84,6 +90,8 @@ def _without_detours(graph: fx.GraphModule) -> fx.Graph:
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
+        elif node.target is aten.mul.Scalar and node.args[1] == 1:
+            node.replace_all_uses_with(node.args[0])
         else:
             continue
         nodes.erase_node(node)

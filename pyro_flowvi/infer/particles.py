@@ -78,6 +78,8 @@ class Particles:
                 for name, site in _samples(prune_subsample_sites(model_trace)).items()
                 if site["fn"].support.is_discrete
             }
+            self.largest = max((site["value"].numel() for site in sites), default=1)
+            """Elements of the largest value of a site, for one particle."""
             self.path_gradients = all(map(_has_path_gradient, _samples(guide_trace, drawn=True).values()))
             """Whether the densities of the guide's draws can be differentiated at the draws."""
             self.enumerated = any(is_enumerated(site) for site in sites)

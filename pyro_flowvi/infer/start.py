@@ -20,7 +20,11 @@ def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel) -> str | None
     if affine is None or not (affine.loc.requires_grad and affine.log_scale.requires_grad):
         return None
     effort = Effort() if density.batched else Effort.small()
-    gaussian = find_gaussian(traced(density, effort.starts), density.start, effort)
+    try:
+        gaussian = find_gaussian(traced(density, effort.starts), density.start, effort)
+    except (ValueError, RuntimeError):  # a model that refuses some points: the guide starts where it is
+        enter_frame(guide)
+        return None
     before = run.evaluate()
     kept = {name: param.detach().clone() for name, param in affine.named_parameters()}
     loc, scale = gaussian.loc[0], gaussian.scale[0]

@@ -85,7 +85,7 @@ class Autoregressive(ParametricTransform):
         return self._ordered(y), log_det
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.dim > MAX_DENSE_JACOBIAN:
+        if self.conditioner is None or self.dim > MAX_DENSE_JACOBIAN:
             return super().forward_with_score(x, score)
         raw, x = self.raw_parameters(), self._ordered(x)
         image, log_det = self._forward(raw, x)

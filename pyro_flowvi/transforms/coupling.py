@@ -66,12 +66,13 @@ def _places(which: Tensor) -> slice | list[int]:
     return slice(places[0], places[-1] + 1, step)
 
 
-def _grad(total: Tensor, at: Tensor) -> Tensor:
-    """The gradient of a scalar at a point of its graph, which is kept; zero where it has no part."""
-    if not total.requires_grad:
-        return torch.zeros_like(at)
-    (gradient,) = torch.autograd.grad(total, at, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(at) if gradient is None else gradient
+def _pull_back(outputs: Sequence[Tensor], weights: Sequence[Tensor], at: Tensor) -> Tensor | None:
+    """The vector-Jacobian product of outputs at a point of their graph, which is kept; None if it is zero."""
+    pairs = [(value, weight) for value, weight in zip(outputs, weights, strict=True) if value.requires_grad]
+    if not pairs:
+        return None
+    values, weights = zip(*pairs, strict=True)
+    return torch.autograd.grad(values, at, weights, retain_graph=True, allow_unused=True)[0]
 
 
 class Coupling(ParametricTransform):
@@ -161,7 +162,8 @@ class Coupling(ParametricTransform):
     def _merge(self, kept: Tensor | None, moved: Tensor) -> Tensor:
         if kept is None:
             return moved
-        kept = kept.expand(*moved.shape[:-1], kept.shape[-1])
+        if kept.shape[:-1] != moved.shape[:-1]:
+            kept = kept.expand(*moved.shape[:-1], kept.shape[-1])
         if self._join == "moved, kept":
             return torch.cat([moved, kept], -1)
         joined = torch.cat([kept, moved], -1)
@@ -178,13 +180,15 @@ class Coupling(ParametricTransform):
         raw = self.raw_parameters()
         kept, moved, h = self._split(x, raw)
         image, log_slope = self.transformer.forward(moved, h, raw["offset"])
-        log_det = log_slope.sum(-1)
-        score_moved = (score[..., self._moved] - _grad(log_det.sum(), moved)) * (-log_slope.detach()).exp()
+        ones = torch.ones_like(log_slope)
+        bend = _pull_back([log_slope], [ones], moved) if self.transformer.bends else None
+        score_moved = score[..., self._moved] if bend is None else score[..., self._moved] - bend
+        score_moved = score_moved * (-log_slope.detach()).exp()
         score_kept = None
         if kept is not None:
-            pulled = _grad(log_det.sum() + (image * score_moved).sum(), kept)
-            score_kept = score[..., self._kept] - pulled
-        return self._merge(kept, image), log_det, self._merge(score_kept, score_moved)
+            pulled = _pull_back([log_slope, image], [ones, score_moved], kept)
+            score_kept = score[..., self._kept] if pulled is None else score[..., self._kept] - pulled
+        return self._merge(kept, image), log_slope.sum(-1), self._merge(score_kept, score_moved)
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved, h = self._split(y, raw)

@@ -23,6 +23,8 @@ class Transformer(Protocol):
     """An increasing map of one variable; ``kind`` and ``limit`` say which."""
 
     kind: ClassVar[str]
+    bends: ClassVar[bool]
+    """Whether the log-derivative depends on x itself."""
 
     @property
     def limit(self) -> float:
@@ -59,6 +61,7 @@ class Additive:
 
     limit: float = 0.0
     kind: ClassVar[str] = "additive"
+    bends: ClassVar[bool] = False
     num_params: ClassVar[int] = 1
 
     def forward(self, x: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,6 +79,7 @@ class Multiplicative:
 
     limit: float
     kind: ClassVar[str] = "multiplicative"
+    bends: ClassVar[bool] = False
     num_params: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -98,6 +102,7 @@ class Affine:
 
     limit: float
     kind: ClassVar[str] = "affine"
+    bends: ClassVar[bool] = False
     num_params: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
@@ -112,8 +117,8 @@ class Affine:
 
     def forward(self, x: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._parts(h, offset)
-        y = torch.addcmul(shift, x, log_scale.exp())
-        return y, log_scale.expand(y.shape)
+        y = x * log_scale.exp() + shift
+        return y, log_scale if log_scale.shape == y.shape else log_scale.expand(y.shape)
 
     def inverse(self, y: Tensor, h: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift = self._parts(h, offset)
@@ -128,6 +133,7 @@ class RationalQuadratic:
     limit: float
     num_bins: int
     kind: ClassVar[str] = "spline"
+    bends: ClassVar[bool] = True
 
     @property
     def num_params(self) -> int:

@@ -1,0 +1,233 @@
+"""diagnose: can this fit be trusted?"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+
+from .._checks import check_positive_int
+from ..infer.density import traced
+from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis
+from .draws import WeightedDraws, weighted_draws
+from .probes import Probes, probe
+from .verdict import Figures, judge, shifts
+
+__all__ = ["Diagnosis", "diagnose"]
+
+MIN_SAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found.
+
+    :param elbo: evidence lower bound, nats.
+    :param elbo_se: its Monte Carlo standard error.
+    :param iw_elbo: importance-weighted bound over all draws.
+    :param ess: effective sample size of the raw importance weights, between 1 and ``num_samples``.
+    :param khat: Pareto shape of the importance weights.
+    :param num_samples: number S of draws.
+    :param verdict: "good", "usable" (after importance weighting) or "poor".
+    :param reasons: why, in words.
+    :param advice: what to try next, in words; empty if nothing is needed.
+    :param shift: worst |mean of the draws - mean of the resampled draws| of a scalar latent, in sd of the
+        resampled draws, in unconstrained coordinates; NaN where the draws have none.
+    :param scale_shift: worst |log(sd of the resampled draws / sd of the draws)| of a scalar latent, as above.
+    :param tail_index: heaviest tail of a scalar latent, a generalised Pareto shape: 1/nu of a Student t with
+        nu degrees of freedom, about 0 of a normal.  Of the states of the probes' chains, else of the draws;
+        NaN without either.
+    :param num_nonfinite: draws whose density is not finite.
+    :param probes: what the coverage probes saw; None where they make no sense, or were not wanted.
+    :param log_weights: log p(x, z) - log q(z) of every draw, shape ``(S,)``.
+
+    Example::
+
+        >>> Diagnosis(-3.2, 0.01, -3.1, 3500.0, 0.2, 4000, "good", ("k-hat 0.20 is low",))
+        Diagnosis(good: ELBO -3.20 ± 0.01, IW-ELBO -3.10, ESS 3500 of 4000, k-hat 0.20; k-hat 0.20 is low)
+    """
+
+    elbo: float
+    elbo_se: float
+    iw_elbo: float
+    ess: float
+    khat: float
+    num_samples: int
+    verdict: str
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...] = ()
+    shift: float = math.nan
+    scale_shift: float = math.nan
+    tail_index: float = math.nan
+    num_nonfinite: int = 0
+    probes: Probes | None = field(default=None, repr=False)
+    log_weights: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def gap(self) -> float:
+        """IW-ELBO less ELBO, nats: on average a lower bound on the divergence KL(q || p)."""
+        return self.iw_elbo - self.elbo
+
+    @property
+    def khat_threshold(self) -> float:
+        """The largest k-hat at which resampled draws can be relied on, by the number of draws."""
+        return khat_threshold(self.num_samples)
+
+    def __repr__(self) -> str:
+        return (
+            f"Diagnosis({self.verdict}: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f}, IW-ELBO "
+            f"{self.iw_elbo:.2f}, ESS {self.ess:.0f} of {self.num_samples}, k-hat {self.khat:.2f}; "
+            f"{'; '.join(self.reasons)})"
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.verdict}: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f}, IW-ELBO {self.iw_elbo:.2f} "
+            f"(gap {self.gap:.2f}), ESS {self.ess:.0f} of {self.num_samples}, k-hat {self.khat:.2f}, "
+            f"shift {self.shift:.2f} sd",
+            *(f"  - {reason}" for reason in self.reasons),
+            *(f"  try: {advice}" for advice in self.advice),
+        ]
+        return "\n".join(lines)
+
+
+def diagnose(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 4000,
+    model_kwargs: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    probes: bool = True,
+    fit_result: Any = None,
+) -> Diagnosis:
+    """Judges a fitted guide by its importance weights and by short chains around its draws.
+
+    * "good", use the draws: k-hat at most 0.5 (or 95 % of the draws effective: by Cauchy-Schwarz no mean
+      is then off by more than a quarter of an sd, nearly always far less), resampling moves no mean by
+      0.1 sd and no sd by a factor of 1.1, the probes agree, and the training converged.
+    * "usable", use resampled draws: k-hat at most min(1 - 1 / log10 S, 0.7) and an effective sample size of
+      100, or half of the draws effective.  Also where the weights are useless and the probes find that the
+      moments are sound all the same, as in hundreds of dimensions; the reasons say so.
+    * "poor": all else.
+
+    The weights see the posterior only where the guide draws.  The *coverage probes* are 128 short chains of
+    Hamiltonian Monte Carlo, half from draws of the guide, which must not drift from them, half from far
+    around, which cool down to the posterior and show modes that the guide misses; a mode counts by its mass.
+    No finite run can exclude a mode that is farther or narrower than any start of a chain.
+
+    :param model: a Pyro model.
+    :param guide: any Pyro guide for it.
+    :param args: the model's positional arguments.
+    :param num_samples: number S of draws, at least 100.
+    :param model_kwargs: the model's keyword arguments.
+    :param seed: sets Pyro's seed first.
+    :param probes: whether to run the chains, at most 36,000 gradients of the log density in 280 batches;
+        a tenth of that where the model does not run for many points at once.
+    :param fit_result: what :func:`pyro_flowvi.fit` returned: a fit that had not converged is never good.
+    :raises ValueError: if ``num_samples`` is too small, or the guide has not been set up and cannot be.
+
+    References: Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling*, 2024
+    (k-hat and its threshold, section 3.2.4); Yao, Vehtari, Simpson and Gelman, *Yes, but Did It
+    Work?: Evaluating Variational Inference*, 2018; Burda, Grosse and Salakhutdinov, *Importance Weighted
+    Autoencoders*, 2016 (equation 8, the IW-ELBO).
+
+    Example::
+
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(3.0, 2.0))
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO(20))
+        >>> losses = [svi.step() for _ in range(300)]
+        >>> diagnose(model, guide, seed=0).verdict
+        'good'
+    """
+    if check_positive_int("num_samples", num_samples) < MIN_SAMPLES:
+        raise ValueError(f"num_samples: expected at least {MIN_SAMPLES}, got {num_samples}")
+    if not isinstance(probes, bool):
+        raise ValueError(f"probes: expected True or False, got {probes!r}")
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    draws = weighted_draws(model, guide, args, model_kwargs, num_samples)
+    log_weights = draws.log_weights
+    finite = np.isfinite(log_weights)
+    dropped = int(num_samples - finite.sum())
+    if finite.sum() < MIN_SAMPLES:
+        reason = f"{dropped} of {num_samples} draws have a density that is not finite"
+        advice = ("look for draws outside the model's support, or for overflow in the model",)
+        return Diagnosis(
+            -math.inf, math.nan, math.nan, 1.0, math.inf, num_samples, "poor", (reason,), advice,
+            num_nonfinite=dropped, log_weights=log_weights,
+        )  # fmt: skip
+    kept = log_weights[finite]
+    smoothed, khat = psis(kept)
+    weights = np.exp(smoothed)
+    elbo, elbo_se = float(kept.mean()), float(kept.std(ddof=1) / math.sqrt(len(kept)))
+    if dropped:
+        elbo, elbo_se = -math.inf, math.nan
+    fixed = draws.particles.point_masses()
+    skipped = _why_no_probes(draws, fixed)
+    shift, scale_shift, worst, names, found = math.nan, math.nan, 0, draws.names() or [""], None
+    tail_index = math.nan
+    if draws.z is not None:
+        z = draws.z.detach()[torch.from_numpy(finite).to(draws.z.device)]
+        array = z.double().cpu().numpy()
+        shift, scale_shift, worst = shifts(array, weights)
+        tail_index = max(generalized_pareto_shape(np.abs(x - np.median(x))) for x in array.T)
+        if probes and not skipped:
+            assert draws.density is not None
+            found = probe(traced(draws.density), z, kept, weights, names, batched=draws.density.batched)
+    figures = Figures(
+        khat=khat,
+        khat_threshold=khat_threshold(num_samples),
+        ess=effective_sample_size(kept),
+        elbo_se=elbo_se,
+        num_samples=num_samples,
+        num_nonfinite=dropped,
+        dim=len(names),
+        shift=shift,
+        scale_shift=scale_shift,
+        shift_name=names[worst],
+        guide_tail_index=tail_index,
+        probes=found,
+        converged=getattr(fit_result, "converged", None),
+    )
+    judgement = judge(figures)
+    if fixed:
+        judgement.add(f"the guide is a point mass at {fixed}: it has no density there to weigh by", 0)
+    if draws.particles.subsampled:
+        judgement.add("the model subsamples its data: the weights contain that noise as well")
+    if probes and skipped:
+        judgement.add(f"no coverage probes: {skipped}")
+    return Diagnosis(
+        elbo=elbo,
+        elbo_se=elbo_se,
+        iw_elbo=float(torch.logsumexp(torch.from_numpy(kept), 0)) - math.log(num_samples),
+        ess=figures.ess,
+        khat=khat,
+        num_samples=num_samples,
+        verdict=judgement.verdict,
+        reasons=tuple(judgement.reasons),
+        advice=tuple(judgement.advice) if judgement.rank < 2 else (),
+        shift=shift,
+        scale_shift=scale_shift,
+        tail_index=tail_index if found is None else found.tail_index,
+        num_nonfinite=dropped,
+        probes=found,
+        log_weights=log_weights,
+    )
+
+
+def _why_no_probes(draws: WeightedDraws, fixed: list[str]) -> str:
+    """Why chains make no sense for this pair, in words; empty if they do."""
+    if draws.z is None:
+        return draws.why
+    if fixed:
+        return "a point mass has no spread to start chains with"
+    if draws.particles.subsampled:
+        return "the density is another one at each call, since the model subsamples its data"
+    return ""

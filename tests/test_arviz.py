@@ -1,0 +1,157 @@
+"""to_arviz: what ArviZ makes of it, against closed forms and hand computations."""
+
+import builtins
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
+from scipy import stats
+
+from pyro_flowvi import AutoPlanar
+from pyro_flowvi.diagnostics import to_arviz
+from tests import zoo
+
+az = pytest.importorskip("arviz")
+
+# ArviZ warns of the single chain, and of packages that it will split into.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Y = torch.tensor([0.3, 1.2, -0.5, 0.8, 2.0])
+PRECISION = 1.0 / 4.0 + len(Y)
+MEAN, SD = float(Y.sum()) / PRECISION, PRECISION**-0.5
+
+
+def model(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def posterior(y):
+    pyro.sample("mu", dist.Normal(MEAN, SD))
+
+
+def shifted(y):
+    pyro.sample("mu", dist.Normal(MEAN + 0.5 * SD, 1.2 * SD))
+
+
+def test_groups():
+    data = to_arviz(posterior, model, Y, num_samples=500, seed=0)
+    assert data.posterior["mu"].shape == (1, 500)
+    assert data.posterior_predictive["y"].shape == (1, 500, 5)
+    np.testing.assert_allclose(data.observed_data["y"], Y)
+    mu = data.posterior["mu"].values
+    np.testing.assert_allclose(data.log_likelihood["y"], stats.norm.logpdf(Y, mu[..., None], 1.0))
+    np.testing.assert_allclose(data.sample_stats["log_q"], stats.norm.logpdf(mu, MEAN, SD))
+    log_p = stats.norm.logpdf(mu, 0, 2) + data.log_likelihood["y"].values.sum(-1)
+    np.testing.assert_allclose(data.sample_stats["log_p"], log_p)
+    np.testing.assert_allclose(data.sample_stats["log_weight"], log_p - data.sample_stats["log_q"])
+
+
+def test_predictions_have_the_predictive_law():
+    data = to_arviz(posterior, model, Y, seed=0)
+    drawn = data.posterior_predictive["y"].values
+    assert drawn.mean() == pytest.approx(MEAN, abs=0.05)
+    assert drawn.std() == pytest.approx((1 + SD**2) ** 0.5, rel=0.03)
+
+
+def test_resampled_draws_are_the_posterior():
+    data = to_arviz(shifted, model, Y, seed=0, resample=True)
+    mu = data.posterior["mu"].values
+    assert mu.mean() == pytest.approx(MEAN, abs=0.1 * SD)
+    assert mu.std() == pytest.approx(SD, rel=0.05)
+
+
+def test_loo_against_the_closed_form():
+    """elpd of each value given the others, which are normal."""
+    data = to_arviz(posterior, model, Y, seed=0)
+    expected = 0.0
+    for i, value in enumerate(Y):
+        others = torch.cat([Y[:i], Y[i + 1 :]])
+        precision = 0.25 + len(others)
+        loc = float(others.sum()) / precision
+        expected += stats.norm.logpdf(float(value), loc, (1 + 1 / precision) ** 0.5)
+    found = az.loo(data)
+    assert float(getattr(found, "elpd_loo", getattr(found, "elpd", None))) == pytest.approx(
+        expected, abs=0.05
+    )
+
+
+def test_summary_and_pairs():
+    import matplotlib
+
+    matplotlib.use("agg")
+    data = to_arviz(posterior, model, Y, seed=0)
+    table = az.summary(data, round_to="none")
+    assert table["mean"]["mu"] == pytest.approx(MEAN, abs=0.1 * SD)
+    args = zoo.make_zoo()["hierarchy"][1]
+    guide = AutoNormal(zoo.hierarchy)
+    guide(*args)
+    az.plot_pair(to_arviz(guide, zoo.hierarchy, *args, num_samples=200))
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("name", ["lkj", "nested_plates", "flat", "not_for_batches", "dirichlet", "missing"])
+def test_shapes_of_all_kinds_of_models(name):
+    program, args = zoo.make_zoo()[name]
+    data = to_arviz(AutoPlanar(program, num_layers=1), program, *args, num_samples=50)
+    batched = {key: tuple(value.shape) for key, value in data.log_likelihood.data_vars.items()}
+    assert (
+        batched
+        == {
+            "lkj": {"y": (1, 50, 20)},
+            "nested_plates": {"y": (1, 50, 2, 3)},
+            "flat": {"y": (1, 50, 12)},
+            "not_for_batches": {"y": (1, 50)},
+            "dirichlet": {"counts": (1, 50)},
+            "missing": {"y_observed": (1, 50, 4)},
+        }[name]
+    )
+    for group in ("posterior", "posterior_predictive", "log_likelihood", "sample_stats"):
+        for value in data[group].data_vars.values():
+            assert np.isfinite(value.values).all()
+
+
+def test_computed_sites_are_posterior():
+    """A reparameterised site is no data, although Pyro has it observed."""
+    program = pyro.poutine.reparam(zoo.hierarchy, config={"theta": LocScaleReparam(0.0)})
+    args = zoo.make_zoo()["hierarchy"][1]
+    data = to_arviz(AutoPlanar(program, num_layers=1), program, *args, num_samples=50)
+    assert set(data.log_likelihood.data_vars) == {"y"}
+    posterior = data.posterior
+    expected = posterior["mu"].values[..., None] + posterior["theta_decentered"].values
+    np.testing.assert_allclose(posterior["theta"], expected)
+
+
+def test_no_pointwise_likelihood_where_sites_are_summed_out():
+    program, args = zoo.make_zoo()["enumerated"]
+    data = to_arviz(AutoPlanar(program, num_layers=1), program, *args, num_samples=50)
+    assert "log_likelihood" not in data
+    assert data.posterior_predictive["y"].shape == (1, 50, 5)
+
+
+def test_without_arviz(monkeypatch):
+    real = builtins.__import__
+
+    def fail(name, *args, **kwargs):
+        if name == "arviz":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(ImportError, match="extra 'arviz'"):
+        to_arviz(posterior, model, Y)
+
+
+def test_data_tree_of_later_versions(monkeypatch):
+    """From 1.0 on ``from_dict`` takes one mapping of groups."""
+    taken = []
+    monkeypatch.delattr(az, "InferenceData")
+    monkeypatch.setattr(az, "from_dict", lambda data: taken.append(data) or "tree")
+    assert to_arviz(posterior, model, Y, num_samples=10) == "tree"
+    assert taken[0]["posterior"]["mu"].shape == (1, 10)
+    assert taken[0]["observed_data"]["y"].shape == (5,)
