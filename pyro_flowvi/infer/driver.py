@@ -125,6 +125,8 @@ class Driver:
         progress, run = self.progress, self.run
         if progress.lr is None or self.num_steps < ENOUGH_STEPS or not run.ranked:
             return
+        if bool(run.evaluate().std() < 2.0 * SETTLED):
+            return  # the start is as good as the posterior: there is little to win
         table, best = progress.lr, None
         for multiple in RACE_RATES:
             progress.lr = table * multiple

@@ -30,7 +30,13 @@ class FitDiverged(RuntimeError):
 
 @dataclass
 class Progress:
-    """What a run has done so far, all that is needed to go on with it but for tensors of parameters."""
+    """What a run has done so far, all that is needed to go on with it but for tensors of parameters.
+
+    Example::
+
+        >>> Progress(lr=0.01).stop_reason is None
+        True
+    """
 
     step: int = 0
     lr: float | None = None

@@ -10,7 +10,8 @@ valleys in 10
 less
   than in proportion.
 - *Layers.*  The same with 4 / 8 / 16 couplings and 64 particles: .53 / .39 / .23.  On eight real posteriors
-  of 4 to 13 dimensions (``benchmarks/posteriordb.py``) 8 couplings are as good as 12, at two thirds of the cost.
+  of 4 to 13 dimensions (``benchmarks/posteriordb.py``) 8 couplings are as good as 12, for two thirds of the
+  cost.
 """
 
 from collections.abc import Mapping
