@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
@@ -74,11 +75,17 @@ class Draws:
 
     :param path: whether gradients of the draws are wanted apart from those of the densities.
     :param nesting: the number of plate dimensions, which are validated.
+    :raises ValueError: for a guide that is no program, and a site that is not reparameterised or enumerated.
     """
 
     def __init__(
         self, model: Program, guide: Program, args: Any, kwargs: Any, *, path: bool, nesting: float
     ) -> None:
+        if isinstance(poutine.unwrap(guide), Messenger):
+            raise ValueError(
+                f"guide: expected a program, got the handler {type(poutine.unwrap(guide)).__name__}, "
+                "which runs the model itself; use Trace_ELBO"
+            )
         with scoring() if path else nullcontext():
             drawn: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
         names = [name for name, site in _sites(drawn) if _is_drawn(name, site)]

@@ -182,7 +182,8 @@ class Driver:
         args = self.arguments(progress.step)
         if args is None:
             return False
-        rate = self.rate(progress.step)
+        # By tens of steps, however many are taken at once.
+        rate = self.rate(progress.step - progress.step % AVERAGE_EVERY)
         if rate is not None:
             run.optim.advance(rate)
         skip = float(run.optim.limits[1])
@@ -323,6 +324,8 @@ class Driver:
         run, progress = self.run, self.progress
         if progress.stop_reason is not None:
             return progress.stop_reason
+        if progress.step == 0:
+            run.keep_start()
         reason, saved = "completed", time.monotonic()
         name = type(run.guide).__name__
         with tqdm(total=self.num_steps, initial=progress.step, disable=not progress_bar, desc=name) as bar:

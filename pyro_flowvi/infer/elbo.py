@@ -41,6 +41,8 @@ class TraceSTL_ELBO(ELBO):
     (Roeder, Wu and Duvenaud 2017, equation 6): unbiased, and without any variance where the guide is the
     posterior.  The loss that is reported is that of ``Trace_ELBO``.  Flow guides of this package carry the
     score of their density along the forward pass (Vaitl et al. 2024): autoregressive ones need no inverse.
+    The guide runs twice a step, the second time at the draws of the first: it may have no noise of its own
+    (dropout).  Where it is much narrower than the posterior the gradient is noisier than ``Trace_ELBO``'s.
 
     A particle whose density or gradient is not finite is left out of a vectorised step, and counted in
     ``num_dropped``, the number in all steps so far.
@@ -50,7 +52,7 @@ class TraceSTL_ELBO(ELBO):
     :param vectorize_particles: draws them in one run of model and guide.
     :param options: the other options of ``pyro.infer.ELBO``.
     :raises ValueError: at the first step, naming the site, if the guide has a site that is not
-        reparameterised, or a site is enumerated.
+        reparameterised, or a site is enumerated; if the guide is one of Pyro's messengers.
 
     Example::
 

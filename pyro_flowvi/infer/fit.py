@@ -322,7 +322,6 @@ def fit(
     identity: dict[str, str] = {}
     saved = None
     if file is not None:
-        names = sorted(f"{n}{tuple(p.shape)}" for n, p in pyro.get_param_store()._params.items())
         settings: dict[str, Any] = {
             "num_steps": num_steps,
             "lr": lr,
@@ -330,7 +329,11 @@ def fit(
             "seed": seed,
         }
         settings |= {"objective": type(objective).__name__, "optim": type(optim).__name__}
-        settings |= {"compile": compile, "guide": type(guide).__name__, "parameters": names}
+        settings |= {
+            "compile": compile,
+            "guide": type(guide).__name__,
+            "parameters": sorted(particles.params.items()),
+        }
         identity = fingerprint(settings, (first, kwargs))
         saved = file.read(identity)
     save = None if file is None else partial(file.write, driver, identity)

@@ -78,6 +78,13 @@ class Particles:
                 for name, site in _samples(prune_subsample_sites(model_trace)).items()
                 if site["fn"].support.is_discrete
             }
+            self.params = {
+                name: tuple(site["value"].shape)
+                for trace in (guide_trace, model_trace)
+                for name, site in trace.nodes.items()
+                if site["type"] == "param"
+            }
+            """Parameters of both programs: name -> shape."""
             self.largest = max((site["value"].numel() for site in sites), default=1)
             """Elements of the largest value of a site, for one particle."""
             self.path_gradients = all(map(_has_path_gradient, _samples(guide_trace, drawn=True).values()))

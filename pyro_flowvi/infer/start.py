@@ -32,7 +32,7 @@ def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel) -> str | None
         with torch.no_grad():
             affine.loc.copy_(loc)
             affine.log_scale.copy_((scale if scale.dim() == 1 else scale.norm(dim=-1)).log())
-    if not is_worse(run.evaluate(), before):
+    if is_worse(before, run.evaluate()):
         return gaussian.kinds[0]
     leave_frame(guide)
     with torch.no_grad():

@@ -66,14 +66,23 @@ class GuardedOptim(PyroOptim):
                 self.params[name] = param
                 self.first[name] = param.detach().clone()
 
+    def _known(self) -> dict[str, Tensor]:
+        known: dict[str, Tensor] = {}
+        known |= {name: param for module in self._modules for name, param in module.named_parameters()}
+        known |= pyro.get_param_store()._params
+        return known
+
+    def meet_trained(self, names: Iterable[str]) -> None:
+        """Meets, of the parameters of these names, those that exist and are trained."""
+        known = self._known()
+        self._meet([known[name] for name in names if name in known and known[name].requires_grad])
+
     def find(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Meets the parameters of these names, of which the programs have been run; by name.
 
         :raises ValueError: if there is none of a name.
         """
-        known: dict[str, Tensor] = {}
-        known |= {name: param for module in self._modules for name, param in module.named_parameters()}
-        known |= pyro.get_param_store()._params
+        known = self._known()
         missing = [name for name in names if name not in known]
         if missing:
             raise ValueError(f"checkpoint: expected parameters of this model and guide, got {missing}")
@@ -172,6 +181,11 @@ class Run:
             self.best_weights = weights
             self.best = {name: param.detach().clone() for name, param in self.optim.params.items()}
         return weights
+
+    def keep_start(self) -> None:
+        """Makes the state before the first step the best so far."""
+        self.optim.meet_trained(self.judge.params)
+        self.keep_unless_worse()
 
     @property
     def best_loss(self) -> float:

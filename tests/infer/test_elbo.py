@@ -1,12 +1,14 @@
-"""Objectives: gradients against closed forms, quadrature and enumeration; what is logged, dropped, refused."""
+"""Objectives: gradients against closed forms, quadrature, enumeration; what is logged, dropped, refused."""
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.testing.rejection_gamma import ShapeAugmentedGamma
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
@@ -84,9 +86,7 @@ def perturb(guide, scale=0.3):
 def auto_normal(exactly):
     guide = AutoNormal(gaussian)
     guide()
-    return perturb(
-        guide
-    ), lambda: guide.get_posterior() if False else dist.Normal(guide.locs.x, guide.scales.x).to_event(1)
+    return perturb(guide), lambda: dist.Normal(guide.locs.x, guide.scales.x).to_event(1)
 
 
 def auto_multivariate(exactly):
@@ -146,7 +146,7 @@ def test_annealed_is_unbiased(name):
 
 @pytest.mark.parametrize("name", ["multivariate", "flow"])
 def test_variance_is_zero_where_the_guide_is_the_posterior(name):
-    """Roeder et al. 2017, section 3.3; measured: 1e-15 against 0.2 to 0.4 of the total gradient."""
+    """Roeder et al. 2017, section 3.3; spreads measured: below 1e-15 against 0.6 to 0.8."""
     guide, normal = GUIDES[name](True)
     assert kl_divergence(normal(), target()).item() == pytest.approx(0.0, abs=1e-12)
     params = list(guide.parameters())
@@ -227,8 +227,6 @@ def line_guide(y):
 
 def iw_bound(loc, log_scale, slope, y, num, points=24):
     """The bound by Gauss-Hermite quadrature over the noise of all particles."""
-    import numpy as np
-
     nodes, weights = np.polynomial.hermite_e.hermegauss(points)
     nodes, weights = torch.as_tensor(nodes), torch.as_tensor(weights / math.sqrt(2 * math.pi))
     x = loc + log_scale.exp() * nodes
@@ -274,7 +272,7 @@ def test_iw_is_unbiased_for_a_flow(dreg):
 def test_iw_value_is_the_log_mean_of_the_weights(vectorized):
     y = torch.tensor(1.5)
     elbo = TraceIW_ELBO(5, vectorize_particles=vectorized, max_plate_nesting=0)
-    line_guide(y), line(y)
+    poutine.trace(line_guide).get_trace(y)  # makes the parameters
     pyro.set_rng_seed(3)
     loss = elbo.loss(line, line_guide, y)
     pyro.set_rng_seed(3)
@@ -302,7 +300,7 @@ def test_iw_bound_rises_to_the_evidence():
 def test_dreg_keeps_its_signal_with_many_particles():
     """The Gaussian example of Rainforth et al. 2018, section 4.1: z ~ N(mu, I), x ~ N(z, I), q a little off
     its best; signal-to-noise ratio of the gradient of the guide's offset at 2 and 500 particles.  Measured:
-    plain 0.6 to 0.1, doubly reparameterised 1 to 10 or more."""
+    plain 0.05 at both, doubly reparameterised 0.04 and 0.39."""
     dim, x = 20, torch.randn(20, dtype=torch.float64)
 
     def model():
@@ -533,14 +531,12 @@ def test_factor_in_the_guide():
         pyro.factor("penalty", 3.0 * (x - loc.square()).sum(-1), has_rsample=True)
 
     elbo = TraceSTL_ELBO(num_particles=16, vectorize_particles=True)
-    with pytest.warns(UserWarning, match="non-auxiliary vars in guide"):
-        elbo.loss(gaussian, guide)
+    elbo.loss(gaussian, guide)
     params = stored("loc")
     q = dist.Normal(params[0], 1.0).to_event(1)
     penalty = 3.0 * (params[0] - params[0].square()).sum()
     exact = exact_gradient(kl_divergence(q, target()) + penalty, params)
-    with pyro.validation_enabled(False):
-        assert_unbiased(gradients(elbo, gaussian, guide, params), exact)
+    assert_unbiased(gradients(elbo, gaussian, guide, params), exact)
 
 
 class Decoder(PyroModule):
@@ -556,6 +552,7 @@ class Decoder(PyroModule):
             pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store because requires_grad=False")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_parameters_of_the_model(frozen):
     """E over the guide of the gradient of log p, by closed form: E z = loc, E z² = loc² + scale²."""
@@ -647,11 +644,19 @@ def normal_guide():
     pyro.sample("x", dist.Normal(loc, scale))
 
 
+@pytest.fixture
+def unvalidated():
+    """Where Pyro validates, a factor of NaN is an error."""
+    with pyro.validation_enabled(False):
+        yield
+
+
 @FINITE
+@pytest.mark.usefixtures("unvalidated")
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_particles_that_fail_are_left_out_and_counted(vectorized):
     elbo = TraceSTL_ELBO(num_particles=50, vectorize_particles=vectorized, max_plate_nesting=0)
-    normal_guide(), holed(1.0)()
+    normal_guide()
     pyro.set_rng_seed(5)
     loss = elbo.loss_and_grads(holed(1.0), normal_guide)
     pyro.set_rng_seed(5)
@@ -673,6 +678,27 @@ def test_particles_that_fail_are_left_out_and_counted(vectorized):
 
 
 @FINITE
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_a_gradient_that_is_not_finite_is_left_out_too(vectorized):
+    """The density is finite beyond the bound, its gradient 0 times infinity."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("kink", (x.clamp(max=1.0) - 1.0).abs().sqrt())
+
+    elbo = TraceSTL_ELBO(num_particles=50, vectorize_particles=vectorized, max_plate_nesting=0)
+    normal_guide()
+    pyro.set_rng_seed(5)
+    loss = elbo.loss_and_grads(model, normal_guide)
+    pyro.set_rng_seed(5)
+    noise = torch.randn(50) if vectorized else torch.stack([torch.randn(()) for _ in range(50)])
+    assert elbo.num_dropped == (0.3 + 2.0 * noise > 1.0).sum() > 0
+    assert math.isfinite(loss)
+    assert all(param.grad.isfinite().all() for param in stored("loc", "scale"))
+
+
+@FINITE
+@pytest.mark.usefixtures("unvalidated")
 @pytest.mark.parametrize(
     "elbo", [TraceSTL_ELBO(), TraceIW_ELBO(2), TraceIW_ELBO(4, vectorize_particles=True)]
 )
@@ -697,27 +723,29 @@ def test_refusals_name_the_site():
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
     def partly():
-        pyro.sample(
-            "k", dist.testing.rejection_gamma.ShapeAugmentedGamma(torch.tensor(2.0), torch.tensor(1.0))
-        )
-
-    import pyro.distributions.testing.rejection_gamma  # noqa: F401
+        pyro.sample("k", ShapeAugmentedGamma(torch.tensor(2.0), torch.tensor(1.0)))
 
     def continuous():
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
     for elbo in (TraceSTL_ELBO(), TraceIW_ELBO(2, dreg=False), TraceAnnealed_ELBO(lambda step: 1.0)):
-        with pytest.raises(ValueError, match="site 'k'.*reparameterised.*Bernoulli"):
+        with pytest.raises(ValueError, match=r"site \'k\'.*reparameterised.*Bernoulli"):
             elbo.loss_and_grads(model, discrete)
-        with pytest.raises(ValueError, match="site 'k'.*reparameterised"):
+        with pytest.raises(ValueError, match=r"site \'k\'.*reparameterised"):
             elbo.loss_and_grads(model, partly)
-        with pytest.raises(ValueError, match="site 'k'.*enumeration in the guide"):
+        with pytest.raises(ValueError, match=r"site \'k\'.*enumeration in the guide"):
             elbo.loss_and_grads(model, config_enumerate(discrete))
         with (
             pyro.validation_enabled(False),
-            pytest.raises(ValueError, match="site 'k'.*enumeration in the model"),
+            pytest.raises(ValueError, match=r"site \'k\'.*enumeration in the model"),
         ):
             elbo.loss_and_grads(config_enumerate(model), continuous)
+
+
+def test_guides_that_are_handlers_are_refused():
+    guide = pyro.infer.autoguide.AutoNormalMessenger(gaussian)
+    with pytest.raises(ValueError, match=r"guide: expected a program, got the handler AutoNormalMessenger"):
+        TraceSTL_ELBO(num_particles=2, vectorize_particles=True).loss_and_grads(gaussian, guide)
 
 
 def test_what_pyro_validates_is_validated():
@@ -800,9 +828,9 @@ def test_schedule_is_followed_and_resumed():
     assert asked == list(range(7))
     elbo.steps = 2
     assert elbo.beta.item() == pytest.approx(0.6)
+    ends = TraceAnnealed_ELBO(lambda step: 3.0 - step)
     with pytest.raises(ValueError, match="at step 3"):
-        broken = TraceAnnealed_ELBO(lambda step: 3.0 - step)
-        broken.steps = 3
+        ends.steps = 3
 
 
 def steps(svi_class, make_elbo, compile_options, run):
@@ -811,11 +839,7 @@ def steps(svi_class, make_elbo, compile_options, run):
     guide, _ = auto_affine_flow(False)
     elbo = make_elbo()
     svi = svi_class(gaussian, guide, Adam({"lr": 0.01}), elbo, **compile_options)
-    losses = []
-    if run:
-        losses = svi.run(12, progress=False).tolist()
-    else:
-        losses = [svi.step() for _ in range(12)]
+    losses = svi.run(12, progress=False).tolist() if run else [svi.step() for _ in range(12)]
     return losses, [p.detach().clone() for p in guide.parameters()], elbo
 
 
@@ -870,8 +894,9 @@ def mixture_loss(logits, table):
 
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_auxiliary_site_without_a_path(vectorized):
-    """Measured: Pyro's is off by up to 0.17, which is the gradient of the auxiliary site's entropy."""
-    num, options = 400, {"num_particles": 20 if vectorized else 4, "vectorize_particles": vectorized}
+    """Measured: Pyro's is off by up to 0.21, which is the gradient of the auxiliary site's entropy."""
+    num, options = 300, {"num_particles": 20 if vectorized else 4, "vectorize_particles": vectorized}
+    options["max_plate_nesting"] = 0
     mixture_guide()
     params = stored("logits", "table")
     exact = exact_gradient(mixture_loss(*params), params)
@@ -918,14 +943,14 @@ def test_factor_of_a_discrete_guide():
         pyro.factor("cost", factor, has_rsample=False)
 
     options = {"num_particles": 20, "vectorize_particles": True}
-    with pyro.validation_enabled(False):
-        guide()
-        params = stored("logits")
-        log_q = params[0].log_softmax(-1)
-        costs = log_q - torch.tensor([0.5, 0.3, 0.2]).log() + torch.tensor([1.0, -2.0, 0.5])
-        exact = exact_gradient((log_q.exp() * costs).sum(), params)
-        assert_unbiased(gradients(TraceAuxiliary_ELBO(**options), three_states, guide, params, 300), exact)
-        assert z_scores(gradients(Trace_ELBO(**options), three_states, guide, params, 300), exact).max() > 8
+    elbo = TraceAuxiliary_ELBO(**options)
+    elbo.loss(three_states, guide)
+    params = stored("logits")
+    log_q = params[0].log_softmax(-1)
+    costs = log_q - torch.tensor([0.5, 0.3, 0.2]).log() + torch.tensor([1.0, -2.0, 0.5])
+    exact = exact_gradient((log_q.exp() * costs).sum(), params)
+    assert_unbiased(gradients(elbo, three_states, guide, params, 300), exact)
+    assert z_scores(gradients(Trace_ELBO(**options), three_states, guide, params, 300), exact).max() > 8
 
 
 @pytest.mark.parametrize("kind", ["lognormal", "gamma"])
@@ -947,7 +972,7 @@ def test_mean_field_keeps_the_jacobian(kind):
         square = s.square() + (m - 0.5).square()
         log_p = -m - math.log(2.0) - 0.5 * math.log(2 * math.pi) - square / 8
     exact = -(log_p + entropy)
-    options = {"num_particles": 32, "vectorize_particles": True}
+    options = {"num_particles": 32, "vectorize_particles": True, "max_plate_nesting": 0}
     elbo = TraceMeanFieldJacobian_ELBO(**options)
     assert_unbiased(gradients(elbo, model, guide, params, 200), exact_gradient(exact, params))
     losses = torch.tensor([elbo.loss(model, guide) for _ in range(200)])
