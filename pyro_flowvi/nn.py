@@ -151,6 +151,17 @@ class MaskedMLP(MLP):
         weight: Tensor = layer.weight * layer.mask  # type: ignore[operator]
         return weight
 
+    def jacobian(self, x: Tensor) -> Tensor:
+        """The derivatives of all outputs by all inputs, ``(*, P D, D)``, at ``x`` of shape ``(*, D)``."""
+        *weights, last = self.masked_weights()
+        total: Tensor | None = None
+        for layer, weight in zip(self.hidden, weights, strict=True):
+            x = ACTIVATIONS[self.activation](F.linear(x, weight, layer.bias))  # type: ignore[arg-type]
+            slope = 1.0 - x.square() if self.activation == "tanh" else (x > 0).to(x)
+            total = slope.unsqueeze(-1) * (weight if total is None else weight @ total)
+        assert total is not None  # there is at least one hidden layer
+        return last @ total
+
     def masked_weights(self) -> list[Tensor]:
         """The weights of all layers, masked, first layer first."""
         return [self._weight(layer) for layer in (*self.hidden, self.last)]

@@ -85,19 +85,23 @@ class Autoregressive(ParametricTransform):
         return self._ordered(y), log_det
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.conditioner is None or self.dim > MAX_DENSE_JACOBIAN:
+        if self.dim > MAX_DENSE_JACOBIAN or self.conditioner is None:
             return super().forward_with_score(x, score)
         raw, x = self.raw_parameters(), self._ordered(x)
-        image, log_det = self._forward(raw, x)
-        # Each copy of x gives a row of the Jacobian: an inverse pass would take the coordinates in turn.
-        copies = x.detach().expand(self.dim, *x.shape).clone().requires_grad_()
-        rows, log_dets = self._forward(raw, copies)
-        diagonal = rows.diagonal(dim1=0, dim2=-1).sum()
-        (jacobian,) = torch.autograd.grad(diagonal, copies, retain_graph=True)
-        (bend,) = torch.autograd.grad(log_dets[0].sum(), copies)
-        score = (self._ordered(score) - bend[0]).unsqueeze(-1)
-        solved = torch.linalg.solve_triangular(jacobian.movedim(0, -2).mT, score, upper=True)
-        return self._ordered(image), log_det, self._ordered(solved.squeeze(-1))
+        h = self.conditioner(x, raw).unflatten(-1, self.offset.shape)
+        image, log_slope = self.transformer.forward(x, h, raw["offset"])
+        ones = torch.ones_like(image)
+        (by_param,) = torch.autograd.grad(image, h, ones, retain_graph=True)
+        bend = torch.zeros_like(x)
+        if log_slope.requires_grad:  # that of an additive layer is constant
+            (bend,) = torch.autograd.grad(log_slope, x, ones, retain_graph=True)
+        with torch.no_grad():
+            # The whole Jacobian and one triangular solve: an inverse pass would take the coordinates in turn.
+            inner = self.conditioner.jacobian(x).unflatten(-2, self.offset.shape)
+            jacobian = (by_param.unsqueeze(-1) * inner).sum(-3) + torch.diag_embed(log_slope.exp())
+            score = (self._ordered(score) - bend).unsqueeze(-1)
+            score = torch.linalg.solve_triangular(jacobian.mT, score, upper=True).squeeze(-1)
+        return self._ordered(image), log_slope.sum(-1), self._ordered(score)
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         y = self._ordered(y)

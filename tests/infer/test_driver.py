@@ -174,7 +174,7 @@ class TestGuards:
             return data if step < 40 else 2 * data
 
         guide, path = AutoPlanar(model, 2), tmp_path / "run"
-        with pyro.validation_enabled(False), pytest.raises(FitDiverged, match="step 40.*'late'"):
+        with pyro.validation_enabled(False), pytest.raises(FitDiverged, match=r"step 40.*'late'"):
             fit(model, guide, batches=batches, num_steps=90, seed=0, checkpoint=path, progress=False)
         assert path.exists()
         assert all(bool(p.isfinite().all()) for p in guide.parameters())
