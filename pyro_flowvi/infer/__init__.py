@@ -2,6 +2,7 @@
 
 from .cause import CannotCompile, CompileWarning
 from .compiled import CompiledSVI
+from .corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
 from .elbo import TraceAnnealed_ELBO, TraceIW_ELBO, TraceSTL_ELBO
 from .fit import FitDiverged, FitResult, fit
 
@@ -12,7 +13,9 @@ __all__ = [
     "FitDiverged",
     "FitResult",
     "TraceAnnealed_ELBO",
+    "TraceAuxiliary_ELBO",
     "TraceIW_ELBO",
+    "TraceMeanFieldJacobian_ELBO",
     "TraceSTL_ELBO",
     "fit",
 ]

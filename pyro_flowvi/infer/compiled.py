@@ -61,8 +61,8 @@ class CompiledSVI(SVI):
     :param guide: any Pyro guide for it.
     :param optim: a ``pyro.optim`` optimizer, a ``torch.optim`` class, or an optimizer of that kind over the
         parameters.  Adam, AdamW and ClippedAdam are compiled, the others run between compiled gradients.
-    :param loss: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``TraceEnum_ELBO`` or ``RenyiELBO``, or a function
-        that returns a differentiable loss; any other objective runs eagerly.
+    :param loss: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``TraceEnum_ELBO`` or ``RenyiELBO``, an objective
+        of this package, or a function that returns a differentiable loss; any other runs eagerly.
     :param compile: True compiles after the first step, and raises where that fails; "auto" compiles where
         it pays, judged by counts alone: in :meth:`run` by the number of steps and the size of the graph, in
         :meth:`step` after 200 calls; False never does.
