@@ -1,4 +1,4 @@
-# make demo    fit eight schools with three guides, print a table, save a figure
+# make demo    fit eight schools with four guides, print a table, save a figure
 # make test    lint, types, unit tests, docstring examples, README's Python blocks
 #
 # On Linux, plain torch from PyPI brings CUDA along.  For the small CPU build:
@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+JOBS ?= 2
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -31,7 +32,7 @@ test: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The demonstration: one model, three guides, a table and a picture."""
+"""The demonstration: one model, four guides, a table and a picture."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from .autoguide import AutoPlanar, AutoRadial
+from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
 from .diagnostics import Diagnosis, diagnose
 from .infer import fit
@@ -29,6 +29,7 @@ GUIDES: Final[dict[str, Callable[..., Any]]] = {
     "AutoNormal (Pyro)": AutoNormal,
     "AutoPlanar": AutoPlanar,
     "AutoRadial": AutoRadial,
+    "AutoRealNVP": AutoRealNVP,
 }
 NUM_STEPS: Final = 4000
 NUM_DRAWS: Final = 20_000
@@ -161,7 +162,7 @@ def run_demo(
 
         >>> rows = run_demo(num_steps=10, progress=False)
         >>> [row.name for row in rows]
-        ['AutoNormal (Pyro)', 'AutoPlanar', 'AutoRadial']
+        ['AutoNormal (Pyro)', 'AutoPlanar', 'AutoRadial', 'AutoRealNVP']
     """
     reference = None
     if model is eight_schools and data is None:

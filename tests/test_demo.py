@@ -45,6 +45,7 @@ def test_eight_schools(tmp_path, capsys):
         "AutoNormal (Pyro)",
         "AutoPlanar",
         "AutoRadial",
+        "AutoRealNVP",
         "PSIS k-hat",
         "verdict",
         "worst |mean error|/sd",
