@@ -116,7 +116,18 @@ INTERNAL = {
         "state",
     ),
     *("chains", "draws", "regions", "verdict"),
-    *("cause", "checkpoint", "compiled_step", "cuda", "forms", "frame", "fused", "gaussians", "hazards"),
+    *(
+        "batches",
+        "cause",
+        "checkpoint",
+        "compiled_step",
+        "cuda",
+        "forms",
+        "frame",
+        "fused",
+        "gaussians",
+        "hazards",
+    ),
     *("driver", "interpret", "reach", "replay", "start", "tracing"),
 }
 """Modules whose names are public to the package alone: a docstring, but no example."""

@@ -190,7 +190,8 @@ class AutoFlow(NamedGuide):
         # Sites that were observed at set-up and now are not (a prediction) are the model's to draw.
         self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in before
         try:
-            with self._apart():
+            # What the model draws here is no part of the user's stream of random numbers.
+            with torch.random.fork_rng(), self._apart():
                 super()._setup_prototype(*args, **kwargs)
         except BaseException:
             self.__dict__.update(saved)
@@ -313,6 +314,8 @@ class AutoFlow(NamedGuide):
                     f"{self.name}: call materialize(*args, **kwargs) with all data to resample"
                 )
             density = self.density(*self._data[0], **self._data[1])
+            if density.subsampled:
+                raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
             latent = importance_resample(
                 lambda size: posterior.rsample_and_log_prob((size,)), density, math.prod(shape)
             ).reshape(*shape, self.latent_dim)

@@ -88,7 +88,7 @@ class Checkpoint:
         found = state["fingerprint"]
         keys = [key for key in expected if found.get(key) != expected[key]]
         if keys:
-            told = ", ".join(f"{key} ({found.get(key)}, now {expected[key]})" for key in keys)
+            told = ", ".join(f"{key} ({str(found.get(key))[:80]}, now {expected[key][:80]})" for key in keys)
             raise ValueError(
                 f"checkpoint: expected one of this run, got {str(self.path)!r}, which differs in {told}; "
                 "delete it to start afresh"
@@ -117,7 +117,7 @@ def _state(driver: Driver) -> dict[str, Any]:
             state = dict(inner.state.get(param, {}))
             optimizers[name] = {
                 "state": {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()},
-                "lr": [float(group["lr"]) for group in inner.param_groups],
+                "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups],
                 "schedule": outer.state_dict() if outer is not inner else None,
             }
     numpy: Any = np.random.get_state(legacy=True)
@@ -138,6 +138,7 @@ def _state(driver: Driver) -> dict[str, Any]:
         },
         "frame": None if frame is None else (frame.loc.clone(), frame.scale.clone()),
         "mode": driver.mode,
+        "data": driver.arguments.start,
         "start": driver.start,
         "random": {
             "torch": torch.get_rng_state(),
@@ -165,8 +166,8 @@ def restore(driver: Driver, state: Mapping[str, Any]) -> None:
         outer = optim.optim_objs[params[name]]
         inner = inner_optimizer(outer)
         inner.state[params[name]] = dict(saved["state"])
-        for group, lr in zip(inner.param_groups, saved["lr"], strict=True):
-            group["lr"] = lr
+        for group, entries in zip(inner.param_groups, saved["groups"], strict=True):
+            group.update(entries)
         if saved["schedule"] is not None:
             outer.load_state_dict(saved["schedule"])
     for name, value in state["objective"].items():
@@ -176,6 +177,7 @@ def restore(driver: Driver, state: Mapping[str, Any]) -> None:
     driver.average = dict(state["average"])
     driver.norms.extend(state["norms"])
     driver.start = state["start"]
+    driver.arguments.restart(state["data"])
     run.losses[:] = state["losses"]
     run.best, run.best_weights = dict(state["best"]), state["best_weights"]
     run.optim.limits.copy_(state["limits"])

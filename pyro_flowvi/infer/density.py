@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..init import UnconstrainedModel
+from ..init import REFUSALS, UnconstrainedModel
 from .cause import CannotCompile
 from .tracing import UNSUPPORTED_TORCH, trace
 
@@ -27,14 +27,18 @@ def traced(density: UnconstrainedModel, width: int = WIDTH) -> ValueAndGrad:
     :param width: points that the graph takes at once.
     :return: a function of points; the plain one where the model does what a graph cannot hold.
     """
-    plain = density.value_and_grad
+
+    def plain(z: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradients = zip(*map(density.value_and_grad, z.split(width)), strict=True)
+        return torch.cat(values), torch.cat(gradients)
+
     if UNSUPPORTED_TORCH or not density.batched or density.subsampled:
         return plain
     offsets = torch.linspace(-1.0, 1.0, width, dtype=torch.float64).unsqueeze(-1)
     waves = torch.cos(torch.arange(density.dim, dtype=torch.float64))
     points = density.start + 0.5 * (offsets * waves).to(density.start)
     try:
-        graph = trace(plain, [], [points])
+        graph = trace(density.value_and_grad, [], [points])
     except CannotCompile:
         return plain
 
@@ -46,7 +50,10 @@ def traced(density: UnconstrainedModel, width: int = WIDTH) -> ValueAndGrad:
         for part in z.split(width):
             filled = part.new_zeros(width, part.shape[1]) + part[:1]
             filled[: len(part)] = part
-            value, gradient = graph.graph(*graph.constants, filled)
+            try:
+                value, gradient = graph.graph(*graph.constants, filled)
+            except REFUSALS:
+                value, gradient = density.value_and_grad(filled)
             values.append(value[: len(part)])
             gradients.append(gradient[: len(part)])
         return torch.cat(values), torch.cat(gradients)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cause import CannotCompile
+from ..init import REFUSALS
+from .batches import Supply
 from .compiled import CompiledSVI
 from .progress import FitDiverged, Progress
 from .state import NotFinite, Run, is_worse
@@ -40,6 +41,8 @@ PATIENCE = 6
 """Checks over which a plateau is judged."""
 PLATEAU_GAIN = 2e-3
 """Gain in ELBO, nats, over that time that still counts as progress."""
+BLURRED = 0.05
+"""Standard error of that gain, doubled, above which no plateau can be told from a slow rise."""
 PLATEAU_FACTOR = 0.3
 """What a first plateau does to the learning rate."""
 EARLIEST_STOP = 0.2
@@ -47,13 +50,12 @@ EARLIEST_STOP = 0.2
 SETTLED = 0.05
 """Standard deviation of the log weights, nats, at which the guide cannot be told from the posterior near its
 draws: half its square is the divergence, and no mean is off by more of a standard deviation."""
+RECOVERABLE: tuple[type[Exception], ...] = (NotFinite, *REFUSALS)
 MAX_FAILURES = 5
 RECOVERED = 50
 """Good steps after which a failure is no longer in a row with the next."""
 MAX_SKIPS = 20
 """Steps left out one after another that count as a failure."""
-
-_LINALG_ERROR: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -70,9 +72,9 @@ class Driver:
     :param num_steps: steps at most.
     :param lr: the learning rate to start from; None leaves rates to the optimizer's own schedule.
     :param compile: as in :class:`CompiledSVI`.
-    :param arguments: the model's arguments of a step; None once there are no more.
+    :param arguments: the model's arguments step by step.
     :param fresh_data: whether they differ from step to step.
-    :param stops_early: whether a plateau ends the run.
+    :param may_settle: whether equal weights of all draws mean that there is nothing left to train.
     """
 
     def __init__(
@@ -81,13 +83,16 @@ class Driver:
         num_steps: int,
         lr: float | None,
         compile: bool | str,
-        arguments: Callable[[int], tuple[Any, ...] | None],
+        arguments: Supply,
         fresh_data: bool = False,
-        stops_early: bool = True,
+        may_settle: bool = True,
     ) -> None:
         self.run, self.num_steps, self.arguments = run, num_steps, arguments
         self.fresh_data = fresh_data
-        self.stops_early = stops_early and run.ranked and num_steps >= ENOUGH_STEPS
+        # A schedule of the objective's own has to run to its end.
+        early = run.ranked and not hasattr(run.loss, "advance")
+        self.stops_early = early and num_steps >= ENOUGH_STEPS
+        self.may_settle = may_settle
         self.progress = Progress(lr=lr)
         self.average: dict[str, Tensor] = {}
         self.start: str | None = None
@@ -120,14 +125,27 @@ class Driver:
         fall = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * step / self.num_steps))
         return self.progress.lr * self.progress.factor * rise * fall
 
+    def prepare(self, race: bool) -> None:
+        """Keeps the start as the first candidate, and lets rates race; Ctrl-C ends the run at the start."""
+        self.run.keep_start()
+        if race:
+            try:
+                self.race()
+            except KeyboardInterrupt:
+                self.run.restore()
+                self.progress.stop_reason = "interrupted"
+
     def race(self) -> None:
         """Takes a few steps at each of three rates from the same state, and goes on with the best."""
         progress, run = self.progress, self.run
         if progress.lr is None or self.num_steps < ENOUGH_STEPS or not run.ranked:
             return
-        if bool(run.evaluate().std() < 2.0 * SETTLED):
+        if self.may_settle and bool(run.evaluate().std() < 2.0 * SETTLED):
             return  # the start is as good as the posterior: there is little to win
         table, best = progress.lr, None
+        schedule = {
+            name: value.clone() for name, value in vars(run.loss).items() if isinstance(value, Tensor)
+        }
         for multiple in RACE_RATES:
             progress.lr = table * multiple
             try:
@@ -142,10 +160,14 @@ class Driver:
                     # The rate of the table, which is tried first, stays unless another is surely better.
                     if best is None or is_worse(best[1], weights):
                         best = progress.lr, weights
-            except NotFinite:
-                pass
+            except RECOVERABLE:
+                if not self.svi._started:
+                    raise  # most likely the model's own mistake: its message is the best
             run.restore()
             run.optim.forget()
+            for name, value in schedule.items():
+                getattr(run.loss, name).copy_(value)
+            progress.num_dropped = 0
             self.norms.clear()
             run.optim.limits.fill_(math.inf)
         progress.lr = best[0] if best else table / RACE_RATES[-1]
@@ -190,14 +212,10 @@ class Driver:
         count, left = self._until_a_change(), self.num_steps - progress.step
         try:
             taken = self._steps(args, count, left)
-        except NotFinite:
-            taken = [(math.nan, math.nan)]
-        except CannotCompile:
-            raise
-        except (ValueError, _LINALG_ERROR) as error:
-            if progress.step == 0:
+        except RECOVERABLE as error:
+            if progress.step == 0 and not isinstance(error, NotFinite):
                 raise  # most likely the model's own mistake: its message is the best
-            taken, cause = [(math.nan, math.nan)], error
+            taken, cause = [(math.nan, math.nan)], None if isinstance(error, NotFinite) else error
         for value, norm in taken:
             skipped = math.isfinite(value) and norm > skip
             progress.skips = progress.skips + 1 if skipped else 0
@@ -241,10 +259,14 @@ class Driver:
             after = torch.get_rng_state()
             torch.set_rng_state(random_state)
             named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
-            site = named.group(1) if named else run.find_bad_site(args)
+            site = named.group(1) if named else None
+            if cause is None:
+                site = run.find_bad_site(args)
             torch.set_rng_state(after)
             run.restore()
-            raise FitDiverged(progress.step, site, torch.tensor(run.losses)) from cause
+            told = str(cause).strip().splitlines()
+            losses = torch.tensor(run.losses)
+            raise FitDiverged(progress.step, site, losses, told[0] if told and cause else None) from cause
         run.restore()
         run.optim.forget()
         self.average = {}
@@ -289,7 +311,7 @@ class Driver:
         se = float(weights.std() / math.sqrt(len(weights)))
         progress.elbos.append((progress.step, float(weights.mean()), se))
         progress.recent = [*progress.recent, weights][-1 - PATIENCE :]
-        if self.stops_early and bool(weights.std() < SETTLED):
+        if self.stops_early and self.may_settle and bool(weights.std() < SETTLED):
             return True
         early = progress.step < EARLIEST_STOP * self.num_steps
         if not self.stops_early or early or len(progress.recent) <= PATIENCE:
@@ -303,8 +325,7 @@ class Driver:
             return False
         return True
 
-    @staticmethod
-    def _gains(recent: list[Tensor]) -> bool:
+    def _gains(self, recent: list[Tensor]) -> bool:
         """Whether the ELBO rose over the recent checks, on common random numbers, beyond its noise."""
         half = len(recent) // 2
         late, early = torch.stack(recent[half:]).mean(0), torch.stack(recent[:half]).mean(0)
@@ -312,6 +333,8 @@ class Driver:
         if not bool(gain.isfinite().all()):
             return True
         error = float(gain.std()) / math.sqrt(len(gain))
+        if 2.0 * error > BLURRED and not self.run.held_out:
+            return True  # too noisy to tell
         return float(gain.mean()) > max(2.0 * error, PLATEAU_GAIN)
 
     # -- the run ------------------------------------------------------------------------------------
@@ -324,8 +347,6 @@ class Driver:
         run, progress = self.run, self.progress
         if progress.stop_reason is not None:
             return progress.stop_reason
-        if progress.step == 0:
-            run.keep_start()
         reason, saved = "completed", time.monotonic()
         name = type(run.guide).__name__
         with tqdm(total=self.num_steps, initial=progress.step, disable=not progress_bar, desc=name) as bar:

@@ -19,7 +19,9 @@ from .._checks import check_positive, check_positive_int
 from ..autoguide import AutoFlow
 from ..autoguide.frame import leave_frame
 from ..distributions.flow import scoring
+from ..init import Effort
 from ..transforms import defaults_for
+from .batches import Supply, as_args
 from .checkpoint import Checkpoint, fingerprint, restore
 from .driver import Driver
 from .particles import Particles
@@ -38,7 +40,11 @@ NUM_PARTICLES_APART = 4
 """Particles a step where the model cannot run them together, so that each costs a full step."""
 COMPARISON_DRAWS_ON_DATA = 16
 """Draws on which states are compared on validation data, as a rule many rows with latents of their own."""
+MANY_ELEMENTS = 5_000_000
+"""Elements of draws and data together above which states are compared on fewer draws."""
 CHECKPOINT_SECONDS = 30.0
+THOROUGH_FROM = 2000
+"""Draws in a whole run from which a thorough search for the start is worth its own."""
 
 Program = Callable[..., Any]
 
@@ -125,43 +131,6 @@ def _defaults(guide: Any) -> tuple[float, int]:
     return choice.lr, choice.num_particles
 
 
-def _as_args(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _supply(batches: Any, args: tuple[Any, ...]) -> Callable[[int], tuple[Any, ...] | None]:
-    """The model's arguments by step; None once there are no more."""
-    if batches is None:
-        return lambda step: args
-    if callable(batches):
-        return lambda step: _as_args(batches(step))
-
-    def rounds() -> Iterator[Any]:
-        while True:
-            empty = True
-            for batch in batches:
-                empty = False
-                yield batch
-            if empty or iter(batches) is batches:  # a generator runs once
-                return
-
-    source = rounds()
-    taken: dict[int, Any] = {}
-
-    def next_batch(step: int) -> tuple[Any, ...] | None:
-        while step not in taken:
-            try:
-                batch = next(source)
-            except StopIteration:
-                return None
-            last = max(taken, default=-1) + 1
-            taken.clear()
-            taken[last] = batch
-        return _as_args(taken[step])
-
-    return next_batch
-
-
 def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
     """Whether a guide of flows can carry scores forward: a foreign transform may have no inverse."""
     with torch.random.fork_rng(), poutine.block(), scoring():
@@ -206,6 +175,8 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
         raise ValueError(f"batches: expected an iterable or a callable of the step, got {batches!r}")
     if batches is not None and options["args"]:
         raise ValueError("batches: expected no further arguments of the model with batches, got both")
+    if optim is not None and options["lr"] is not None:
+        raise ValueError("lr: expected None with an optimizer, which has its own, got both")
     if options["compile"] not in (True, False, "auto"):
         raise ValueError(f"compile: expected True, False or 'auto', got {options['compile']!r}")
 
@@ -289,7 +260,7 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     kwargs = dict(model_kwargs or {})
-    supply = _supply(batches, args)
+    supply = Supply(batches, args)
     first = supply(0)
     if first is None:
         raise ValueError("batches: expected at least one batch, got none")
@@ -297,7 +268,7 @@ def fit(
         guide.materialize(*first, **kwargs)
         guide._data = (first, kwargs) if batches is None else None
     particles = Particles(model, guide, first, kwargs)
-    judge = particles if validation is None else Particles(model, guide, _as_args(validation), kwargs)
+    judge = particles if validation is None else Particles(model, guide, as_args(validation), kwargs)
     default_lr, default_particles = _defaults(guide)
     if not particles.vectorized:
         default_particles = NUM_PARTICLES_APART
@@ -306,6 +277,9 @@ def fit(
         objective = particles.elbo(num_particles or default_particles, path)
     else:
         objective = loss
+        if objective.max_plate_nesting == math.inf:  # Pyro guesses at the first step, which may be compiled
+            with torch.random.fork_rng():
+                objective._guess_max_plate_nesting(model, guide, first, kwargs)
     rate = default_lr if lr is None else float(lr)
     run = Run(
         model,
@@ -317,8 +291,13 @@ def fit(
         ranked=validation is not None or (loss is None and batches is None and not particles.subsampled),
     )
     if validation is not None:
-        run.comparison_draws = COMPARISON_DRAWS_ON_DATA
-    driver = Driver(run, num_steps, rate if optim is None else None, compile, supply, batches is not None)
+        run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
+    elif judge.largest * run.comparison_draws > MANY_ELEMENTS:
+        run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.largest)
+    may_settle = not (particles.model_has_params or particles.point_masses()) and particles.has_latents
+    driver = Driver(
+        run, num_steps, rate if optim is None else None, compile, supply, batches is not None, may_settle
+    )
     identity: dict[str, str] = {}
     saved = None
     if file is not None:
@@ -334,7 +313,8 @@ def fit(
             "guide": type(guide).__name__,
             "parameters": sorted(particles.params.items()),
         }
-        identity = fingerprint(settings, (first, kwargs))
+        settings["optim_args"] = optim.pt_optim_args if isinstance(optim, PyroOptim) else None
+        identity = fingerprint(settings, (first, kwargs, validation))
         saved = file.read(identity)
     save = None if file is None else partial(file.write, driver, identity)
     try:
@@ -343,9 +323,11 @@ def fit(
                 restore(driver, saved)
             else:
                 if isinstance(guide, AutoFlow):
-                    driver.start = locate(run, guide, guide.density(*first, **kwargs))
-                if lr is None and (batches is None or callable(batches)):
-                    driver.race()
+                    density = guide.density(*first, **kwargs)
+                    thorough = density.batched and num_steps * objective.num_particles >= THOROUGH_FROM
+                    effort = Effort.within(particles.largest) if thorough else Effort.small()
+                    driver.start = locate(run, guide, density, effort)
+                driver.prepare(race=lr is None and (batches is None or callable(batches)))
             stop_reason = driver.train(progress, save, CHECKPOINT_SECONDS)
     finally:
         if isinstance(guide, AutoFlow):

@@ -73,6 +73,7 @@ class Particles:
                 for name, site in _samples(prune_subsample_sites(guide_trace)).items()
                 if not site["infer"].get("is_auxiliary")
             }
+            self.has_latents = bool(self._shapes)
             self._discrete = {
                 name
                 for name, site in _samples(prune_subsample_sites(model_trace)).items()
@@ -85,6 +86,11 @@ class Particles:
                 if site["type"] == "param"
             }
             """Parameters of both programs: name -> shape."""
+            self.model_has_params = any(
+                site["type"] == "param" and name not in guide_trace.nodes
+                for name, site in model_trace.nodes.items()
+            )
+            """Whether the model has parameters that the guide has not."""
             self.largest = max((site["value"].numel() for site in sites), default=1)
             """Elements of the largest value of a site, for one particle."""
             self.path_gradients = all(map(_has_path_gradient, _samples(guide_trace, drawn=True).values()))
@@ -126,7 +132,7 @@ class Particles:
         trace = prune_subsample_sites(trace)
         trace.compute_log_prob()
         parts = [sum_apart(site["log_prob"], size, self._nesting) for site in _samples(trace).values()]
-        return torch.stack(parts).sum(0)
+        return torch.stack(parts).sum(0) if parts else torch.zeros(size)
 
     def _vectorizes(self, guide_one: Trace, model_one: Trace) -> bool:
         """Whether every site scores each of a few particles run together as it does alone."""

@@ -15,6 +15,7 @@ class FitDiverged(RuntimeError):
     :param site: the sample site that is the first with a value, log density or gradient that is not
         finite; None if it could not be found.
     :param losses: the losses up to that step.
+    :param cause: what the model raised, if it did.
 
     Example::
 
@@ -22,10 +23,14 @@ class FitDiverged(RuntimeError):
         "step 12: the loss is not finite, first at site 'tau'; the last good state is restored"
     """
 
-    def __init__(self, step: int, site: str | None, losses: Tensor) -> None:
-        self.step, self.site, self.losses = step, site, losses
-        where = f"first at site {site!r}" if site else "at no single site"
-        super().__init__(f"step {step}: the loss is not finite, {where}; the last good state is restored")
+    def __init__(self, step: int, site: str | None, losses: Tensor, cause: str | None = None) -> None:
+        self.step, self.site, self.losses, self.cause = step, site, losses, cause
+        what = f"the model raised {cause!r}" if cause and not site else "the loss is not finite"
+        where = f", first at site {site!r}" if site else "" if cause else ", at no single site"
+        super().__init__(f"step {step}: {what}{where}; the last good state is restored")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.step, self.site, self.losses, self.cause)
 
 
 @dataclass

@@ -11,20 +11,16 @@ from .state import Run, is_worse
 __all__ = ["locate"]
 
 
-def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel) -> str | None:
+def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel, effort: Effort) -> str | None:
     """Moves the guide to the best Gaussian that is found, if that raises its ELBO, and into its frame.
 
+    :param effort: how much to spend on the search.
     :return: the kind of candidate that the Gaussian came from; None if the guide stayed where it was.
     """
     affine = guide.affine
     if affine is None or not (affine.loc.requires_grad and affine.log_scale.requires_grad):
         return None
-    effort = Effort() if density.batched else Effort.small()
-    try:
-        gaussian = find_gaussian(traced(density, effort.starts), density.start, effort)
-    except (ValueError, RuntimeError):  # a model that refuses some points: the guide starts where it is
-        enter_frame(guide)
-        return None
+    gaussian = find_gaussian(traced(density, effort.starts), density.start, effort)
     before = run.evaluate()
     kept = {name: param.detach().clone() for name, param in affine.named_parameters()}
     loc, scale = gaussian.loc[0], gaussian.scale[0]

@@ -10,19 +10,25 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.optim import PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
+from ..init import REFUSALS
+from .fused import inner_optimizer, meet
 from .particles import Particles
 
 __all__ = ["GuardedOptim", "NotFinite", "Run", "is_worse"]
 
 COMPARISON_DRAWS = 256
 """Draws on which two states of a guide are compared, with common random numbers."""
+SMALL_BATCH = 16
 COMPARISON_DRAWS_APART = 16
 """The same where the model cannot run them together."""
 
 Program = Callable[..., Any]
+_ZERO_IS_FRESH = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, ClippedAdam)
+"""Optimizers whose state starts at zero, in place of which compiled steps rely."""
 
 
 class NotFinite(Exception):
@@ -53,7 +59,7 @@ class GuardedOptim(PyroOptim):
 
     def _names(self) -> dict[int, str]:
         """Names of parameters that live in modules and not in the param store, by identity."""
-        return {id(p): name for module in self._modules for name, p in module.named_parameters()}
+        return {id(param): name for name, param in self._local().items()}
 
     def _meet(self, params: Any) -> None:
         store, local = pyro.get_param_store(), None
@@ -66,11 +72,16 @@ class GuardedOptim(PyroOptim):
                 self.params[name] = param
                 self.first[name] = param.detach().clone()
 
-    def _known(self) -> dict[str, Tensor]:
+    def _local(self) -> dict[str, Tensor]:
+        """Parameters of modules by name; of two with one name the model's has a prefix."""
         known: dict[str, Tensor] = {}
-        known |= {name: param for module in self._modules for name, param in module.named_parameters()}
-        known |= pyro.get_param_store()._params
+        for module in self._modules:
+            for name, param in module.named_parameters():
+                known[name if known.get(name, param) is param else f"model.{name}"] = param
         return known
+
+    def _known(self) -> dict[str, Tensor]:
+        return self._local() | pyro.get_param_store()._params
 
     def meet_trained(self, names: Iterable[str]) -> None:
         """Meets, of the parameters of these names, those that exist and are trained."""
@@ -99,6 +110,7 @@ class GuardedOptim(PyroOptim):
         if any(id(param) not in order for param in params):
             self._meet(params)
             order = self._order()
+        params.sort(key=lambda param: order[id(param)])  # the order of a set differs between processes
         gradients = [param.grad for param in params if param.grad is not None]
         if gradients:
             norms = torch.stack([torch.linalg.vector_norm(g.detach()) for g in gradients])
@@ -110,13 +122,15 @@ class GuardedOptim(PyroOptim):
                 return
             if self.norm > clip:
                 torch._foreach_mul_(gradients, clip / self.norm)
-        self.optim(sorted(params, key=lambda param: order[id(param)]), *args, **kwargs)
+        self.optim(params, *args, **kwargs)
 
     @torch.no_grad()
     def forget(self) -> None:
         """Sets moments and step counts of the optimizers to zero."""
-        for optimizer in self.optim.optim_objs.values():
-            for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        for optimizer in map(inner_optimizer, self.optim.optim_objs.values()):
+            if not isinstance(optimizer, _ZERO_IS_FRESH):
+                optimizer.state.clear()
+            for state in optimizer.state.values():
                 for key, value in state.items():
                     if isinstance(value, Tensor):
                         value.zero_()
@@ -142,6 +156,8 @@ class Run:
 
     :param judge: draws on whose weights states are compared: on validation data if there are any.
     :param ranked: whether states can be compared.
+    :param comparison_draws: draws of a comparison.
+    :param held_out: whether states are compared on data that they are not trained on.
     """
 
     model: Program
@@ -152,6 +168,7 @@ class Run:
     optim: GuardedOptim
     ranked: bool
     comparison_draws: int = COMPARISON_DRAWS
+    held_out: bool = False
     losses: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
@@ -167,9 +184,18 @@ class Run:
             torch.manual_seed(0)
             try:
                 weights = self.judge.log_weights(size)
-            except (ValueError, RuntimeError):
-                return torch.full((size,), -math.inf)
+            except REFUSALS:
+                weights = torch.cat(
+                    [self._few_weights(part) for part in torch.arange(size).split(SMALL_BATCH)]
+                )
         return weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+
+    def _few_weights(self, size: int) -> Tensor:
+        """Log weights of a few draws, minus infinity if the model refuses one of them."""
+        try:
+            return self.judge.log_weights(size)
+        except REFUSALS:
+            return torch.full((size,), -math.inf)
 
     def keep_unless_worse(self) -> Tensor:
         """Keeps the present state as the best, unless an earlier one is better beyond its noise.
@@ -185,6 +211,7 @@ class Run:
     def keep_start(self) -> None:
         """Makes the state before the first step the best so far."""
         self.optim.meet_trained(self.judge.params)
+        meet(self.optim.optim, self.optim.params.values())
         self.keep_unless_worse()
 
     @property

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import pyro
 import torch
@@ -20,12 +20,14 @@ from torch.distributions import biject_to
 
 from .prototype import Site, Trace, latent_sites, prototype
 
-__all__ = ["UnconstrainedModel", "enumerated_log_weights", "sum_apart"]
+__all__ = ["REFUSALS", "UnconstrainedModel", "enumerated_log_weights", "sum_apart"]
 
 Program = Callable[..., Any]
 _PLATE = "_points"
 _PROBES = 3
 """Points in the test of batching: not two, so that an event of size two is not taken for them."""
+REFUSALS: Final[tuple[type[Exception], ...]] = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What a model raises where it has no density: validation, a matrix that is not positive definite."""
 _ROUNDING = 1e4
 """Multiples of eps by which a log density may depend on being one of a batch."""
 
@@ -241,10 +243,17 @@ class UnconstrainedModel:
         """Log densities and their gradients, neither with a graph.
 
         :param z: shape ``(P, D)``.
-        :return: shapes ``(P,)`` and ``(P, D)``.
+        :return: shapes ``(P,)`` and ``(P, D)``; minus infinity and zero at a point that the model refuses.
         """
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            value = self.log_density(z)
-            (gradient,) = torch.autograd.grad(value.sum(), z)
-        return value.detach(), gradient
+        try:
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                value = self.log_density(z)
+                (gradient,) = torch.autograd.grad(value.sum(), z)
+            return value.detach(), gradient
+        except REFUSALS:
+            if len(z) == 1:
+                return z.new_full((1,), -torch.inf), torch.zeros_like(z)
+            halves = [self.value_and_grad(half) for half in z.split(-(-len(z) // 2))]
+            values, gradients = zip(*halves, strict=True)
+            return torch.cat(values), torch.cat(gradients)

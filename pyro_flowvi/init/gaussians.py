@@ -16,6 +16,8 @@ MAX_DENSE_DIM = 200
 MIN_EIGENVALUES = (1e-3, 1e-8)
 """Bounds on the curvature of a candidate in units of the start, tried both at the ends of runs."""
 MAX_EIGENVALUE = 1e12
+LARGE_BATCH = 1_000_000
+"""Elements that a batch of points and data may have before a search is cut."""
 SCALES = (0.1, 1.0)
 MAX_MOVE = 2.0
 """How far, in standard deviations, one step of a refinement moves a mean."""
@@ -49,8 +51,14 @@ class Effort:
 
     @classmethod
     def small(cls) -> "Effort":
-        """For a model that scores one point at a time."""
+        """For a model that scores one point at a time, or for a short run."""
         return cls(4, 60, 2, 0, 16, 1, (0, 30))
+
+    @classmethod
+    def within(cls, elements: int) -> "Effort":
+        """What a model of so many data at each point allows: smaller batches of fewer candidates."""
+        points = LARGE_BATCH // max(1, elements)
+        return cls() if points >= 64 else cls(16, 200, 3, 3, 32, 2, (20, 40)) if points >= 16 else cls.small()
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,10 @@ def score_by_inverse(transform: Transform, y: Tensor, score: Tensor) -> Tensor:
     """The score at ``y`` of the image of a density whose score at the preimage is ``score``; no graph."""
     with torch.enable_grad():
         at = y.detach().requires_grad_()
-        x, log_det = inverse_and_log_det(transform, at)
+        try:
+            x, log_det = inverse_and_log_det(transform, at)
+        except KeyError as error:  # of Pyro's transforms that invert by looking up what they were given
+            raise NotImplementedError(f"{type(transform).__name__} has no inverse") from error
         total = (x * score).sum() + log_det.sum()
         (pushed,) = torch.autograd.grad(total, at)
     result: Tensor = pushed

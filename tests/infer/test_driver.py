@@ -294,9 +294,9 @@ class TestCheckpoint:
     def test_killed_and_resumed_it_ends_bit_for_bit_as_without(self, run, tmp_path):
         whole = run(tmp_path / "whole").communicate()[0].splitlines()
         steps = [int(line) for line in whole if not line.startswith("end")]
-        assert len(steps) > 40
+        assert len(steps) > 30
         path = tmp_path / "killed"
-        for after in (5, 20, 35):  # writes, of which the one after is under way when the signal comes
+        for after in (5, 17, 28):  # writes, of which the one after is under way when the signal comes
             process = run(path)
             while (line := process.stdout.readline()) and int(line) < steps[after]:
                 pass
@@ -307,7 +307,7 @@ class TestCheckpoint:
             process.send_signal(signal.SIGKILL)
             process.communicate()
         end = run(path).communicate()[0].splitlines()
-        assert int(end[0]) > steps[20]
+        assert int(end[0]) > steps[17]
         assert end[-1] == whole[-1]
         assert end[-1].startswith("end")
 

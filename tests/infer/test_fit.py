@@ -288,7 +288,8 @@ class TestCompiled:
             eager, fast = results
             assert torch.allclose(fast.losses, eager.losses, rtol=1e-7)
             for one, two in zip(sorted(fast.best_state), sorted(eager.best_state), strict=True):
-                assert torch.allclose(fast.best_state[one], eager.best_state[two], rtol=1e-6)
+                # Adam makes steps of the learning rate even of rounding, where a path gradient vanishes.
+                assert torch.allclose(fast.best_state[one], eager.best_state[two], rtol=1e-4, atol=1e-6)
 
     def test_by_default_at_the_default_length(self):
         def model(y):

@@ -1,0 +1,66 @@
+"""The model's arguments step by step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Supply", "as_args"]
+
+
+def as_args(value: Any) -> tuple[Any, ...]:
+    """A tuple or list of arguments, or one argument, as a tuple."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+class Supply:
+    """The model's arguments by step: always the same, by a callable, or from an iterable.
+
+    What an iterable draws at random, as a shuffling DataLoader does, comes from a stream of its own: so that
+    it can be gone through again from the start without a trace in the training's.
+
+    :param batches: None, a callable of the step, or an iterable; a generator runs once.
+    :param args: the arguments where ``batches`` is None.
+    """
+
+    def __init__(self, batches: Any, args: tuple[Any, ...]) -> None:
+        self.batches, self.args = batches, args
+        self.restart(torch.get_rng_state())
+
+    def restart(self, start: Tensor) -> None:
+        """Begins anew, with the random numbers that follow from a state of torch's generator."""
+        self.start = self._state = start
+        self._source = self._rounds()
+        self._last: tuple[int, Any] = (-1, None)
+
+    def _rounds(self) -> Iterator[Any]:
+        while True:
+            source, empty = iter(self.batches), True
+            for batch in source:
+                empty = False
+                yield batch
+            if empty or source is self.batches:
+                return
+
+    def _next(self) -> Any:
+        training = torch.get_rng_state()
+        torch.set_rng_state(self._state)
+        try:
+            return next(self._source)
+        finally:
+            self._state = torch.get_rng_state()
+            torch.set_rng_state(training)
+
+    def __call__(self, step: int) -> tuple[Any, ...] | None:
+        """The arguments of a step, none of them before that of the last call; None once there are no more."""
+        if self.batches is None:
+            return self.args
+        if callable(self.batches):
+            return as_args(self.batches(step))
+        while self._last[0] < step:
+            try:
+                self._last = self._last[0] + 1, self._next()
+            except StopIteration:
+                return None
+        return as_args(self._last[1])
