@@ -109,7 +109,7 @@ def diagnose(
 
     * "good", use the draws: k-hat at most 0.5 (or 95 % of the draws effective: by Cauchy-Schwarz no mean
       is then off by more than a quarter of an sd, nearly always far less), resampling moves no mean by
-      0.1 sd and no sd by a factor of 1.1, the probes agree, and the training converged.
+      0.08 sd and no sd by a factor of 1.08, the probes agree, and the training converged.
     * "usable", use resampled draws: k-hat at most min(1 - 1 / log10 S, 0.7) and an effective sample size of
       100, or half of the draws effective.  Also where the weights are useless and the probes find that the
       moments are sound all the same, as in hundreds of dimensions; the reasons say so.
