@@ -313,7 +313,8 @@ def fit(
             "guide": type(guide).__name__,
             "parameters": sorted(particles.params.items()),
         }
-        settings["optim_args"] = optim.pt_optim_args if isinstance(optim, PyroOptim) else None
+        options = getattr(optim, "pt_optim_args", None)  # a function's repr differs between processes
+        settings["optim_args"] = options if isinstance(options, dict) else None
         identity = fingerprint(settings, (first, kwargs, validation))
         saved = file.read(identity)
     save = None if file is None else partial(file.write, driver, identity)
