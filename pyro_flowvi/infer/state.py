@@ -28,7 +28,7 @@ COMPARISON_DRAWS_APART = 16
 
 Program = Callable[..., Any]
 _ZERO_IS_FRESH = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, ClippedAdam)
-"""Optimizers whose state starts at zero, in place of which compiled steps rely."""
+"""Optimizers whose fresh state is zeros: set in place, since compiled steps hold views of it."""
 
 
 class NotFinite(Exception):
@@ -185,9 +185,8 @@ class Run:
             try:
                 weights = self.judge.log_weights(size)
             except REFUSALS:
-                weights = torch.cat(
-                    [self._few_weights(part) for part in torch.arange(size).split(SMALL_BATCH)]
-                )
+                parts = torch.arange(size).split(SMALL_BATCH)
+                weights = torch.cat([self._few_weights(len(part)) for part in parts])
         return weights.nan_to_num(-math.inf, -math.inf, -math.inf)
 
     def _few_weights(self, size: int) -> Tensor:

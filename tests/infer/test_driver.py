@@ -14,10 +14,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from pyro_flowvi import AutoPlanar, AutoRealNVP, FitDiverged, fit
 from pyro_flowvi.infer.driver import PATIENCE
+from pyro_flowvi.infer.particles import Particles
+from pyro_flowvi.infer.state import SMALL_BATCH, Run
 from tests import zoo
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +163,24 @@ class TestGuards:
         assert result.num_restarts == 1
         at = int((result.rates[1:] / result.rates[:-1] < 0.6).nonzero()[0])
         assert result.rates[at + 1].item() == pytest.approx(result.rates[at].item() / 2, rel=0.05)
+
+    def test_draws_that_the_model_refuses_count_as_without_density(self):
+        def model():
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            if bool((x > 2.0).any()):
+                raise ValueError("outside")
+
+        pyro.set_rng_seed(0)
+        guide = AutoNormal(model, init_loc_fn=init_to_value(values={"x": torch.tensor(0.0)}), init_scale=1.0)
+        guide()
+        judge = Particles(model, guide)
+        assert judge.vectorized
+        weights = Run(model, guide, {}, None, judge, None, True).evaluate()
+        # The guide is the prior: weights are one, but in the batches of which a draw was refused.
+        batches = weights.reshape(-1, SMALL_BATCH)
+        refused = batches.isneginf().all(-1)
+        assert 0 < int(refused.sum()) < len(batches)
+        assert torch.allclose(batches[~refused], torch.zeros(()), atol=1e-5)
 
     def test_five_failures_in_a_row_end_the_run_with_the_state_saved(self, tmp_path):
         data = torch.ones(3)
