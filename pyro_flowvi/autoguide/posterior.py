@@ -7,12 +7,10 @@ import torch
 from torch import Size, Tensor
 
 from ..distributions.flow import FlowDistribution, Shape, is_scoring
+from ..init.gaussians import MAX_DENSE_DIM
 from ..transforms import Compose, ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
 
 __all__ = ["AFFINES", "CallPosterior", "affine_layer", "marginal_quantiles", "reference_normal", "rows"]
-
-MAX_CHOLESKY_DIM: Final = 200
-"""Up to this many latents a guide's affine map has a full Cholesky factor, above it a low-rank one."""
 
 AFFINES: Final[dict[str, Callable[..., FlowTransform]]] = {
     "lower": LowerAffine,
@@ -58,7 +56,7 @@ class CallPosterior(FlowDistribution):
 def affine_layer(kind: str, dim: int, scale: float) -> FlowTransform:
     """The affine map of a guide: of a kind, or with "auto" of the kind for the dimension."""
     if kind == "auto":
-        kind = "lower" if dim <= MAX_CHOLESKY_DIM else "low_rank"
+        kind = "lower" if dim <= MAX_DENSE_DIM else "low_rank"
     return AFFINES[kind](dim, scale=scale)
 
 

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ..autoguide import AutoFlow
 from ..infer.particles import Particles
@@ -53,22 +52,6 @@ class WeightedDraws:
             for place in np.ndindex(tuple(index.shape)):
                 names.append(site + (f"[{','.join(map(str, place))}]" if place else ""))
         return names
-
-
-def unconstrain(density: UnconstrainedModel, sites: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Packed unconstrained latents of values of all sites, and log |dx/dz|.
-
-    :param sites: name -> ``(S,) + site shape``.
-    :return: shapes ``(S, D)`` and ``(S,)``.
-    """
-    parts, log_dets = [], []
-    for name, latent in density._latents.items():
-        value = sites[name]
-        bijection = biject_to(latent.fn.support)
-        free = bijection.inv(value)
-        log_dets.append(bijection.log_abs_det_jacobian(free, value).reshape(len(value), -1).sum(-1))
-        parts.append(free.reshape(len(value), -1))
-    return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
 
 
 def _score_draws(particles: Particles, size: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -130,7 +113,7 @@ def weighted_draws(
                 sites = density.constrain(z)
             else:
                 sites, log_q = _score_draws(particles, size)
-                z, log_det = unconstrain(density, sites)
+                z, log_det = density.unconstrain(sites)
                 log_q = log_q + log_det
             parts.append((z, density.log_density(z), log_q))
             values.append(sites)

@@ -163,13 +163,10 @@ class Driver:
             except RECOVERABLE:
                 if not self.svi._started:
                     raise  # most likely the model's own mistake: its message is the best
-            run.restore()
-            run.optim.forget()
+            self._go_back()
             for name, value in schedule.items():
                 getattr(run.loss, name).copy_(value)
             progress.num_dropped = 0
-            self.norms.clear()
-            run.optim.limits.fill_(math.inf)
         progress.lr = best[0] if best else table / RACE_RATES[-1]
 
     # -- steps --------------------------------------------------------------------------------------
@@ -267,11 +264,15 @@ class Driver:
             told = str(cause).strip().splitlines()
             losses = torch.tensor(run.losses)
             raise FitDiverged(progress.step, site, losses, told[0] if told and cause else None) from cause
-        run.restore()
-        run.optim.forget()
+        self._go_back()
+
+    def _go_back(self) -> None:
+        """To the best state so far, with fresh optimizers, averages and limits."""
+        self.run.restore()
+        self.run.optim.forget()
         self.average = {}
         self.norms.clear()
-        run.optim.limits.fill_(math.inf)
+        self.run.optim.limits.fill_(math.inf)
 
     # -- averages and checks ------------------------------------------------------------------------
 

@@ -161,6 +161,21 @@ class UnconstrainedModel:
         """The sites' values at ``z`` of shape ``(*batch, D)``, each ``batch + site shape``."""
         return {name: self._latents[name].constrain(free)[0] for name, free in self.split(z).items()}
 
+    def unconstrain(self, sites: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`constrain`, and log |dx/dz|.
+
+        :param sites: name -> ``(S,) + site shape``.
+        :return: shapes ``(S, D)`` and ``(S,)``.
+        """
+        parts, log_dets = [], []
+        for name, latent in self._latents.items():
+            value = sites[name]
+            free = latent.bijection.inv(value)
+            log_det = latent.bijection.log_abs_det_jacobian(free, value)
+            log_dets.append(log_det.reshape(len(value), -1).sum(-1))
+            parts.append(free.reshape(len(value), -1))
+        return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
+
     def _values(self, z: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, value with the points at dimension ``-1 - nesting``, log |det J| for each point."""
         for name, free in self.split(z).items():

@@ -12,7 +12,7 @@ from .ascent import Ascent, ValueAndGrad, ascend
 __all__ = ["MAX_DENSE_DIM", "Effort", "Gaussian", "elbos", "find_gaussian", "refine"]
 
 MAX_DENSE_DIM = 200
-"""Up to this many dimensions Gaussians have full covariances, above it diagonal ones."""
+"""Up to this many dimensions Gaussians, and the affine maps of guides, have full Cholesky factors."""
 MIN_EIGENVALUES = (1e-3, 1e-8)
 """Bounds on the curvature of a candidate in units of the start, tried both at the ends of runs."""
 MAX_EIGENVALUE = 1e12
