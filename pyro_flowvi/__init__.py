@@ -1,6 +1,7 @@
 """Normalizing-flow guides for Pyro: swap an autoguide in one line, fit, and get a verdict."""
 
 from .autoguide import (
+    AutoCIF,
     AutoFlow,
     AutoIAF,
     AutoNeuralSpline,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FLOWS",
+    "AutoCIF",
     "AutoFlow",
     "AutoIAF",
     "AutoNICE",

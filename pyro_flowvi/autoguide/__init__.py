@@ -10,8 +10,10 @@ from .flows import (
     AutoRealNVP,
     AutoSylvester,
 )
+from .indexed import AutoCIF
 
 __all__ = [
+    "AutoCIF",
     "AutoFlow",
     "AutoIAF",
     "AutoNICE",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
-from ..distributions.flow import FlowDistribution, Shape
+from ..distributions import FlowDistribution, IndexedFlow
+from ..distributions.flow import Shape
 from ..init import SafeInit, UnconstrainedModel, is_enumerated, prototype
 from ..transforms import FLOWS, Compose, HeavyTails, recipe_name
+from ..transforms.compose import Chain
 from .params import PROTOTYPE_STATE, NamedGuide, signature
-from .posterior import AFFINES, CallPosterior, affine_layer, marginal_quantiles, rows
+from .posterior import AFFINES, CallPosterior, affine_layer, marginal_quantiles, pack
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
@@ -67,6 +69,9 @@ class AutoFlow(NamedGuide):
         >>> guide.sample_posterior(100)["mu"].shape
         torch.Size([100])
     """
+
+    lower_bound: ClassVar[bool] = False
+    """Whether :meth:`log_prob` is an estimate from below."""
 
     def __init__(
         self,
@@ -159,21 +164,29 @@ class AutoFlow(NamedGuide):
                 raise
         self._signatures = {signature((args, kwargs))}
 
+    def _layers(self) -> list[Any]:
+        """The flow's parts, first one first."""
+        build = FLOWS[self._build] if isinstance(self._build, str) else self._build
+        transform = build(self.latent_dim)
+        if not isinstance(transform, Transform):
+            raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
+        return [transform]
+
+    def _compose(self, parts: list[Any]) -> Chain:
+        return Compose(parts, dim=self.latent_dim)
+
     def _build_flow(self) -> None:
         loc = self._init_loc()
         device, dtype = self._placement
         loc = loc.to(device=device, dtype=dtype).nan_to_num(0.0, 0.0, 0.0)
         check_dtype("dtype of the latents", loc.dtype)
-        build = FLOWS[self._build] if isinstance(self._build, str) else self._build
-        transform = build(self.latent_dim)
-        if not isinstance(transform, Transform):
-            raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
-        parts: list[Any] = [transform]
+        parts = self._layers()
         if self._tails:
             parts.append(HeavyTails(self.latent_dim))
         if self._affine is not None:
             parts.append(affine_layer(self._affine, self.latent_dim, self._init_scale))
-        flow = Compose(parts, dim=self.latent_dim).to(device=loc.device, dtype=loc.dtype)
+        self._affine_place = len(parts) - 1
+        flow = self._compose(parts).to(device=loc.device, dtype=loc.dtype)
         for param in flow.parameters():
             param.data = param.data.contiguous()
         self._modules["flow"] = flow  # not as an attribute: PyroModule would register it as well
@@ -225,7 +238,7 @@ class AutoFlow(NamedGuide):
         self._signatures.add(seen)
 
     @property
-    def _flow(self) -> Compose:
+    def _flow(self) -> Chain:
         """The whole transform, in step with the param store."""
         if self.prototype_trace is None:
             raise RuntimeError(
@@ -235,7 +248,7 @@ class AutoFlow(NamedGuide):
         flow: Any = self._modules["flow"]
         if not _is_module_local_param_enabled():
             self._adopt_store(flow)
-        whole: Compose = flow
+        whole: Chain = flow
         return whole
 
     def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
@@ -250,18 +263,18 @@ class AutoFlow(NamedGuide):
     @property
     def affine(self) -> Any:
         """The trainable affine map after the flow, with ``loc`` and ``log_scale``; None without one."""
-        return None if self._affine is None else self._flow[1 + self._tails]
+        return None if self._affine is None else self._flow[self._affine_place]
 
     def get_base_dist(self) -> Any:
         """The standard normal over the latents."""
         like = next(self._flow.parameters(), torch.zeros(()))
         return dist.Normal(like.new_zeros(self.latent_dim), 1.0).to_event(1)
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
+    def get_transform(self, *args: Any, **kwargs: Any) -> Chain:
         """The flow with the affine map: from the standard normal to the unconstrained latents."""
         return self._flow
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution | IndexedFlow:
         """The distribution over the packed unconstrained latents; scores any value."""
         return FlowDistribution(self._flow, dim=self.latent_dim)
 
@@ -330,43 +343,18 @@ class AutoFlow(NamedGuide):
         :return: shape ``S``; -inf outside the support.
         :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
         """
-        flow = self._flow
-        if set(samples) != set(self._unconstrained_shapes):
-            raise ValueError(
-                f"samples: expected the sites {sorted(self._unconstrained_shapes)}, got {sorted(samples)}"
-            )
-        free_values, log_det, inside = [], torch.zeros(()), torch.ones((), dtype=torch.bool)
-        like = next(flow.parameters(), torch.zeros(()))
-        log_det, inside = log_det.to(like), inside.to(like.device)
-        for name, free_shape in self._unconstrained_shapes.items():
-            site, value = self._site(name), samples[name]
-            shape = site["value"].shape
-            batch = value.shape[: value.dim() - len(shape)]
-            if value.shape != batch + shape or bool(value.isnan().any()):
-                raise ValueError(
-                    f"samples[{name!r}]: expected shape (*, {', '.join(map(str, shape))}) without "
-                    f"NaN, got {tuple(value.shape)}"
-                )
-            support = site["fn"].support
-            valid = rows(support.check(value), batch).all(-1)
-            # An invalid value would put NaN into the gradient of the valid ones.
-            mask = valid.reshape(batch + (1,) * len(shape))
-            value = torch.where(mask, value, site["value"].to(value))
-            bijection = biject_to(support)
-            free = bijection.inv(value)
-            site_log_det = bijection.log_abs_det_jacobian(free, value)
-            log_det = log_det + rows(site_log_det, batch).sum(-1)
-            inside = inside & valid
-            free_values.append(free.reshape(batch + (free_shape.numel(),)))
-        batch = torch.broadcast_shapes(*(free.shape[:-1] for free in free_values))
-        latent = torch.cat([free.expand(batch + free.shape[-1:]) for free in free_values], -1)
-        log_prob = self.get_posterior().log_prob(latent.to(like)) - log_det
+        like = next(self._flow.parameters(), torch.zeros(()))
+        latent, log_det, inside = pack(samples, {n: self._site(n) for n in self._unconstrained_shapes}, like)
+        log_prob = self.get_posterior().log_prob(latent) - log_det
         return torch.where(inside, log_prob, -torch.inf)
 
     # -- summaries -----------------------------------------------------------------------------
 
     def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
-        return marginal_quantiles(self._flow, self.latent_dim, probs, self._split, self._bijection)
+        def split(latent: Tensor) -> dict[str, Tensor]:
+            return self._split(latent[..., : self.latent_dim])
+
+        return marginal_quantiles(self._flow, probs, split, self._bijection)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import Compose, ElementwiseAffine, FlowTransform, LowerAffine
+from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine
 from .base import AutoFlow
 
 __all__ = ["Frame", "enter_frame", "has_frame", "leave_frame"]
@@ -100,7 +100,7 @@ def enter_frame(guide: AutoFlow, loc: Tensor | None = None, scale: Tensor | None
         scale = torch.diag_embed(scale)
     one = torch.ones_like(loc)
     _set_matrix(affine, torch.zeros_like(loc), one if scale.dim() == 1 else torch.diag_embed(one))
-    guide._modules["flow"] = Compose([*guide._flow, Frame(loc, scale)])
+    guide._modules["flow"] = guide._compose([*guide._flow, Frame(loc, scale)])
     return True
 
 
@@ -111,7 +111,7 @@ def leave_frame(guide: AutoFlow) -> None:
         return
     parts: list[Any] = list(guide._flow)
     frame = parts.pop()
-    guide._modules["flow"] = Compose(parts)
+    guide._modules["flow"] = guide._compose(parts)
     affine, own = parts[-1], _matrix(parts[-1])
     loc = frame.loc + frame._spread(affine.loc)
     _set_matrix(affine, loc, frame.scale * own if own.dim() == 1 else frame.scale @ own)

@@ -1,16 +1,18 @@
 """What a guide is made of: its affine map, the latent of one call, fixed points for summaries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Size, Tensor
+from torch.distributions import biject_to
 
 from ..distributions.flow import FlowDistribution, Shape, is_scoring
 from ..init.gaussians import MAX_DENSE_DIM
-from ..transforms import Compose, ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
+from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
+from ..transforms.compose import Chain
 
-__all__ = ["AFFINES", "CallPosterior", "affine_layer", "marginal_quantiles", "reference_normal", "rows"]
+__all__ = ["AFFINES", "CallPosterior", "affine_layer", "marginal_quantiles", "pack", "reference_normal"]
 
 AFFINES: Final[dict[str, Callable[..., FlowTransform]]] = {
     "lower": LowerAffine,
@@ -76,19 +78,19 @@ def reference_normal(num_points: int, dim: int) -> Tensor:
 
 
 def marginal_quantiles(
-    flow: Compose,
-    dim: int,
+    flow: Chain,
     probs: Tensor,
     split: Callable[[Tensor], dict[str, Tensor]],
     bijection_of: Callable[[str], Any],
 ) -> dict[str, Tensor]:
     """Marginal quantiles of each site, ``probs.shape + site shape``, by quasi-Monte Carlo.
 
+    :param flow: the transform of a standard normal vector.
     :param split: from packed latents to unconstrained values by site.
     :param bijection_of: from the name of a site to the map onto its support.
     """
     like = next(flow.parameters(), torch.zeros(()))
-    probs = probs.to(like)
+    probs, dim = probs.to(like), flow.dim
     result = {}
     # In parts: a spline has 23 parameters for each latent of each point.
     parts = reference_normal(_QUANTILE_DRAWS, dim).to(like).split(max(1, _QUANTILE_ELEMENTS // dim))
@@ -103,6 +105,44 @@ def marginal_quantiles(
     return result
 
 
-def rows(value: Tensor, batch: tuple[int, ...]) -> Tensor:
+def pack(
+    samples: Mapping[str, Tensor], sites: Mapping[str, Any], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of all latent sites as unconstrained vectors.
+
+    :param samples: site name -> ``S + site shape``.
+    :param sites: site name -> the site of a trace, in the order of the vector.
+    :param like: of the wanted dtype and device.
+    :return: vectors ``S + (D,)``, log |dx/dz| of shape ``S``, and whether all values are in their supports.
+    :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
+    """
+    if set(samples) != set(sites):
+        raise ValueError(f"samples: expected the sites {sorted(sites)}, got {sorted(samples)}")
+    free_values, log_det = [], torch.zeros(()).to(like)
+    inside = torch.ones((), dtype=torch.bool, device=like.device)
+    for name, site in sites.items():
+        value, shape = samples[name], site["value"].shape
+        batch = value.shape[: value.dim() - len(shape)]
+        if value.shape != batch + shape or bool(value.isnan().any()):
+            raise ValueError(
+                f"samples[{name!r}]: expected shape (*, {', '.join(map(str, shape))}) without "
+                f"NaN, got {tuple(value.shape)}"
+            )
+        support = site["fn"].support
+        valid = _rows(support.check(value), batch).all(-1)
+        # An invalid value would put NaN into the gradient of the valid ones.
+        mask = valid.reshape(batch + (1,) * len(shape))
+        value = torch.where(mask, value, site["value"].to(value))
+        bijection = biject_to(support)
+        free = bijection.inv(value)
+        log_det = log_det + _rows(bijection.log_abs_det_jacobian(free, value), batch).sum(-1)
+        inside = inside & valid
+        free_values.append(_rows(free, batch))
+    batch = torch.broadcast_shapes(*(free.shape[:-1] for free in free_values))
+    latent = torch.cat([free.expand(batch + free.shape[-1:]) for free in free_values], -1)
+    return latent.to(like), log_det, inside
+
+
+def _rows(value: Tensor, batch: tuple[int, ...]) -> Tensor:
     """``value`` of shape ``batch + rest`` as ``batch + (n,)``, also where it has no elements."""
     return value.reshape(batch + (Size(value.shape[len(batch) :]).numel(),))

@@ -1,5 +1,6 @@
 """Distributions built from flows."""
 
 from .flow import FlowDistribution
+from .indexed import IndexedFlow
 
-__all__ = ["FlowDistribution"]
+__all__ = ["FlowDistribution", "IndexedFlow"]

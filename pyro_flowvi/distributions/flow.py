@@ -18,7 +18,8 @@ from ..transforms.compose import own_dim
 __all__ = ["FlowDistribution"]
 
 
-def _standard_normal_log_prob(x: Tensor) -> Tensor:
+def standard_normal_log_prob(x: Tensor) -> Tensor:
+    """Log density of vectors of independent standard normal coordinates, shape ``(*,)``."""
     return -0.5 * (x.square().sum(-1) + x.shape[-1] * math.log(2 * math.pi))
 
 
@@ -80,6 +81,8 @@ class FlowDistribution(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
+    lower_bound: ClassVar[bool] = False
+    """Whether :meth:`log_prob` is an estimate from below: it is exact."""
 
     def __init__(
         self,
@@ -123,7 +126,7 @@ class FlowDistribution(TorchDistribution):
             dtype, device = self._like()
             shape = sample_shape + self.batch_shape + self.event_shape
             x = torch.randn(shape, dtype=dtype, device=device)
-            return x, _standard_normal_log_prob(x)
+            return x, standard_normal_log_prob(x)
         base = self.base.expand(self.batch_shape)
         x = base.rsample(sample_shape) if base.has_rsample else base.sample(sample_shape)
         return x, base.log_prob(x)
@@ -173,7 +176,7 @@ class FlowDistribution(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         x, log_det = inverse_and_log_det(self.transform, value)
-        base_log_prob = _standard_normal_log_prob(x) if self.base is None else self.base.log_prob(x)
+        base_log_prob = standard_normal_log_prob(x) if self.base is None else self.base.log_prob(x)
         log_prob: Tensor = base_log_prob + log_det
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 

@@ -34,7 +34,7 @@ def _sites(trace: Trace) -> Iterator[tuple[str, Any]]:
             yield name, site
 
 
-def _is_drawn(name: str, site: Any) -> bool:
+def _is_drawn(name: str, site: Any, path: bool) -> bool:
     """Whether a guide's site is a random draw; raises where it is not one along a path."""
     if site["is_observed"]:
         return False
@@ -43,6 +43,12 @@ def _is_drawn(name: str, site: Any) -> bool:
     inner = innermost(site["fn"])
     if isinstance(inner, pyro.distributions.Delta):
         return False
+    if path and getattr(inner, "lower_bound", False):
+        # At a leaf of another graph its density is an estimate from below, and the ELBO one from above.
+        raise ValueError(
+            f"site {name!r}: expected a tractable density for path gradients, got {type(inner).__name__}; "
+            "use Trace_ELBO"
+        )
     # A distribution with score parts of its own is reparameterised in part.
     if not site["fn"].has_rsample or getattr(type(inner), "score_parts", _SCORE_PARTS) is not _SCORE_PARTS:
         raise ValueError(
@@ -88,7 +94,7 @@ class Draws:
             )
         with scoring() if path else nullcontext():
             drawn: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        names = [name for name, site in _sites(drawn) if _is_drawn(name, site)]
+        names = [name for name, site in _sites(drawn) if _is_drawn(name, site, path)]
         self.values: dict[str, Tensor] = {}
         """The draws, with their graph."""
         self.leaves: dict[str, Tensor] = {}

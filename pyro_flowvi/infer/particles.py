@@ -39,7 +39,8 @@ def _has_path_gradient(site: Any) -> bool:
     fn = site["fn"]
     while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
-    return site_is_subsample(site) or (fn.has_rsample and not isinstance(fn, TransformedDistribution))
+    tractable = not (isinstance(fn, TransformedDistribution) or getattr(fn, "lower_bound", False))
+    return site_is_subsample(site) or (fn.has_rsample and tractable)
 
 
 class Particles:

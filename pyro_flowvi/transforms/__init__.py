@@ -20,6 +20,7 @@ from .coupling import (
 from .defaults import DEFAULTS, Defaults, FlowDefaults, defaults_for
 from .dequantize import Logit, bits_per_dim, dequantize
 from .image import Conv1x1, Partial, Squeeze2d, channel_mask, checkerboard_mask, multiscale_realnvp
+from .indexed import IndexedCompose, IndexedLayer
 from .inverse import Inverse
 from .linear import (
     ActNorm,
@@ -32,7 +33,7 @@ from .linear import (
 )
 from .planar import ConditionalPlanar, Planar
 from .radial import ConditionalRadial, Radial
-from .recipes import FLOWS, Recipe, recipe_name
+from .recipes import FLOWS, Recipe, indexed_layers, recipe_name
 from .sylvester import Sylvester
 from .tails import HeavyTails
 
@@ -57,6 +58,8 @@ __all__ = [
     "FlowTransform",
     "HeavyTails",
     "Householder",
+    "IndexedCompose",
+    "IndexedLayer",
     "Inverse",
     "LULinear",
     "Logit",
@@ -80,6 +83,7 @@ __all__ = [
     "defaults_for",
     "dequantize",
     "forward_and_log_det",
+    "indexed_layers",
     "inverse_and_log_det",
     "multiscale_realnvp",
     "recipe_name",

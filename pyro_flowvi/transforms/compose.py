@@ -16,11 +16,12 @@ __all__ = ["Compose", "ConditionalCompose"]
 
 def own_dim(transform: Any) -> int | None:
     """The length of a transform's vectors; None for a foreign one, whose ``dim`` may be an axis."""
-    return transform.dim if isinstance(transform, FlowTransform | Conditional) else None
+    return transform.dim if isinstance(transform, FlowTransform | Conditional | ConditionalCompose) else None
 
 
-def _common_dim(parts: Sequence[Any]) -> int:
-    dims = {dim for dim in map(own_dim, parts) if dim is not None}
+def common_dim(found: Iterable[int | None]) -> int:
+    """The one dimension that some of the parts tell; ValueError without one."""
+    dims = {dim for dim in found if dim is not None}
     if not dims:
         raise ValueError("dim: expected the dimension, which none of the parts tells, got None")
     if len(dims) > 1:
@@ -28,7 +29,36 @@ def _common_dim(parts: Sequence[Any]) -> int:
     return dims.pop()
 
 
-class Compose(FlowTransform):
+class Chain(FlowTransform):
+    """Parts in a row, by position: what compositions have in common.
+
+    :param parts: transforms or modules; those that are modules are registered by their place.
+    :param dim: the length of the vectors.
+    """
+
+    def __init__(self, parts: Sequence[Any], dim: int) -> None:
+        super().__init__(dim)
+        self._sequence = tuple(parts)
+        self.parts = nn.ModuleDict({str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Module)})
+        self.exact_inverse = all(getattr(part, "exact_inverse", True) for part in parts)
+
+    def __len__(self) -> int:
+        return len(self._sequence)
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected below {len(self)}, got {index}")
+        return self._sequence[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._sequence)
+
+    @property
+    def batch_shape(self) -> Size:
+        return Size(torch.broadcast_shapes(*(getattr(part, "batch_shape", ()) for part in self)))
+
+
+class Compose(Chain):
     """Transforms applied one after another, the first of ``parts`` first.
 
     :param parts: transforms of vectors of one dimension; those of torch and Pyro may be among them.
@@ -51,25 +81,7 @@ class Compose(FlowTransform):
         for part in parts:
             if not isinstance(part, Transform):
                 raise ValueError(f"parts: expected a Transform, got {part!r}")
-        super().__init__(_common_dim(parts) if dim is None else dim)
-        self._sequence = tuple(parts)
-        self.parts = nn.ModuleDict({str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Module)})
-        self.exact_inverse = all(getattr(part, "exact_inverse", True) for part in parts)
-
-    def __len__(self) -> int:
-        return len(self._sequence)
-
-    def __getitem__(self, index: int) -> Transform:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: expected below {len(self)}, got {index}")
-        return self._sequence[index]
-
-    def __iter__(self) -> Iterator[Transform]:
-        return iter(self._sequence)
-
-    @property
-    def batch_shape(self) -> Size:
-        return Size(torch.broadcast_shapes(*(getattr(part, "batch_shape", ()) for part in self)))
+        super().__init__(parts, common_dim(map(own_dim, parts)) if dim is None else dim)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_dets = []
@@ -112,7 +124,7 @@ class ConditionalCompose(ConditionalTransformModule):
         self.parts = nn.ModuleList(parts)
         if not self.parts:
             raise ValueError("parts: expected at least one transform, got none")
-        self.dim = _common_dim(list(self.parts))
+        self.dim = common_dim(map(own_dim, self.parts))
 
     def condition(self, context: Tensor) -> Compose:
         """The transform given ``context``, shape ``(*B, context_dim)``."""

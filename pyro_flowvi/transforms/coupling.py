@@ -66,7 +66,7 @@ def _places(which: Tensor) -> slice | list[int]:
     return slice(places[0], places[-1] + 1, step)
 
 
-def _pull_back(outputs: Sequence[Tensor], weights: Sequence[Tensor], at: Tensor) -> Tensor | None:
+def pull_back(outputs: Sequence[Tensor], weights: Sequence[Tensor], at: Tensor) -> Tensor | None:
     """The vector-Jacobian product of outputs at a point of their graph, which is kept; None if it is zero."""
     pairs = [(value, weight) for value, weight in zip(outputs, weights, strict=True) if value.requires_grad]
     if not pairs:
@@ -181,12 +181,12 @@ class Coupling(ParametricTransform):
         kept, moved, h = self._split(x, raw)
         image, log_slope = self.transformer.forward(moved, h, raw["offset"])
         ones = torch.ones_like(log_slope)
-        bend = _pull_back([log_slope], [ones], moved) if self.transformer.bends else None
+        bend = pull_back([log_slope], [ones], moved) if self.transformer.bends else None
         score_moved = score[..., self._moved] if bend is None else score[..., self._moved] - bend
         score_moved = score_moved * (-log_slope.detach()).exp()
         score_kept = None
         if kept is not None:
-            pulled = _pull_back([log_slope, image], [ones, score_moved], kept)
+            pulled = pull_back([log_slope, image], [ones, score_moved], kept)
             score_kept = score[..., self._kept] if pulled is None else score[..., self._kept] - pulled
         return self._merge(kept, image), log_slope.sum(-1), self._merge(score_kept, score_moved)
 

@@ -4,9 +4,10 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
+from torch.distributions import Transform
 
 from .._checks import check_positive_int, check_widths
 from .autoregressive import AffineAutoregressive, SplineAutoregressive
@@ -14,16 +15,19 @@ from .base import Conditional, ParametricTransform
 from .compose import Compose, ConditionalCompose
 from .coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
 from .defaults import defaults_for
+from .indexed import HIDDEN, IndexedLayer
 from .inverse import Inverse
 from .linear import ElementwiseAffine
 from .planar import Planar
 from .radial import Radial
 from .sylvester import Sylvester
 
-__all__ = ["FLOWS", "Builder", "Recipe", "recipe_name"]
+__all__ = ["FLOWS", "Builder", "Recipe", "indexed_layers", "recipe_name"]
 
 Builder = Callable[..., nn.Module]
 """``builder(dim, *, num_layers=None, hidden=None, context_dim=None)`` -> transform module."""
+
+NUM_INDEXED: Final = 5
 
 Layers = Callable[[int, int, Sequence[int]], list[ParametricTransform]]
 
@@ -68,14 +72,30 @@ class Recipe:
         :return: a transform, or with a context a module with a ``condition`` method.
         :raises ValueError: if an argument is not of the described kind.
         """
-        row = defaults_for(check_positive_int("dim", dim))
-        num = row.flows[self.name].num_layers if num_layers is None else num_layers
-        widths = row.hidden if hidden is None else check_widths("hidden", hidden)
-        layers = self.layers(dim, check_positive_int("num_layers", num), widths)
+        num, widths = self._sizes(dim, num_layers, hidden)
+        layers = self.layers(dim, num, widths)
         if context_dim is not None:
             conditional = [Conditional(layer, context_dim, widths) for layer in layers]
             return conditional[0] if len(conditional) == 1 else ConditionalCompose(conditional)
         return layers[0] if len(layers) == 1 else Compose(layers)
+
+    def _sizes(
+        self, dim: int, num_layers: int | None, hidden: Sequence[int] | None
+    ) -> tuple[int, Sequence[int]]:
+        row = defaults_for(check_positive_int("dim", dim))
+        num = row.flows[self.name].num_layers if num_layers is None else num_layers
+        widths = row.hidden if hidden is None else check_widths("hidden", hidden)
+        return check_positive_int("num_layers", num), widths
+
+    def single_layers(
+        self, dim: int, *, num_layers: int | None = None, hidden: Sequence[int] | None = None
+    ) -> list[ParametricTransform]:
+        """The layers one by one, ``num_layers`` of them, without what follows the last."""
+        num, widths = self._sizes(dim, num_layers, hidden)
+        layers = self.layers(dim, num, widths)
+        if len(layers) < num:  # several are stacked in one
+            layers = [self.layers(dim, 1, widths)[0] for _ in range(num)]
+        return layers[:num]
 
 
 def recipe_name(build: object) -> str | None:
@@ -90,6 +110,52 @@ def recipe_name(build: object) -> str | None:
     while isinstance(build, functools.partial):
         build = build.func
     return build.name if isinstance(build, Recipe) else None
+
+
+def indexed_layers(
+    flow: str | Callable[[int], nn.Module],
+    dim: int,
+    *,
+    num_layers: int | None = None,
+    hidden: Sequence[int] | None = None,
+    index_dim: int = 1,
+    index_hidden: Sequence[int] = HIDDEN,
+    order: str = "after",
+    context_dim: int | None = None,
+) -> list[IndexedLayer]:
+    """The layers of a named flow, each made continuously indexed.
+
+    :param flow: a key of :data:`pyro_flowvi.FLOWS`, or a callable from ``dim`` to one layer's transform.
+    :param dim: the length of the vectors.
+    :param num_layers: the number of layers; by default that of the flow, or 5 with a callable.
+    :param hidden: widths of the networks of a named flow.
+    :param index_dim: the length of each layer's index.
+    :param index_hidden: widths of the networks of the index, as in :class:`IndexedLayer`; so are ``order``
+        and ``context_dim``.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> layers = indexed_layers("realnvp", 3, num_layers=2, index_dim=2)
+        >>> len(layers), layers[0].index_dim
+        (2, 2)
+    """
+    if isinstance(flow, str):
+        recipe = FLOWS.get(flow)
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"flow: expected one of {sorted(FLOWS)}, got {flow!r}")
+        transforms: list[Any] = list(recipe.single_layers(dim, num_layers=num_layers, hidden=hidden))
+    elif callable(flow) and not isinstance(flow, Transform):
+        if hidden is not None:
+            raise ValueError(f"hidden: expected None with a callable flow, got {hidden!r}")
+        count = NUM_INDEXED if num_layers is None else check_positive_int("num_layers", num_layers)
+        transforms = [flow(dim) for _ in range(count)]
+    else:
+        raise ValueError(f"flow: expected a key of FLOWS or a callable dim -> Transform, got {flow!r}")
+    return [
+        IndexedLayer(transform, index_dim, index_hidden, order=order, context_dim=context_dim, dim=dim)
+        for transform in transforms
+    ]
 
 
 def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
