@@ -12,9 +12,10 @@ from .._checks import check_positive_int, check_widths
 from ..distributions import FlowDistribution, IndexedFlow
 from ..distributions.flow import Shape, standard_normal_log_prob
 from ..distributions.indexed import NUM_SAMPLES, index_log_ratios, log_mean_exp
-from ..transforms import FLOWS, IndexedCompose, indexed_layers
+from ..transforms import IndexedCompose, indexed_layers
 from ..transforms.compose import Chain
 from ..transforms.indexed import HIDDEN, ORDERS
+from ..transforms.recipes import check_layer_flow
 from .base import AutoFlow
 from .posterior import CallPosterior
 
@@ -119,13 +120,7 @@ class AutoCIF(AutoFlow):
         num_samples: int = NUM_SAMPLES,
         **options: Any,
     ) -> None:
-        named = isinstance(flow, str)
-        if (named and flow not in FLOWS) or not (named or callable(flow)):
-            raise ValueError(
-                f"flow: expected one of {sorted(FLOWS)} or a callable dim -> Transform, got {flow!r}"
-            )
-        if hidden is not None and not named:
-            raise ValueError(f"hidden: expected None with a callable flow, got {hidden!r}")
+        check_layer_flow(flow, hidden)
         if order not in ORDERS:
             raise ValueError(f"order: expected one of {list(ORDERS)}, got {order!r}")
         extra = 0 if num_extra == 0 else check_positive_int("num_extra", num_extra)

@@ -255,7 +255,8 @@ class IndexedFlow(TorchDistribution):
 
     def _versions(self, drawn: Tensor) -> list[int]:
         """Counts of in-place changes of all that a bound depends on."""
-        tensors: list[Tensor] = [drawn, *self.extended.transform.parameters(), *_tensors(self.extended.base)]
+        flow: Any = self.extended.transform
+        tensors: list[Tensor] = [drawn, *flow.parameters(), *_tensors(self.extended.base)]
         return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
     def expand(self, batch_shape: Shape, _instance: Self | None = None) -> Self:

@@ -106,10 +106,8 @@ class IndexedLayer(nn.Module):
         if order not in ORDERS:
             raise ValueError(f"order: expected one of {list(ORDERS)}, got {order!r}")
         if conditional and context_dim is None:
-            raise ValueError(
-                "context_dim: expected the context's length with a conditional transform, got None"
-            )
-        self.transform = transform
+            raise ValueError("context_dim: expected a length with a conditional transform, got None")
+        self.transform: Any = transform
         self.dim = check_positive_int("dim", own_dim(transform) if dim is None else dim)
         self.index_dim = check_positive_int("index_dim", index_dim)
         self.order = order
@@ -201,8 +199,9 @@ class _ConditionedIndexedLayer(IndexedLayer):
         self.dim, self.index_dim, self.context_dim = layer.dim, layer.index_dim, layer.context_dim
         self.order, self.exact_inverse = layer.order, layer.exact_inverse
         self.mover, self.index, self.reverse = layer.mover, layer.index, layer.reverse
-        conditional: Any = layer.transform
-        self.transform = conditional.condition(context) if hasattr(conditional, "condition") else conditional
+        self.transform = layer.transform
+        if hasattr(self.transform, "condition"):
+            self.transform = self.transform.condition(context)
         self._context = context
 
     @property
@@ -271,7 +270,8 @@ class IndexedCompose(Chain):
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         w, noises = self._split(x)
-        images, log_dets = [], []
+        images: list[Tensor] = []
+        log_dets = []
         for part in self._sequence:
             if isinstance(part, IndexedLayer):
                 w, noise, log_det = part(w, noises[len(images)])
@@ -284,7 +284,8 @@ class IndexedCompose(Chain):
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w, noises = self._split(x)
         score, scores = self._split(score)
-        images, image_scores, log_dets = [], [], []
+        images: list[Tensor] = []
+        image_scores, log_dets = [], []
         for part in self._sequence:
             if isinstance(part, IndexedLayer):
                 place = len(images)

@@ -112,6 +112,17 @@ def recipe_name(build: object) -> str | None:
     return build.name if isinstance(build, Recipe) else None
 
 
+def check_layer_flow(flow: Any, hidden: Sequence[int] | None) -> None:
+    """ValueError unless ``flow`` is a key of the registry, or a callable and ``hidden`` None."""
+    if isinstance(flow, str):
+        if flow not in FLOWS:
+            raise ValueError(f"flow: expected one of {sorted(FLOWS)}, got {flow!r}")
+    elif not callable(flow) or isinstance(flow, Transform):
+        raise ValueError(f"flow: expected a key of FLOWS or a callable dim -> Transform, got {flow!r}")
+    elif hidden is not None:
+        raise ValueError(f"hidden: expected None with a callable flow, got {hidden!r}")
+
+
 def indexed_layers(
     flow: str | Callable[[int], nn.Module],
     dim: int,
@@ -140,18 +151,13 @@ def indexed_layers(
         >>> len(layers), layers[0].index_dim
         (2, 2)
     """
+    check_layer_flow(flow, hidden)
     if isinstance(flow, str):
-        recipe = FLOWS.get(flow)
-        if not isinstance(recipe, Recipe):
-            raise ValueError(f"flow: expected one of {sorted(FLOWS)}, got {flow!r}")
-        transforms: list[Any] = list(recipe.single_layers(dim, num_layers=num_layers, hidden=hidden))
-    elif callable(flow) and not isinstance(flow, Transform):
-        if hidden is not None:
-            raise ValueError(f"hidden: expected None with a callable flow, got {hidden!r}")
+        recipe: Any = FLOWS[flow]
+        transforms: list[Any] = recipe.single_layers(dim, num_layers=num_layers, hidden=hidden)
+    else:
         count = NUM_INDEXED if num_layers is None else check_positive_int("num_layers", num_layers)
         transforms = [flow(dim) for _ in range(count)]
-    else:
-        raise ValueError(f"flow: expected a key of FLOWS or a callable dim -> Transform, got {flow!r}")
     return [
         IndexedLayer(transform, index_dim, index_hidden, order=order, context_dim=context_dim, dim=dim)
         for transform in transforms
