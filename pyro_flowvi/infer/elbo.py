@@ -199,11 +199,13 @@ class TraceSTL_ELBO(ELBO):
 class TraceAnnealed_ELBO(TraceSTL_ELBO):
     """The ELBO of a target that is tempered at first: E[β log p(x, z) - log q(z)].
 
-    Rezende and Mohamed 2015, equation 20, with the path gradient of :class:`TraceSTL_ELBO`.  A guide that
+    Rezende and Mohamed 2015, equation 20; the gradient is that of :class:`TraceSTL_ELBO` by default.  A guide that
     starts with small β meets all modes before any of them is deep.  The loss that is reported is that of
     the tempered target.
 
     :param schedule: β as a function of the step, from 0: a number above 0, as a rule rising to 1.
+    :param path: takes the path gradient; otherwise that of ``Trace_ELBO``, which costs less a step and is the
+        less noisy one far from the posterior.
     :param options: those of :class:`TraceSTL_ELBO`.
     :raises ValueError: if ``schedule`` is not callable; at a step, if it gives no positive number.
 
@@ -215,11 +217,11 @@ class TraceAnnealed_ELBO(TraceSTL_ELBO):
         0.5
     """
 
-    def __init__(self, schedule: Callable[[int], float], **options: Any) -> None:
+    def __init__(self, schedule: Callable[[int], float], path: bool = True, **options: Any) -> None:
         if not callable(schedule):
             raise ValueError(f"schedule: expected a callable of the step, got {schedule!r}")
         super().__init__(**options)
-        self.schedule = schedule
+        self.schedule, self._path = schedule, bool(path)
         # Tensors, of which a compiled step holds a reference and an audit restores the values.
         self._steps: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
         self.beta: Tensor = torch.ones((), dtype=torch.float64, device="cpu")

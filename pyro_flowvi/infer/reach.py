@@ -6,6 +6,7 @@ from types import CellType, CodeType, ModuleType
 from typing import Any
 
 import pyro
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from .cause import is_library
@@ -67,7 +68,10 @@ def _places(name: str, value: Any) -> Iterator[Place]:
             yield from ((f"{name}.{key}", group, key) for key in group)
         own = vars(value)
         if not _is_foreign(type(value)) or type(value).__module__.startswith("torch."):
-            yield from ((f"{name}.{key}", own, key) for key in own if not key.startswith("_"))
+            # An autoguide makes its plates anew at every call.
+            made = {"plates"} if isinstance(value, AutoGuide) else set()
+            public = [key for key in own if not key.startswith("_") and key not in made]
+            yield from ((f"{name}.{key}", own, key) for key in public)
         # An autoguide keeps its model, and a wrapped model its function, as a plain attribute.
         yield from ((f"{name}.{key}", own, key) for key in own if callable(own[key]))
     elif isinstance(value, pyro.infer.ELBO) or not _is_foreign(type(value)):
