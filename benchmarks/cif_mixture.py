@@ -1,0 +1,398 @@
+"""Continuously-indexed flows on targets with islands and holes, beside the flows that they are made from.
+
+    python benchmarks/cif_mixture.py [--targets nine ...] [--seeds 3] [--output cif.jsonl] [--shard 0/2]
+    python benchmarks/cif_mixture.py --elsewhere      # rings, four dimensions, few layers
+    python benchmarks/cif_mixture.py --speed          # milliseconds a step
+    python benchmarks/cif_mixture.py --report cif.jsonl [--figure docs/cif_mixture.png]
+
+The targets are normalised, so that the best ELBO is 0: nine or sixteen normals of standard deviation .25 on a
+lattice of step 2 (Caterini, Cornish, Sejdinovic and Doucet 2020, section 5.1), where one mode alone gives
+-log K; two rings; in four dimensions, sixteen normals at the corners of a cube.
+
+The guides have five layers (or as many as the row says) and *equal numbers of parameters*, to a percent:
+
+- *nsf*: autoregressive rational-quadratic spline layers;
+- *nsf + affine*: each followed by a free elementwise affine map, as the layers of a CIF have it;
+- *cif*: the same made continuously indexed, one index a layer.
+
+The base of these is normal with standard deviation σ0, fixed, or trained from 1, and the guide's own affine
+map is off: with it, in *cif, default* and *nsf, default*, any flow rescales itself.  "Tempered": the weight
+of the target rises from .1 to 1 over the first 30 % of the steps.  All are trained alike, with the gradient
+of ``Trace_ELBO``; the defaults by ``fit`` with nothing set.
+
+Of a fit the table says the ELBO (of a CIF, the auxiliary ELBO, a lower bound on it), the mass of the lightest
+mode, counted within 3 standard deviations, and the share of all draws that lie within 3 of a mode.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from scoring import Row, collect, markdown, median, number, read
+from torch import Tensor, nn
+
+import pyro_flowvi
+from pyro_flowvi import AutoCIF, AutoFlow, CompiledSVI
+from pyro_flowvi.infer import TraceAnnealed_ELBO
+from pyro_flowvi.transforms import FLOWS, Compose, ElementwiseAffine, FlowTransform
+
+STEPS, PARTICLES, LR = 5000, 1000, 4e-3
+NUM_DRAWS = 100_000
+HIDDEN = 32
+"""Width of the two hidden layers of a CIF's conditioners; the others' are as wide as the count allows."""
+FIRST_WEIGHT, TEMPERED = 0.1, 0.3
+BINS = 100
+FLOW_NAMES = ("nsf", "nsf + affine", "cif")
+BASES = ("0.1", "1", "10", "trained")
+
+
+# -- targets -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Islands:
+    """Equal normals at the points of a lattice."""
+
+    places: tuple[float, ...]
+    dim: int = 2
+    sd: float = 0.25
+
+    @property
+    def locs(self) -> Tensor:
+        return torch.tensor(list(itertools.product(self.places, repeat=self.dim)))
+
+    @property
+    def reach(self) -> float:
+        return max(self.places) + 4.0 * self.sd
+
+    def log_density(self, z: Tensor) -> Tensor:
+        distance = (z.unsqueeze(-2) - self.locs).square().sum(-1)
+        constant = self.dim * math.log(self.sd * math.sqrt(2.0 * math.pi)) + math.log(len(self.locs))
+        return (-0.5 * distance / self.sd**2).logsumexp(-1) - constant
+
+    def masses(self, z: Tensor) -> Tensor:
+        """The share of draws within 3 standard deviations of each mode."""
+        distance, nearest = torch.cdist(z, self.locs).min(-1)
+        near = nearest[distance < 3.0 * self.sd * math.sqrt(self.dim / 2.0)]
+        return torch.bincount(near, minlength=len(self.locs)) / len(z)
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Circles around the origin, of equal mass; the density is normal across them."""
+
+    radii: tuple[float, ...] = (1.5, 3.5)
+    sd: float = 0.15
+    dim: int = 2
+
+    @property
+    def reach(self) -> float:
+        return max(self.radii) + 4.0 * self.sd
+
+    def log_density(self, z: Tensor) -> Tensor:
+        radii = torch.tensor(self.radii)
+        across = -0.5 * ((z.norm(dim=-1, keepdim=True) - radii) / self.sd).square()
+        # The mass of a ring: 2π ∫ r exp(-(r - R)² / 2 sd²) dr, whose lower end is 10 sd away.
+        masses = 2.0 * math.pi * radii * self.sd * math.sqrt(2.0 * math.pi)
+        return (across - masses.log()).logsumexp(-1) - math.log(len(radii))
+
+    def masses(self, z: Tensor) -> Tensor:
+        distance = (z.norm(dim=-1, keepdim=True) - torch.tensor(self.radii)).abs()
+        return (distance < 3.0 * self.sd).to(z).mean(0)
+
+
+TARGETS: dict[str, Islands | Rings] = {
+    "nine": Islands((-2.0, 0.0, 2.0)),
+    "sixteen": Islands((-3.0, -1.0, 1.0, 3.0)),
+    "rings": Rings(),
+    "cube": Islands((-2.0, 2.0), dim=4, sd=0.5),
+}
+
+
+def model(target: Islands | Rings) -> None:
+    z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
+    pyro.factor("log_density", target.log_density(z))
+
+
+# -- guides ------------------------------------------------------------------------------------------
+
+
+class Base(FlowTransform):
+    """Gives a standard normal the scale σ0, one number, fixed or trained."""
+
+    def __init__(self, dim: int, base: str) -> None:
+        super().__init__(dim)
+        trained = base == "trained"
+        log_scale = torch.tensor(0.0 if trained else math.log(float(base)))
+        self.log_scale = nn.Parameter(log_scale, requires_grad=trained)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.exp(), self.dim * self.log_scale.expand(x.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y * (-self.log_scale).exp(), -self.dim * self.log_scale.expand(y.shape[:-1])
+
+
+class BasedCIF(AutoCIF):
+    """A CIF of which the first index network sees the base as it is scaled."""
+
+    def __init__(self, *args: Any, base: str, **options: Any) -> None:
+        super().__init__(*args, affine=None, **options)
+        self._base = base
+
+    def _layers(self) -> list[Any]:
+        return [Base(self.latent_dim, self._base), *super()._layers()]
+
+
+def spline_flow(dim: int, base: str, num_layers: int, width: int, affine: bool) -> Compose:
+    layers = FLOWS["neural_spline_ar"](dim, num_layers=num_layers, hidden=(width, width))
+    splines = [layer for layer in layers if not isinstance(layer, ElementwiseAffine)]
+    parts: list[Any] = [Base(dim, base)]
+    for layer in splines:
+        parts += [layer, ElementwiseAffine(dim)] if affine else [layer]
+    return Compose(parts)
+
+
+def make_guide(key: Row, width: int = HIDDEN) -> AutoFlow:
+    """The guide of a row, with its conditioners as wide as told."""
+    target, flow = TARGETS[key["target"]], key["flow"]
+    program, base, layers = partial(model, target), key["base"], key["layers"]
+    if flow == "cif, default":
+        return AutoCIF(program).materialize()
+    if flow == "nsf, default":
+        return AutoFlow(program, "neural_spline_ar").materialize()
+    if flow == "cif":
+        return BasedCIF(program, num_layers=layers, hidden=(width, width), base=base).materialize()
+    affine = flow == "nsf + affine"
+    build = partial(spline_flow, base=base, num_layers=layers, width=width, affine=affine)
+    return AutoFlow(program, build, affine=None).materialize()
+
+
+def count(guide: AutoFlow) -> int:
+    return sum(param.numel() for param in guide.parameters() if param.requires_grad)
+
+
+def matched_guide(key: Row) -> AutoFlow:
+    """The guide of a row, with as many parameters as a CIF of its depth has."""
+    if key["flow"] not in FLOW_NAMES or key["flow"] == "cif":
+        return make_guide(key)
+    goal = count(make_guide({**key, "flow": "cif"}))
+    width = min(range(HIDDEN, 2 * HIDDEN), key=lambda width: abs(count(make_guide(key, width)) - goal))
+    pyro.set_rng_seed(key["seed"])
+    return make_guide(key, width)
+
+
+# -- training ----------------------------------------------------------------------------------------
+
+
+def objective(tempered: bool, num_steps: int) -> TraceAnnealed_ELBO:
+    """The ELBO, with the weight of the target rising at first if it is tempered."""
+
+    def schedule(step: int) -> float:
+        risen = step / (TEMPERED * num_steps)
+        return min(1.0, FIRST_WEIGHT + (1.0 - FIRST_WEIGHT) * risen) if tempered else 1.0
+
+    return TraceAnnealed_ELBO(
+        schedule, path=False, num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=0
+    )
+
+
+def fit_one(key: Row) -> Row:
+    """Trains one guide and looks at its draws."""
+    target = TARGETS[key["target"]]
+    pyro.set_rng_seed(key["seed"])
+    guide = matched_guide(key)
+    program = partial(model, target)
+    started = time.perf_counter()
+    if key["flow"] in FLOW_NAMES:
+        loss = objective(key["tempered"], key["steps"])
+        options: dict[str, Any] = {"loss": loss, "lr": LR, "num_steps": key["steps"], "compile": True}
+    else:
+        options = {}
+    result = pyro_flowvi.fit(program, guide, seed=key["seed"], progress=False, **options)
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        z, bound = guide.get_posterior().rsample_and_log_prob((NUM_DRAWS,))
+        weights = target.log_density(z) - bound
+        masses = target.masses(z)
+    edges = np.linspace(-target.reach, target.reach, BINS + 1)
+    counts = np.histogram2d(z[:, 0].numpy(), z[:, 1].numpy(), bins=[edges, edges])[0]
+    return {
+        "elbo": float(weights.mean()),
+        "elbo_se": float(weights.std()) / math.sqrt(NUM_DRAWS),
+        "least": float(masses.min()),
+        "within": float(masses.sum()),
+        "params": count(guide),
+        "steps_taken": len(result.losses),
+        "restarts": result.num_restarts,
+        "seconds": seconds,
+        "counts": counts.astype(int).tolist(),
+    }
+
+
+def say(row: Row) -> str:
+    return f"{', '.join(f'{name} {row[name]}' for name in KEY)}: {' | '.join(outcome([row]))}"
+
+
+KEY = ("target", "layers", "base", "flow", "tempered", "seed")
+
+
+def measure_speed(flow: str, rounds: int = 5) -> float:
+    """Milliseconds a step of 1000 draws on the nine modes, in machine code: the median of rounds of 100."""
+    pyro.clear_param_store()
+    key: Row = {"target": "nine", "flow": flow, "base": "1", "layers": 5, "seed": 0}
+    guide = matched_guide(key)
+    program = partial(model, TARGETS["nine"])
+    optim = pyro.optim.Adam({"lr": LR})
+    svi = CompiledSVI(program, guide, optim, objective(False, STEPS), compile=True)
+    svi.run(10, progress=False)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        svi.run(100, progress=False)
+        times.append((time.perf_counter() - start) * 10.0)
+    return float(np.median(times))
+
+
+# -- report ------------------------------------------------------------------------------------------
+
+
+def outcome(group: list[Row]) -> list[str]:
+    """Cells of the rows of several seeds."""
+    if any("error" in row for row in group):
+        return [next(row["error"] for row in group if "error" in row)]
+    each = " ".join(f"{row['elbo']:.3f}" for row in sorted(group, key=lambda row: row["seed"]))
+    return [
+        number(median([row["elbo"] for row in group]), 3),
+        each,
+        number(median([row["least"] for row in group]), 3),
+        number(median([row["within"] for row in group]), 3),
+        f"{group[0]['params']:,}",
+        number(median([row["seconds"] for row in group]), 0),
+    ]
+
+
+def grouped(rows: list[Row], names: tuple[str, ...]) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def report(rows: list[Row]) -> None:
+    """The seeds of every setting together, best ELBO 0."""
+    head = ["target", "layers", "σ0", "flow", "tempered", "ELBO, median", "each seed", "lightest mode"]
+    head += ["within 3 sd", "parameters", "seconds"]
+    lines = []
+    order = [*TARGETS], [*BASES, "–"], [*FLOW_NAMES, "cif, default", "nsf, default"]
+    groups = grouped(rows, ("target", "layers", "base", "flow", "tempered"))
+    for names in sorted(
+        groups,
+        key=lambda n: (order[0].index(n[0]), -n[1], order[1].index(n[2]), not n[4], order[2].index(n[3])),
+    ):
+        target, layers, base, flow, tempered = names
+        said = "yes" if tempered else "no"
+        lines.append([target, str(layers), base, flow, said, *outcome(groups[names])])
+    print(markdown(head, lines))
+
+
+def plot(rows: list[Row], path: Path, target: str = "nine") -> None:
+    """Densities of the middle seed of every untempered fit, by base and flow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = grouped([r for r in rows if r["target"] == target and r["layers"] == 5], ("base", "flow"))
+    bases = [base for base in BASES if (base, "cif") in groups]
+    columns = [(flow, tempered) for tempered in (False, True) for flow in FLOW_NAMES]
+    size = (2.1 * (1 + len(columns)), 2.2 * len(bases) + 0.5)
+    figure, axes = plt.subplots(len(bases), 1 + len(columns), figsize=size, squeeze=False)
+    reach = TARGETS[target].reach
+    grid = torch.linspace(-reach, reach, BINS)
+    truth = TARGETS[target].log_density(torch.cartesian_prod(grid, grid)).exp().reshape(BINS, BINS).numpy()
+    look: dict[str, Any] = {"cmap": "Blues", "extent": [-reach, reach] * 2, "origin": "lower"}
+    for line, base in zip(axes, bases, strict=True):
+        line[0].imshow(truth.T, **look)
+        line[0].set_ylabel(f"$\\sigma_0$ = {base}" if base != "trained" else "$\\sigma_0$ trained")
+        for axis, (flow, tempered) in zip(line[1:], columns, strict=True):
+            group = [row for row in groups.get((base, flow), []) if row["tempered"] == tempered]
+            group = sorted((row for row in group if "elbo" in row), key=lambda row: row["elbo"])
+            if group:
+                row = group[len(group) // 2]
+                axis.imshow(np.array(row["counts"]).T, **look)
+                axis.set_xlabel(f"ELBO {row['elbo']:.3f}")
+    axes[0, 0].set_title("target")
+    for axis, (flow, tempered) in zip(axes[0, 1:], columns, strict=True):
+        axis.set_title(flow + (", tempered" if tempered else ""), fontsize=10)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def tasks(options: argparse.Namespace) -> list[Row]:
+    """All that is to be fitted, what matters most first."""
+    seeds = range(options.seeds)
+    if options.elsewhere:
+        settings = [("rings", 5), ("cube", 5), ("nine", 2), ("nine", 1)]
+        return [
+            {"target": t, "layers": n, "base": "trained", "flow": f, "tempered": w, "seed": s}
+            for s, (t, n), w, f in itertools.product(seeds, settings, (False, True), FLOW_NAMES)
+        ]
+    keys: list[Row] = [
+        {"target": t, "layers": 5, "base": b, "flow": f, "tempered": w, "seed": s}
+        for t, s, w, b, f in itertools.product(
+            options.targets, seeds, (True, False), options.bases, FLOW_NAMES
+        )
+    ]
+    return keys + [
+        {"target": t, "layers": 5, "base": "–", "flow": f, "tempered": False, "seed": s}
+        for t, s, f in itertools.product(options.targets, seeds, ("cif, default", "nsf, default"))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=["nine", "sixteen"], choices=TARGETS)
+    parser.add_argument("--bases", nargs="+", default=BASES, choices=BASES)
+    parser.add_argument("--elsewhere", action="store_true", help="other targets, and fewer layers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shard", default="0/1", help="take every n-th task, for several processes")
+    parser.add_argument("--output", type=Path, default=Path("cif_mixture.jsonl"))
+    parser.add_argument("--speed", action="store_true", help="only measure milliseconds a step")
+    parser.add_argument("--report", type=Path, help="print a table of this file and fit nothing")
+    parser.add_argument("--figure", type=Path, help="with --report: a picture of the nine modes")
+    options = parser.parse_args()
+    if options.report is not None:
+        rows = read(options.report)
+        report(rows)
+        if options.figure is not None:
+            plot(rows, options.figure)
+        return
+    torch.set_num_threads(options.threads)
+    if options.speed:
+        for flow in FLOW_NAMES:
+            print(f"{flow}: {measure_speed(flow):.1f} ms a step of {PARTICLES} draws", flush=True)
+        return
+    place, number_of = map(int, options.shard.split("/"))
+    keys = [{**key, "steps": options.steps} for key in tasks(options)[place::number_of]]
+    collect(keys, options.output, fit_one, say)
+
+
+if __name__ == "__main__":
+    main()
