@@ -72,6 +72,8 @@ class AutoFlow(NamedGuide):
 
     lower_bound: ClassVar[bool] = False
     """Whether :meth:`log_prob` is an estimate from below."""
+    covers_modes: ClassVar[bool] = False
+    """Whether ``fit`` starts from a normal over all modes that it finds, and not from the best at one."""
 
     def __init__(
         self,

@@ -105,6 +105,7 @@ class AutoCIF(AutoFlow):
     """
 
     lower_bound: ClassVar[bool] = True
+    covers_modes: ClassVar[bool] = True
 
     def __init__(
         self,

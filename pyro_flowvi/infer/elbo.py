@@ -199,9 +199,9 @@ class TraceSTL_ELBO(ELBO):
 class TraceAnnealed_ELBO(TraceSTL_ELBO):
     """The ELBO of a target that is tempered at first: E[β log p(x, z) - log q(z)].
 
-    Rezende and Mohamed 2015, equation 20; the gradient is that of :class:`TraceSTL_ELBO` by default.  A guide that
-    starts with small β meets all modes before any of them is deep.  The loss that is reported is that of
-    the tempered target.
+    Rezende and Mohamed 2015, equation 20; the gradient is that of :class:`TraceSTL_ELBO` by default.  A
+    guide that starts with small β meets all modes before any of them is deep.  The loss that is reported is
+    that of the tempered target.
 
     :param schedule: β as a function of the step, from 0: a number above 0, as a rule rising to 1.
     :param path: takes the path gradient; otherwise that of ``Trace_ELBO``, which costs less a step and is the

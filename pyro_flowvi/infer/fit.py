@@ -61,7 +61,8 @@ class FitResult:
         "no more batches" or "interrupted".
     :param wall_time: seconds.
     :param start: the kind of Gaussian that the guide was moved to before training: "prior", "laplace",
-        "path" or "mean-field"; None if it stayed where it was.
+        "path", "mean-field", or for :class:`AutoCIF` "modes", which covers several; None if it stayed where
+        it was.
     :param converged: whether the ELBO had stopped to rise when the run ended.
     :param rates: the learning rate of every step; NaN with an optimizer of your own.
     :param gradient_norms: the norm of the gradient of every step.

@@ -20,7 +20,7 @@ def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel, effort: Effor
     affine = guide.affine
     if affine is None or not (affine.loc.requires_grad and affine.log_scale.requires_grad):
         return None
-    gaussian = find_gaussian(traced(density, effort.starts), density.start, effort)
+    gaussian = find_gaussian(traced(density, effort.starts), density.start, effort, cover=guide.covers_modes)
     before = run.evaluate()
     kept = {name: param.detach().clone() for name, param in affine.named_parameters()}
     loc, scale = gaussian.loc[0], gaussian.scale[0]
@@ -28,7 +28,8 @@ def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel, effort: Effor
         with torch.no_grad():
             affine.loc.copy_(loc)
             affine.log_scale.copy_((scale if scale.dim() == 1 else scale.norm(dim=-1)).log())
-    if is_worse(before, run.evaluate()):
+    # A normal that covers several modes is a good start in spite of its ELBO.
+    if gaussian.kinds[0] == "modes" or is_worse(before, run.evaluate()):
         return gaussian.kinds[0]
     leave_frame(guide)
     with torch.no_grad():

@@ -19,6 +19,11 @@ MAX_EIGENVALUE = 1e12
 LARGE_BATCH = 1_000_000
 """Elements that a batch of points and data may have before a search is cut."""
 SCALES = (0.1, 1.0)
+MAX_MODES = 32
+LEAST_MASS = 1e-3
+"""Share of the Laplace masses below which a mode is left out."""
+SETTLED_DECREMENT = 1e-2
+"""Squared length of the Newton step, in standard deviations, below which a run has ended at a mode."""
 MAX_MOVE = 2.0
 """How far, in standard deviations, one step of a refinement moves a mean."""
 
@@ -67,7 +72,7 @@ class Gaussian:
 
     :param loc: shape ``(M, D)``.
     :param scale: factors C of the covariances C Cᵀ, shape ``(M, D, D)``; for diagonal ones ``(M, D)``.
-    :param kinds: where each came from: "prior", "laplace", "path", "mean-field".
+    :param kinds: where each came from: "prior", "laplace", "path", "mean-field", "modes".
 
     Example::
 
@@ -274,8 +279,39 @@ def _starts(start: Tensor, num: int) -> Tensor:
     return torch.cat([start.unsqueeze(0), centres + spread.to(start)])
 
 
+def _cover(value_and_grad: ValueAndGrad, found: Ascent) -> Gaussian | None:
+    """The normal with mean and covariance of all modes by their Laplace masses; None with one mode only."""
+    points = found.points[_distinct(found, MAX_MODES)]
+    if not len(points):
+        return None
+    values, gradients = value_and_grad(points)
+    hessians = _hessians(value_and_grad, points)
+    known = values.isfinite() & hessians.isfinite().all(-1).all(-1)
+    curvatures, vectors = torch.linalg.eigh(torch.where(known.reshape(-1, 1, 1), hessians, 0.0))
+    slopes = (vectors.mT @ gradients.unsqueeze(-1)).squeeze(-1)
+    # A mode, and not the end of a run that was cut short or went along a ridge.
+    peaked = known & (curvatures > 0).all(-1)
+    peaked &= (slopes.square() / curvatures.clamp(min=1e-30)).sum(-1) < SETTLED_DECREMENT
+    candidates = Gaussian(
+        points, vectors * curvatures.clamp(min=1e-30).rsqrt().unsqueeze(-2), ("modes",) * len(points)
+    )
+    masses = torch.where(peaked, values - 0.5 * curvatures.clamp(min=1e-30).log().sum(-1), -torch.inf)
+    masses = masses.softmax(0)
+    kept = [i for i in _finalists(candidates, masses.log(), MAX_MODES) if bool(masses[i] > LEAST_MASS)]
+    if len(kept) < 2 or bool(masses[kept].max() > (1.0 - LEAST_MASS) * masses[kept].sum()):
+        return None
+    shares = (masses[kept] / masses[kept].sum()).unsqueeze(-1)
+    chosen = candidates.select(kept)
+    loc = (shares * chosen.loc).sum(0)
+    apart = shares.sqrt() * (chosen.loc - loc)
+    covariance = (shares.unsqueeze(-1) * (chosen.scale @ chosen.scale.mT)).sum(0) + apart.mT @ apart
+    return Gaussian(loc.unsqueeze(0), torch.linalg.cholesky(covariance).unsqueeze(0), ("modes",))
+
+
 @torch.no_grad()
-def find_gaussian(value_and_grad: ValueAndGrad, start: Tensor, effort: Effort | None = None) -> Gaussian:
+def find_gaussian(
+    value_and_grad: ValueAndGrad, start: Tensor, effort: Effort | None = None, *, cover: bool = False
+) -> Gaussian:
     """The Gaussian with the best ELBO among many candidates, refined.
 
     Candidates: the start; Laplace approximations and mean-field normals at the ends of L-BFGS runs, and on
@@ -286,6 +322,8 @@ def find_gaussian(value_and_grad: ValueAndGrad, start: Tensor, effort: Effort | 
     :param value_and_grad: points ``(P, D)`` to log densities and gradients.
     :param start: the model's starting point, shape ``(D,)``.
     :param effort: how much to spend.
+    :param cover: if several modes are found, take the normal with the mean and covariance of all of them, of
+        the kind "modes", whatever its ELBO: a start for what can tear it apart.
     :return: the Gaussian, a batch of one with a lower-triangular factor.
 
     Example::
@@ -301,6 +339,8 @@ def find_gaussian(value_and_grad: ValueAndGrad, start: Tensor, effort: Effort | 
     dim = len(start)
     dense = dim <= MAX_DENSE_DIM
     found = ascend(value_and_grad, _starts(start, effort.starts), effort.evaluations)
+    if cover and dense and (wide := _cover(value_and_grad, found)) is not None:
+        return wide
     ends = found.points[_distinct(found, effort.ends)]
     passed = [
         path[torch.linspace(0, len(path) - 1, min(effort.points_on_path, len(path))).round().long()]
