@@ -6,7 +6,7 @@ from numbers import Integral, Real
 
 import torch
 
-__all__ = ["check_dtype", "check_positive", "check_positive_int", "check_widths"]
+__all__ = ["check_count", "check_dtype", "check_positive", "check_positive_int", "check_widths"]
 
 FLOAT_DTYPES = (torch.float32, torch.float64)
 
@@ -15,6 +15,13 @@ def check_positive_int(name: str, value: object) -> int:
     """``value`` as an int, or ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return int(value)
+
+
+def check_count(name: str, value: object) -> int:
+    """``value`` as an int, or ValueError unless it is an integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")
     return int(value)
 
 

@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_positive_int, check_widths
+from .._checks import check_count, check_positive_int, check_widths
 from ..distributions import FlowDistribution, IndexedFlow
 from ..distributions.flow import Shape, standard_normal_log_prob
 from ..distributions.indexed import NUM_SAMPLES, index_log_ratios, log_mean_exp
@@ -36,6 +36,8 @@ class IndexedCallPosterior(CallPosterior):
         >>> value.shape, torch.allclose(site.log_prob(value), site.log_prob(value.clone()), atol=1e-5)
         (torch.Size([3]), True)
     """
+
+    indexed: ClassVar[bool] = True
 
     def __init__(self, transform: Chain, *, num_extra: int) -> None:
         super().__init__(transform)
@@ -124,7 +126,7 @@ class AutoCIF(AutoFlow):
         check_layer_flow(flow, hidden)
         if order not in ORDERS:
             raise ValueError(f"order: expected one of {list(ORDERS)}, got {order!r}")
-        extra = 0 if num_extra == 0 else check_positive_int("num_extra", num_extra)
+        extra = check_count("num_extra", num_extra)
         samples = check_positive_int("num_samples", num_samples)
         build = partial(
             indexed_layers,

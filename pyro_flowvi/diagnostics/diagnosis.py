@@ -201,7 +201,7 @@ def diagnose(
         judgement.add(f"the guide is a point mass at {fixed}: it has no density there to weigh by", 0)
     if draws.particles.subsampled:
         judgement.add("the model subsamples its data: the weights contain that noise as well")
-    if getattr(guide, "lower_bound", False):
+    if draws.particles.indexed:
         judgement.add("weights, k-hat and ELBO are those of the extended space of latents and indices")
     if probes and skipped:
         judgement.add(f"no coverage probes: {skipped}")

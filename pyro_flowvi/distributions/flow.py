@@ -173,7 +173,7 @@ class FlowDistribution(TorchDistribution):
         :return: shape ``(*,)``.
         :raises ValueError: with validation on, if ``value`` is not a real vector of length D.
         """
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch cannot check an empty batch
             self._validate_sample(value)
         x, log_det = inverse_and_log_det(self.transform, value)
         base_log_prob = standard_normal_log_prob(x) if self.base is None else self.base.log_prob(x)

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Final, Self
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 from torch.distributions import Distribution
+from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_positive_int
+from .._checks import check_count, check_positive_int
 from ..transforms import IndexedCompose
 from .flow import FlowDistribution, Shape, standard_normal_log_prob
 
@@ -17,7 +20,9 @@ __all__ = ["IndexedFlow", "index_log_ratios", "log_mean_exp"]
 
 NUM_SAMPLES: Final = 100
 _MAX_ELEMENTS = 2**22
-"""Numbers that are inverted at once where no graph is kept."""
+_MAX_ELEMENTS_WITH_GRAPH = 2**16
+"""Numbers that are inverted at once, without a graph and with one: layers keep some kilobytes for each."""
+_forget = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def log_mean_exp(values: Tensor) -> Tensor:
@@ -50,15 +55,17 @@ def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_s
     index_dim = density.event_shape[0] - inner_dim
     shape = torch.broadcast_shapes(z.shape[:-1], density.batch_shape)
     noise = torch.randn((num_samples,) + shape + (index_dim,), dtype=z.dtype, device=z.device)
-    rows = num_samples
-    if not torch.is_grad_enabled():
-        rows = max(1, _MAX_ELEMENTS // max(1, math.prod(shape) * density.event_shape[0]))
-    ratios = [
-        density.log_prob(torch.cat([z.expand(part.shape[:-1] + (inner_dim,)), part], -1))
-        - standard_normal_log_prob(part)
-        for part in noise.split(rows)
-    ]
-    return torch.cat(ratios)
+    graph = torch.is_grad_enabled()
+    limit = _MAX_ELEMENTS_WITH_GRAPH if graph else _MAX_ELEMENTS
+    rows = max(1, limit // max(1, math.prod(shape) * density.event_shape[0]))
+
+    def ratios(part: Tensor) -> Tensor:
+        y = torch.cat([z.expand(part.shape[:-1] + (inner_dim,)), part], -1)
+        return density.log_prob(y) - standard_normal_log_prob(part)
+
+    if graph and rows < num_samples:  # inverted again in the backward pass, which saves their graphs
+        return torch.cat([_forget(ratios, part) for part in noise.split(rows)])
+    return torch.cat([ratios(part) for part in noise.split(rows)])
 
 
 class _WithNoise(TorchDistribution):
@@ -92,6 +99,20 @@ class _WithNoise(TorchDistribution):
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "_WithNoise":
         return _WithNoise(self.base.expand(Size(batch_shape)), self.index_dim)
+
+
+@dataclass
+class _Memo:
+    """A draw with the noise of its indices; its bound until it was asked for."""
+
+    z: Tensor
+    noise: Tensor
+    bound: Tensor | None
+    versions: list[Any]
+
+
+def _described(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
 
 
 class IndexedFlow(TorchDistribution):
@@ -136,6 +157,7 @@ class IndexedFlow(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
+    indexed: ClassVar[bool] = True
     lower_bound: ClassVar[bool] = True
     """That :meth:`log_prob` of a value is an estimate which on average is below the log density."""
 
@@ -150,18 +172,23 @@ class IndexedFlow(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         flow = layers if isinstance(layers, IndexedCompose) else IndexedCompose(layers)
-        if context is not None:
-            flow = flow.condition(context)
-        elif flow.is_conditional:
+        if flow.is_conditional and context is None:
             raise ValueError("context: expected what the conditional layers depend on, got None")
+        if context is not None:
+            if not flow.is_conditional:
+                raise ValueError("context: expected None with layers that depend on none, got a tensor")
+            flow = flow.condition(context)
+        if not isinstance(base, Distribution | None):
+            raise ValueError(f"base: expected a distribution over vectors, got {base!r}")
         if base is not None and base.event_shape != (flow.inner_dim,):
             raise ValueError(f"base: expected event_shape ({flow.inner_dim},), got {tuple(base.event_shape)}")
         self.num_samples = check_positive_int("num_samples", num_samples)
-        self.num_extra = 0 if num_extra == 0 else check_positive_int("num_extra", num_extra)
+        self.num_extra = check_count("num_extra", num_extra)
         joint = None if base is None else _WithNoise(base, flow.index_dim)
         self.extended = FlowDistribution(flow, joint)
         """The law of the value and the standardised indices, tractable: :class:`FlowDistribution`."""
-        self._memo: tuple[Any, ...] | None = None
+        self._context = context
+        self._memo: _Memo | None = None
         super().__init__(
             self.extended.batch_shape, Size((check_positive_int("dim", flow.inner_dim),)), validate_args
         )
@@ -182,8 +209,8 @@ class IndexedFlow(TorchDistribution):
         :raises ValueError: if ``num_samples`` is not a positive integer, or ``value`` no vector of length D.
         """
         count = check_positive_int("num_samples", num_samples)
-        if value.dim() == 0 or value.shape[-1] != self.event_shape[0]:
-            raise ValueError(f"value: expected shape (*, {self.event_shape[0]}), got {tuple(value.shape)}")
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[-1] != self.event_shape[0]:
+            raise ValueError(f"value: expected shape (*, {self.event_shape[0]}), got {_described(value)}")
         return log_mean_exp(self._log_ratios(value, count))
 
     def rsample_with_bound(
@@ -197,18 +224,24 @@ class IndexedFlow(TorchDistribution):
         :raises ValueError: if ``num_samples`` is not a positive integer.
         """
         count = check_positive_int("num_samples", num_samples)
-        z, own = self._draw(Size(sample_shape))
+        z, _, own = self._draw(Size(sample_shape))
         ratios = self._log_ratios(z, count)
         return z, log_mean_exp(ratios), log_mean_exp(torch.cat([own.unsqueeze(0), ratios]))
 
     def _log_ratios(self, z: Tensor, num_samples: int) -> Tensor:
         return index_log_ratios(self.extended, self.event_shape[0], z, num_samples)
 
-    def _draw(self, sample_shape: Size) -> tuple[Tensor, Tensor]:
-        """Draws, and the log ratios of the indices that made them."""
+    def _draw(self, sample_shape: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws, the noise of the indices that made them, and the log ratios of these."""
         y, log_prob = self.extended.rsample_and_log_prob(sample_shape)
-        dim = self.event_shape[0]
-        return y[..., :dim], log_prob - standard_normal_log_prob(y[..., dim:])
+        z, noise = y.tensor_split([self.event_shape[0]], -1)
+        return z, noise, log_prob - standard_normal_log_prob(noise)
+
+    def _with_extra(self, z: Tensor, bound: Tensor) -> Tensor:
+        """The bound on draws, of their own indices' ratio and those of further index draws."""
+        if not self.num_extra:
+            return bound
+        return log_mean_exp(torch.cat([bound.unsqueeze(0), self._log_ratios(z, self.num_extra)]))
 
     # -- a distribution -----------------------------------------------------------------------------
 
@@ -220,15 +253,13 @@ class IndexedFlow(TorchDistribution):
         :param sample_shape: the shape S of independent draws.
         :return: draws, shape ``S + batch_shape + (D,)``, and bounds, shape ``S + batch_shape``.
         """
-        z, bound = self._draw(Size(sample_shape))
-        if self.num_extra:
-            bound = log_mean_exp(torch.cat([bound.unsqueeze(0), self._log_ratios(z, self.num_extra)]))
-        return z, bound
+        z, _, bound = self._draw(Size(sample_shape))
+        return z, self._with_extra(z, bound)
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Draws that carry gradients, shape ``S + batch_shape + (D,)``."""
-        z, bound = self.rsample_and_log_prob(sample_shape)
-        self._memo = z, bound, self._versions(z)
+        z, noise, bound = self._draw(Size(sample_shape))
+        self._memo = _Memo(z, noise, self._with_extra(z, bound), self._versions(z))
         return z
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
@@ -239,31 +270,45 @@ class IndexedFlow(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """The bound on the last draw if ``value`` is that very tensor; an estimate for any other.
 
-        Of its own draw it is the upper bound of :meth:`rsample_and_log_prob`, which makes an ELBO; it
-        is forgotten as soon as a parameter changes.  Of any other value it is :meth:`log_prob_bound`.
+        Of its own draw it is the upper bound of :meth:`rsample_and_log_prob`, which makes an ELBO, for as
+        long as neither draw, parameters, base nor context change in place.  Of any other value it is
+        :meth:`log_prob_bound`, which makes none: so a guide may not transform or copy what it draws from
+        this distribution before it is scored.  Draw it at an auxiliary site, and put the image there with
+        ``pyro.sample(name, dist.Delta(image, log_density=-log_det, event_dim=1))``.
 
         :param value: shape ``(*, D)``, broadcastable with the batch shape.
         :return: shape ``(*,)``.
         :raises ValueError: with validation on, if ``value`` is not a real vector of length D.
         """
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch cannot check an empty batch
             self._validate_sample(value)
-        if self._memo is not None and value is self._memo[0] and self._memo[2] == self._versions(value):
-            bound: Tensor = self._memo[1]
-            return bound
+        memo = self._memo
+        if memo is not None and value is memo.z and memo.versions == self._versions(value):
+            bound, memo.bound = memo.bound, None
+            if bound is not None and (bound.requires_grad or not torch.is_grad_enabled()):
+                return bound
+            # Again, or with the gradient that the draw was made without.
+            again = self.extended.log_prob(torch.cat([value, memo.noise], -1))
+            return self._with_extra(value, again - standard_normal_log_prob(memo.noise))
         return self.log_prob_bound(value, self.num_samples)
 
-    def _versions(self, drawn: Tensor) -> list[int]:
-        """Counts of in-place changes of all that a bound depends on."""
+    def _versions(self, drawn: Tensor) -> list[Any]:
+        """Counts of in-place changes, and dtypes, of all that a bound depends on."""
         flow: Any = self.extended.transform
-        tensors: list[Tensor] = [drawn, *flow.parameters(), *_tensors(self.extended.base)]
-        return [tensor._version for tensor in tensors if not tensor.is_inference()]
+        tensors = [drawn, *flow.parameters(), *flow.buffers(), *_tensors(self.extended.base)]
+        if self._context is not None:
+            tensors.append(self._context)
+        return [(tensor._version, tensor.dtype) for tensor in tensors if not tensor.is_inference()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": None}  # tensors of a graph have no copy
 
     def expand(self, batch_shape: Shape, _instance: Self | None = None) -> Self:
         """The same law with a larger batch shape; its draws are its own."""
         new: Self = self._get_checked_instance(IndexedFlow, _instance)
         new.extended = self.extended.expand(batch_shape)
-        new.num_samples, new.num_extra, new._memo = self.num_samples, self.num_extra, None
+        new.num_samples, new.num_extra = self.num_samples, self.num_extra
+        new._context, new._memo = self._context, None
         super(IndexedFlow, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new

@@ -315,6 +315,8 @@ def fit(
             "parameters": sorted(particles.params.items()),
         }
         options = getattr(optim, "pt_optim_args", None)  # a function's repr differs between processes
+        if isinstance(guide, AutoFlow):  # settings that no parameter's shape tells
+            settings["flow"] = repr(guide._flow), getattr(guide, "num_extra", None)
         settings["optim_args"] = options if isinstance(options, dict) else None
         identity = fingerprint(settings, (first, kwargs, validation))
         saved = file.read(identity)

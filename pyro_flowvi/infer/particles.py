@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from ..init import enumerated_log_weights, is_enumerated, sum_apart
+from .draws import innermost
 from .elbo import TraceSTL_ELBO
 
 __all__ = ["Particles"]
@@ -32,6 +33,20 @@ def _samples(trace: Trace, drawn: bool = False) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not (drawn and site["is_observed"])
     }
+
+
+def _check_untransformed(name: str, site: Any) -> None:
+    """An image of a draw is another tensor, of which a flow with a bound has an estimate from below."""
+    fn, transformed = site["fn"], False
+    while hasattr(fn, "base_dist"):
+        transformed |= isinstance(fn, TransformedDistribution)
+        fn = fn.base_dist
+    if transformed and getattr(fn, "lower_bound", False):
+        raise ValueError(
+            f"site {name!r}: expected {type(fn).__name__} untransformed, since only its own draws have the "
+            "bound that makes an ELBO, got a TransformedDistribution; draw it at a site with "
+            "infer={'is_auxiliary': True}, and its image at a Delta with log_density=-log_det"
+        )
 
 
 def _has_path_gradient(site: Any) -> bool:
@@ -67,7 +82,11 @@ class Particles:
         with poutine.block(), torch.no_grad():
             guide_trace: Trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
             model_trace = self._replay(guide_trace)
+            for name, site in _samples(guide_trace).items():
+                _check_untransformed(name, site)
             sites: list[Any] = [*_samples(guide_trace).values(), *_samples(model_trace).values()]
+            self.indexed = any(getattr(innermost(site["fn"]), "indexed", False) for site in sites)
+            """Whether densities are those of an extended space of latents and indices."""
             self._guide_enumerates = any(map(is_enumerated, _samples(guide_trace).values()))
             self._shapes = {
                 name: site["value"].shape
@@ -153,6 +172,8 @@ class Particles:
                 if set(together) != set(self._site_scores(one)):
                     return False
                 for name, (scores, size) in together.items():
+                    if getattr(innermost(one.nodes[name]["fn"]), "lower_bound", False):
+                        continue  # of a copy of its draw it has another estimate
                     alone = torch.stack([part[name][0] for part in apart]).reshape(_PROBES)
                     allowed = _ROUNDING * torch.finfo(scores.dtype).eps * (1.0 + float(size))
                     if not torch.allclose(scores, alone, rtol=0.0, atol=allowed, equal_nan=True):

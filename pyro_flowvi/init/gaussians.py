@@ -304,8 +304,12 @@ def _cover(value_and_grad: ValueAndGrad, found: Ascent) -> Gaussian | None:
     chosen = candidates.select(kept)
     loc = (shares * chosen.loc).sum(0)
     apart = shares.sqrt() * (chosen.loc - loc)
-    covariance = (shares.unsqueeze(-1) * (chosen.scale @ chosen.scale.mT)).sum(0) + apart.mT @ apart
-    return Gaussian(loc.unsqueeze(0), torch.linalg.cholesky(covariance).unsqueeze(0), ("modes",))
+    within = (shares.sqrt().unsqueeze(-1) * chosen.scale.mT).flatten(0, 1)
+    # The rows' products are the covariance; its factor from the rows themselves, which rounding cannot spoil.
+    wide = Gaussian(
+        loc.unsqueeze(0), torch.linalg.qr(torch.cat([within, apart]))[1].mT.unsqueeze(0), ("modes",)
+    )
+    return replace(wide, scale=wide.scale_tril()) if bool(wide.scale.isfinite().all()) else None
 
 
 @torch.no_grad()

@@ -107,8 +107,13 @@ class IndexedLayer(nn.Module):
             raise ValueError(f"order: expected one of {list(ORDERS)}, got {order!r}")
         if conditional and context_dim is None:
             raise ValueError("context_dim: expected a length with a conditional transform, got None")
+        told, wanted = own_dim(transform), getattr(transform, "context_dim", context_dim)
+        if conditional and wanted != context_dim:
+            raise ValueError(f"context_dim: expected {wanted}, as the transform has it, got {context_dim}")
+        if told is not None and dim not in (None, told):
+            raise ValueError(f"dim: expected {told}, as the transform has it, got {dim}")
         self.transform: Any = transform
-        self.dim = check_positive_int("dim", own_dim(transform) if dim is None else dim)
+        self.dim = check_positive_int("dim", told if dim is None else dim)
         self.index_dim = check_positive_int("index_dim", index_dim)
         self.order = order
         self.context_dim = 0 if context_dim is None else check_positive_int("context_dim", context_dim)
@@ -199,9 +204,8 @@ class _ConditionedIndexedLayer(IndexedLayer):
         self.dim, self.index_dim, self.context_dim = layer.dim, layer.index_dim, layer.context_dim
         self.order, self.exact_inverse = layer.order, layer.exact_inverse
         self.mover, self.index, self.reverse = layer.mover, layer.index, layer.reverse
-        self.transform = layer.transform
-        if hasattr(self.transform, "condition"):
-            self.transform = self.transform.condition(context)
+        transform = layer.transform
+        self.transform = transform.condition(context) if hasattr(transform, "condition") else transform
         self._context = context
 
     @property
@@ -237,6 +241,8 @@ class IndexedCompose(Chain):
     """
 
     def __init__(self, parts: Iterable[Any], inner_dim: int | None = None) -> None:
+        if isinstance(parts, str) or not isinstance(parts, Iterable):
+            raise ValueError(f"parts: expected a sequence of layers, got {parts!r}")
         parts = list(parts)
         if not parts:
             raise ValueError("parts: expected at least one layer, got none")

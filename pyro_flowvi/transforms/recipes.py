@@ -152,6 +152,7 @@ def indexed_layers(
         (2, 2)
     """
     check_layer_flow(flow, hidden)
+    check_widths("index_hidden", index_hidden)
     if isinstance(flow, str):
         recipe: Any = FLOWS[flow]
         transforms: list[Any] = recipe.single_layers(dim, num_layers=num_layers, hidden=hidden)

@@ -16,6 +16,8 @@ from pyro_flowvi.distributions.flow import standard_normal_log_prob
 from pyro_flowvi.infer import TraceAnnealed_ELBO, TraceIW_ELBO, TraceSTL_ELBO
 from pyro_flowvi.infer.particles import Particles
 from pyro_flowvi.init import find_gaussian
+from pyro_flowvi.init.ascent import Ascent
+from pyro_flowvi.init.gaussians import _cover
 from pyro_flowvi.transforms import Planar
 from tests import zoo
 
@@ -209,6 +211,14 @@ class TestCover:
         variance = (found.scale[0] @ found.scale[0].mT).diagonal()
         torch.testing.assert_close(variance, law.variance, atol=0.1, rtol=0.0)
 
+    def test_a_long_narrow_one(self):
+        """Of which the covariance, squared, is more than rounding allows."""
+        law, density = self.mixture([[1e4, 0.0], [-1e4, 5e-3]], [[1.0, 1e-3], [1.0, 1e-3]], [0.5, 0.5])
+        found = _cover(density, Ascent(torch.tensor([[1e4, 0.0], [-1e4, 5e-3]]), torch.zeros(2), []))
+        ratio = found.scale[0].diagonal().log().sum()
+        assert ratio == pytest.approx(math.log(1e4) + math.log(1e-3), abs=0.01)
+        assert law.batch_shape == ()
+
     def test_one_mode_is_left_to_the_ranking_by_elbo(self):
         _, density = self.mixture([[1.0, 2.0]], [[1.0, 0.5]], [1.0])
         found = find_gaussian(density, torch.zeros(2), cover=True)
@@ -233,7 +243,7 @@ def test_a_callable_flow():
         ({"hidden": 3}, "hidden: expected a sequence of positive integers"),
         ({"index_hidden": (0,)}, "index_hidden: expected a positive integer"),
         ({"order": "between"}, "order: expected one of"),
-        ({"num_extra": -1}, "num_extra: expected a positive integer"),
+        ({"num_extra": -1}, "num_extra: expected an integer of at least 0"),
         ({"num_samples": 0}, "num_samples: expected a positive integer"),
     ],
 )
