@@ -287,7 +287,7 @@ class TestMemo:
         assert found.abs().max() > 0
         z = q.sample((50,))
         noise = q._memo.noise
-        (found,) = torch.autograd.grad(q.log_prob(z).sum(), logits)
+        (found,) = torch.autograd.grad(q.log_prob(z).sum(), logits, retain_graph=True)
         again = q.extended.log_prob(torch.cat([z, noise], -1)).sum()
         torch.testing.assert_close(found, torch.autograd.grad(again, logits)[0])
 
