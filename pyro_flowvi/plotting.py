@@ -1,6 +1,6 @@
 """Pictures.  matplotlib, the extra ``plot``, is imported when one is drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .diagnostics import Diagnosis
 from .psis import psis
 
-__all__ = ["pair_panels", "plot_khat", "plot_pairs", "plot_trace"]
+__all__ = ["pair_panels", "plot_images", "plot_khat", "plot_pairs", "plot_trace"]
 
 Array = NDArray[Any]
 
@@ -298,3 +298,44 @@ def plot_khat(diagnosis: Diagnosis) -> Any:
 def _log_mean(log_values: Array) -> float:
     top = float(log_values.max())
     return top + float(np.log(np.exp(log_values - top).mean()))
+
+
+def plot_images(images: Any, columns: int = 10, labels: Sequence[str] = ()) -> Any:
+    """Grey images in rows, white at 0 and black at 1.
+
+    :param images: shape ``(N, C, H, W)`` with one channel, or ``(N, H, W)``.
+    :param columns: images in a row.
+    :param labels: of the rows, the first ones first.
+    :return: a matplotlib figure.
+    :raises ValueError: if the images are not of the described shape, or there are none.
+    :raises ImportError: without matplotlib.
+
+    Example::
+
+        >>> len(plot_images(torch.rand(7, 1, 8, 8), columns=4).axes)
+        1
+    """
+    pyplot = _import_pyplot()
+    array = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images, dtype=float)
+    if array.ndim == 4 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 3 or not array.size:
+        raise ValueError(f"images: expected shape (N, 1, H, W) or (N, H, W), got {array.shape}")
+    count, height, width = array.shape
+    rows = -(-count // columns)
+    # One picture with a frame of one pixel around each image: far faster than a panel for each.
+    page = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1), np.nan)
+    for i, image in enumerate(array):
+        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
+        page[top : top + height, left : left + width] = image
+    figure, axis = pyplot.subplots(figsize=(0.6 * columns + 0.6, 0.6 * rows * height / width + 0.2))
+    colours = pyplot.get_cmap("Greys").with_extremes(bad="#dbe4f0")
+    axis.imshow(page, cmap=colours, vmin=0.0, vmax=1.0, interpolation="nearest")
+    axis.set_xticks([])
+    places = [(i + 0.5) * (height + 1) for i in range(min(rows, len(labels)))]
+    axis.set_yticks(places, labels[: len(places)])
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    figure.tight_layout()
+    return figure

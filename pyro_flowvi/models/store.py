@@ -1,0 +1,79 @@
+"""Names under which a model's modules are known to Pyro's param store."""
+
+import gc
+import weakref
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ..autoguide.params import _is_leftover, _registered
+
+__all__ = ["announce", "claim_name"]
+
+_live: "weakref.WeakValueDictionary[str, nn.Module]" = weakref.WeakValueDictionary()
+
+
+def claim_name(module: Any, name: str | None, default: str) -> str:
+    """Takes ``name``, or the first free one of ``default``, ``default_1``, ...: no two live models share one.
+
+    :raises ValueError: if ``name`` is no non-empty string, or belongs to a live model.
+
+    Example::
+
+        >>> first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        >>> claim_name(first, None, "net"), claim_name(second, None, "net")
+        ('net', 'net_1')
+    """
+    if name is not None and not (isinstance(name, str) and name):
+        raise ValueError(f"name: expected a non-empty string, got {name!r}")
+    wanted = name or default
+    if wanted in _live:
+        gc.collect()  # a model in a reference cycle outlives its last use
+    if name is not None and name in _live:
+        raise ValueError(
+            f"name: expected one that no live model holds, got {name!r}; delete the other or choose another"
+        )
+    free, count = wanted, 0
+    while free in _live:
+        count += 1
+        free = f"{wanted}_{count}"
+    _live[free] = module
+    return free
+
+
+def announce(module: nn.Module, prefix: str) -> None:
+    """Shows the module's trainable parameters to Pyro under their names, so that an optimizer finds them.
+
+    Values of a param store that was loaded are taken over; what an earlier model of this process left there
+    under the same name is replaced.
+
+    :raises ValueError: if an entry of the store has another shape.
+
+    Example::
+
+        >>> announce(torch.nn.Linear(1, 2), "net")
+        >>> sorted(pyro.get_param_store())
+        ['net.bias', 'net.weight']
+    """
+    store = pyro.get_param_store()
+    for key, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        name = f"{prefix}.{key}"
+        stored: Tensor | None = store._params.get(name)
+        if stored is not None and stored is not param:
+            if not _is_leftover(name, stored):
+                if stored.shape != param.shape:
+                    raise ValueError(
+                        f"param store entry {name!r}: expected shape {tuple(param.shape)}, got "
+                        f"{tuple(stored.shape)}; call pyro.clear_param_store() or choose another name"
+                    )
+                with torch.no_grad():
+                    param.copy_(stored)
+            store._param_to_name.pop(stored, None)
+            store._params[name] = param
+            store._param_to_name[param] = name
+        pyro.param(name, param)
+        _registered[name] = weakref.ref(param), store._params
