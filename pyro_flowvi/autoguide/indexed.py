@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_positive_int, check_widths
+from .._checks import check_count, check_positive, check_positive_int, check_widths
 from ..distributions import FlowDistribution, IndexedFlow
 from ..distributions.flow import Shape, standard_normal_log_prob
 from ..distributions.indexed import NUM_SAMPLES, index_log_ratios, log_mean_exp
@@ -20,6 +20,8 @@ from .base import AutoFlow
 from .posterior import CallPosterior
 
 __all__ = ["AutoCIF", "IndexedCallPosterior"]
+
+INDEX_SCALE = 0.1
 
 
 class IndexedCallPosterior(CallPosterior):
@@ -90,6 +92,9 @@ class AutoCIF(AutoFlow):
         :data:`pyro_flowvi.transforms.DEFAULTS`.
     :param index_hidden: widths of the hidden layers of the networks of the indices.
     :param order: "after" or "before", as in :class:`pyro_flowvi.transforms.IndexedLayer`.
+    :param index_scale: how far the indices move the latents at first, as in
+        :class:`pyro_flowvi.transforms.IndexedLayer`; with 0 the guide starts as the flow without indices, a
+        saddle that is left slowly if at all.
     :param num_extra: index draws beside its own in the bound of each draw.  0 is the auxiliary ELBO, more are
         the importance-weighted auxiliary ELBO of that many and one: tighter, at the cost of an inverse each.
     :param num_samples: index draws for each value that :meth:`log_prob` scores.
@@ -119,6 +124,7 @@ class AutoCIF(AutoFlow):
         index_hidden: Sequence[int] = HIDDEN,
         *,
         order: str = "after",
+        index_scale: float = INDEX_SCALE,
         num_extra: int = 0,
         num_samples: int = NUM_SAMPLES,
         **options: Any,
@@ -136,6 +142,7 @@ class AutoCIF(AutoFlow):
             index_dim=check_positive_int("index_dim", index_dim),
             index_hidden=check_widths("index_hidden", index_hidden),
             order=order,
+            index_scale=float(index_scale) and check_positive("index_scale", index_scale),
         )
         super().__init__(model, build, **options)
         self.num_extra, self.num_samples = extra, samples

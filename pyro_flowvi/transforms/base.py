@@ -252,6 +252,17 @@ class ParametricTransform(FlowTransform):
         """:meth:`inverse_and_log_det` at the parameters ``raw``."""
         raise NotImplementedError(f"{type(self).__name__}.inverse_given")
 
+    def score_given(self, raw: Raw, x: Tensor, score: Tensor) -> Tensor | None:
+        """The score that :meth:`forward_with_score` carries, at ``raw``; None without a shortcut for it."""
+        return None
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            pushed = self.score_given(self.raw_parameters(), x, score)
+        if pushed is None:
+            return super().forward_with_score(x, score)
+        return *self.forward_and_log_det(x), pushed
+
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.forward_given(self.raw_parameters(), x)
 
@@ -275,6 +286,13 @@ class _Conditioned(FlowTransform):
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._layer[0].forward_given(self._raw, x)
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            pushed = self._layer[0].score_given(self._raw, x, score)
+        if pushed is None:
+            return super().forward_with_score(x, score)
+        return *self.forward_and_log_det(x), pushed
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._layer[0].inverse_given(self._raw, y)

@@ -19,7 +19,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from .._checks import check_positive_int, check_widths
+from .._checks import check_positive, check_positive_int, check_widths
 from ..nn import MLP
 from .base import forward_and_log_det, forward_with_score, inverse_and_log_det
 from .compose import Chain, common_dim, own_dim
@@ -66,8 +66,11 @@ class IndexedLayer(nn.Module):
     Caterini, Cornish, Sejdinovic and Doucet, *Variational Inference with Continuously-Indexed Normalizing
     Flows*, 2020, equation 12.  The index is drawn from q(u | w), and r(u | G(w; u)) stands in for its law
     given the image; both are normal with independent coordinates, of which networks give means and log
-    standard deviations.  Starts as g alone (s = t = 0), with q = r standard normal.  Every log-scale is
-    b + 2 tanh(h / 2), with b free.
+    standard deviations.  Every log-scale is b + 2 tanh(h / 2), with b free.
+
+    Starts as g alone (s = t = 0), with q = r standard normal.  That is a saddle: an index that moves nothing
+    is independent of all else, and nothing but noise draws it in.  A start at some ``index_scale`` lets
+    it be used from the first step.
 
     Used in an :class:`IndexedCompose` or :class:`pyro_flowvi.distributions.IndexedFlow`.
 
@@ -78,6 +81,7 @@ class IndexedLayer(nn.Module):
         order of the authors' code.
     :param context_dim: the length of the context vectors that q and r see beside w.
     :param dim: the length of the vectors, needed only if ``transform`` does not tell it.
+    :param index_scale: standard deviation of the weights that s and t start with in their last layer.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -98,6 +102,7 @@ class IndexedLayer(nn.Module):
         order: str = "after",
         context_dim: int | None = None,
         dim: int | None = None,
+        index_scale: float = 0.0,
     ) -> None:
         super().__init__()
         conditional = hasattr(transform, "condition")
@@ -120,6 +125,8 @@ class IndexedLayer(nn.Module):
         self.exact_inverse = getattr(transform, "exact_inverse", True)
         widths, seen = check_widths("hidden", hidden), self.dim + self.context_dim
         self.mover = _AffineGiven(self.index_dim, widths, self.dim)
+        if index_scale != 0.0:
+            nn.init.normal_(self.mover.network.last.weight, std=check_positive("index_scale", index_scale))
         self.index = _AffineGiven(seen, widths, self.index_dim)
         """q(u | w), of standard normal noise."""
         self.reverse = _AffineGiven(seen, widths, self.index_dim)

@@ -76,8 +76,8 @@ class ElementwiseAffine(ParametricTransform):
         y = torch.addcmul(raw["loc"], scale, x)
         return y, log_scale.sum(-1).expand(y.shape[:-1])
 
-    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.forward_and_log_det(x), score / finite_scale(self.log_scale.detach())[0]
+    def score_given(self, raw: Raw, x: Tensor, score: Tensor) -> Tensor:
+        return score / finite_scale(raw["log_scale"])[0]
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         scale, log_scale = finite_scale(raw["log_scale"])

@@ -51,12 +51,9 @@ class Planar(ParametricTransform):
         u_hat, c = planar_params(raw["w"], raw["u"] / self.num_layers)
         return planar_forward(x, raw["w"], u_hat, c, raw["b"])
 
-    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, log_det = self.forward_and_log_det(x)
-        with torch.no_grad():
-            u_hat, c = planar_params(self.w, self.u / self.num_layers)
-            score = planar_score(x, self.w, u_hat, c, self.b, score)
-        return y, log_det, score
+    def score_given(self, raw: Raw, x: Tensor, score: Tensor) -> Tensor:
+        u_hat, c = planar_params(raw["w"], raw["u"] / self.num_layers)
+        return planar_score(x, raw["w"], u_hat, c, raw["b"], score)
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         u_hat, c = planar_params(raw["w"], raw["u"] / self.num_layers)

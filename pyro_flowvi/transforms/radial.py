@@ -51,12 +51,9 @@ class Radial(ParametricTransform):
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         return radial_forward(x, raw["centre"], *radial_params(raw["a"], raw["b"] / self.num_layers))
 
-    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, log_det = self.forward_and_log_det(x)
-        with torch.no_grad():
-            alpha, beta = radial_params(self.a, self.b / self.num_layers)
-            score = radial_score(x, self.centre, alpha, beta, score)
-        return y, log_det, score
+    def score_given(self, raw: Raw, x: Tensor, score: Tensor) -> Tensor:
+        alpha, beta = radial_params(raw["a"], raw["b"] / self.num_layers)
+        return radial_score(x, raw["centre"], alpha, beta, score)
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         return radial_inverse(y, raw["centre"], *radial_params(raw["a"], raw["b"] / self.num_layers))

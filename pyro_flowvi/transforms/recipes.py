@@ -133,6 +133,7 @@ def indexed_layers(
     index_hidden: Sequence[int] = HIDDEN,
     order: str = "after",
     context_dim: int | None = None,
+    index_scale: float = 0.0,
 ) -> list[IndexedLayer]:
     """The layers of a named flow, each made continuously indexed.
 
@@ -141,8 +142,8 @@ def indexed_layers(
     :param num_layers: the number of layers; by default that of the flow, or 5 with a callable.
     :param hidden: widths of the networks of a named flow.
     :param index_dim: the length of each layer's index.
-    :param index_hidden: widths of the networks of the index, as in :class:`IndexedLayer`; so are ``order``
-        and ``context_dim``.
+    :param index_hidden: widths of the networks of the index, as in :class:`IndexedLayer`; so are ``order``,
+        ``context_dim`` and ``index_scale``.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -159,10 +160,8 @@ def indexed_layers(
     else:
         count = NUM_INDEXED if num_layers is None else check_positive_int("num_layers", num_layers)
         transforms = [flow(dim) for _ in range(count)]
-    return [
-        IndexedLayer(transform, index_dim, index_hidden, order=order, context_dim=context_dim, dim=dim)
-        for transform in transforms
-    ]
+    options: dict[str, Any] = {"order": order, "context_dim": context_dim, "index_scale": index_scale}
+    return [IndexedLayer(transform, index_dim, index_hidden, dim=dim, **options) for transform in transforms]
 
 
 def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:

@@ -18,6 +18,7 @@ from pyro_flowvi.transforms import (
     AffineCoupling,
     Autoregressive,
     Compose,
+    Conditional,
     Coupling,
     ElementwiseAffine,
     HeavyTails,
@@ -296,3 +297,16 @@ def test_radial_layer_at_its_centre():
     layer = randomized(Radial(3), 0.3)
     x = layer.centre.detach().clone().requires_grad_()
     assert forward_with_score(layer, x, -x.detach())[2].isfinite().all()
+
+
+@pytest.mark.parametrize("layer", [Planar, Radial, ElementwiseAffine, AffineCoupling])
+def test_conditional_layers(layer):
+    """With parameters of their own for each row, those with a shortcut and those without."""
+    conditional = randomized(Conditional(layer(3), 2, (4,)))
+    transform = conditional.condition(torch.randn(5, 2))
+    x = torch.randn(7, 5, 3).requires_grad_()
+    score = torch.randn(7, 5, 3)
+    y, log_det, found = forward_with_score(transform, x, score)
+    torch.testing.assert_close(found, score_by_inverse(transform, y, score), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close((y, log_det), forward_and_log_det(transform, x))
+    assert not found.requires_grad
