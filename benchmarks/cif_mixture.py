@@ -172,7 +172,8 @@ def make_guide(key: Row, width: int = HIDDEN) -> AutoFlow:
     if flow == "nsf, default":
         return AutoFlow(program, "neural_spline_ar").materialize()
     if flow == "cif":
-        return BasedCIF(program, num_layers=layers, hidden=(width, width), base=base).materialize()
+        options: dict[str, Any] = {"hidden": (width, width), "base": base, "index_scale": 0.0}
+        return BasedCIF(program, num_layers=layers, **options).materialize()
     affine = flow == "nsf + affine"
     build = partial(spline_flow, base=base, num_layers=layers, width=width, affine=affine)
     return AutoFlow(program, build, affine=None).materialize()

@@ -13,6 +13,7 @@ from .autoguide import (
 )
 from .diagnostics import Comparison, Diagnosis, compare, diagnose, to_arviz
 from .infer import CompiledSVI, FitDiverged, FitResult, fit
+from .models import FlowVAE
 from .transforms import FLOWS
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Diagnosis",
     "FitDiverged",
     "FitResult",
+    "FlowVAE",
     "compare",
     "diagnose",
     "fit",
