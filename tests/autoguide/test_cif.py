@@ -44,7 +44,8 @@ def two_modes(gap):
 def make(model, *args, scale=0.3, seed=0, init_scale=0.5, **options):
     """A guide away from its start, near the posterior of ``conjugate``."""
     torch.manual_seed(seed)
-    guide = AutoCIF(model, num_layers=2, hidden=(4,), index_hidden=(4,), init_scale=init_scale, **options)
+    sizes = {"num_layers": 2, "hidden": (4,), "index_hidden": (4,), "index_scale": 0.0}
+    guide = AutoCIF(model, init_scale=init_scale, **sizes, **options)
     guide.materialize(*args)
     with torch.no_grad():
         for param in [param for layer in list(guide._flow)[:2] for param in layer.parameters()]:
