@@ -227,6 +227,19 @@ class TestCover:
         torch.testing.assert_close(found.loc[0], torch.tensor([1.0, 2.0]), atol=1e-3, rtol=0.0)
 
 
+def test_where_the_indices_start():
+    """Unused, or moving the latents by about ``index_scale``."""
+    spreads = {}
+    for index_scale in (0.0, 0.1):
+        torch.manual_seed(0)
+        guide = AutoCIF(zoo.one_dim, "planar", 1, index_scale=index_scale, affine=None).materialize()
+        x = torch.cat([torch.zeros(2000, 1), torch.randn(2000, 1)], -1)  # one point, many indices
+        with torch.no_grad():
+            spreads[index_scale] = float(guide.get_posterior().extended.transform(x)[:, 0].std())
+    assert spreads[0.0] == 0.0
+    assert 0.02 < spreads[0.1] < 0.5
+
+
 def test_a_callable_flow():
     guide = AutoCIF(zoo.hierarchy, flow=Planar, num_layers=3, order="before").materialize(torch.zeros(4))
     assert sum(isinstance(getattr(part, "transform", None), Planar) for part in guide._flow) == 3
@@ -245,6 +258,7 @@ def test_a_callable_flow():
         ({"index_hidden": (0,)}, "index_hidden: expected a positive integer"),
         ({"order": "between"}, "order: expected one of"),
         ({"num_extra": -1}, "num_extra: expected an integer of at least 0"),
+        ({"index_scale": -1.0}, "index_scale: expected a positive number"),
         ({"num_samples": 0}, "num_samples: expected a positive integer"),
     ],
 )

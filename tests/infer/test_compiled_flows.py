@@ -7,7 +7,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
-from pyro_flowvi import FLOWS, AutoFlow, CompiledSVI
+from pyro_flowvi import FLOWS, AutoCIF, AutoFlow, CompiledSVI
 from pyro_flowvi.distributions import FlowDistribution
 
 IN_CI = ("neural_spline", "maf")
@@ -46,6 +46,14 @@ def assert_same_steps(guide, make_model, args):
 def test_guide(name):
     def guide():
         return AutoFlow(model, lambda dim: FLOWS[name](dim, num_layers=2, hidden=(4,)), name="guide")
+
+    assert_same_steps(guide, model, (torch.tensor(2.0),))
+
+
+@pytest.mark.parametrize("num_extra", [pytest.param(0, marks=pytest.mark.ci), 2])
+def test_continuously_indexed(num_extra):
+    def guide():
+        return AutoCIF(model, "planar", 1, index_hidden=(3,), num_extra=num_extra, name="guide")
 
     assert_same_steps(guide, model, (torch.tensor(2.0),))
 
