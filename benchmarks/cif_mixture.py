@@ -6,7 +6,7 @@
     python benchmarks/cif_mixture.py --report cif.jsonl [--figure docs/cif_mixture.png]
 
 The targets are normalised, so that the best ELBO is 0: nine or sixteen normals of standard deviation .25 on a
-lattice of step 2 (Caterini, Cornish, Sejdinovic and Doucet 2020, section 5.1), where one mode alone gives
+lattice of step 2 (Caterini, Cornish, Sejdinovic and Doucet 2020), where one mode alone gives
 -log K; two rings; in four dimensions, sixteen normals at the corners of a cube.
 
 The guides have five layers (or as many as the row says) and *equal numbers of parameters*, to a percent:

@@ -78,7 +78,7 @@ class AutoCIF(AutoFlow):
     Every layer of the flow is moved by an index of its own, :math:`G(w; u) = e^{s(u)} \odot g(w) + t(u)`, so
     that the guide is a continuum of flows, of which each may go to another mode.  Its density is bounded, not
     known: the ELBO that is trained is that of the extended space of latents and indices, a lower bound on
-    the usual one (Caterini, Cornish, Sejdinovic and Doucet 2020, equation 10).  Exact under ``Trace_ELBO``,
+    the usual one (Caterini, Cornish, Sejdinovic and Doucet 2020).  Exact under ``Trace_ELBO``,
     ``TraceEnum_ELBO``, ``TraceGraph_ELBO``, ``RenyiELBO`` and this package's objectives, path gradients
     included.  :meth:`log_prob` is an estimate, on average from below; importance weights, k-hat and
     effective sample size are those of the extended space.

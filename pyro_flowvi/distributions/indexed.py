@@ -129,8 +129,8 @@ class IndexedFlow(TorchDistribution):
     with the indices that made the draw among M + 1 of them it is on average above.
 
     Caterini, Cornish, Sejdinovic and Doucet, *Variational Inference with Continuously-Indexed Normalizing
-    Flows*, 2020, sections 3 and 4; the upper bound is that of Sobolev and Vetrov, *Importance Weighted
-    Hierarchical Variational Inference*, 2019, theorem 1.
+    Flows*, 2020; the upper bound is that of Sobolev and Vetrov, *Importance Weighted
+    Hierarchical Variational Inference*, 2019.
 
     :param base: a distribution over vectors of length D; the standard normal if None.
     :param layers: :class:`~pyro_flowvi.transforms.IndexedLayer` modules, and plain transforms among them, or

@@ -46,7 +46,7 @@ class FlowVAE(PyroModule):
 
     Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014; Rezende and Mohamed, *Variational Inference
     with Normalizing Flows*, 2015, section 4; Caterini, Cornish, Sejdinovic and Doucet, *Variational Inference
-    with Continuously-Indexed Normalizing Flows*, 2020, section 5.2.
+    with Continuously-Indexed Normalizing Flows*, 2020.
 
     :param encoder: images ``(B, ...)`` -> features ``(B, feature_dim)``.
     :param decoder: latents ``(B, D)`` -> logits of the pixels, ``(B, ...)``.

@@ -64,7 +64,7 @@ class IndexedLayer(nn.Module):
     r"""A bijection g made continuously indexed, :math:`G(w; u) = e^{s(u)} \odot g(w) + t(u)`.
 
     Caterini, Cornish, Sejdinovic and Doucet, *Variational Inference with Continuously-Indexed Normalizing
-    Flows*, 2020, equation 12.  The index is drawn from q(u | w), and r(u | G(w; u)) stands in for its law
+    Flows*, 2020.  The index is drawn from q(u | w), and r(u | G(w; u)) stands in for its law
     given the image; both are normal with independent coordinates, of which networks give means and log
     standard deviations.  Every log-scale is b + 2 tanh(h / 2), with b free.
 
