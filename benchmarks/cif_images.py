@@ -5,7 +5,7 @@
     python benchmarks/cif_images.py --report rows.jsonl
 
 The experiment of Caterini, Cornish, Sejdinovic and Doucet, *Variational Inference with Continuously-Indexed
-Normalizing Flows*, 2020, section 5.2: the posteriors "VAE" (a diagonal normal), "NSF" (that, and layers of an
+Normalizing Flows*, 2020: the posteriors "VAE" (a diagonal normal), "NSF" (that, and layers of an
 LU-decomposed linear map and an autoregressive spline) and "CIF-NSF" (the same layers, made continuously
 indexed, with networks narrower by so much that the numbers of parameters match).  Encoder, decoder, data,
 their initial values and their minibatches are the same for all three, seed by seed.

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from .._checks import check_dtype
 from ..transforms import Compose
 
-__all__ = ["PROTOTYPE_STATE", "NamedGuide", "signature"]
+__all__ = ["PROTOTYPE_STATE", "NamedGuide", "adopt_stored", "register", "signature"]
 
 _Store = dict[str, Tensor]
 _registered: dict[str, tuple["weakref.ref[Tensor]", _Store]] = {}
@@ -102,23 +102,8 @@ class NamedGuide(AutoContinuous):
 
     def _adopt_store(self, flow: Compose) -> None:
         """Takes over the values of a param store that was restored since the last call."""
-        store = pyro.get_param_store()
         for name, param in flow.named_parameters():
-            full_name = f"{self.name}.{name}"
-            stored = store._params.get(full_name)
-            if stored is param or stored is None:
-                continue
-            if self._store_wins and (self._named or not _is_leftover(full_name, stored)):
-                if stored.shape != param.shape:
-                    raise ValueError(
-                        f"param store entry {full_name!r}: expected shape {tuple(param.shape)}, "
-                        f"got {tuple(stored.shape)}; call pyro.clear_param_store() or choose another name"
-                    )
-                with torch.no_grad():
-                    param.copy_(stored)
-            store._param_to_name.pop(stored, None)
-            store._params[full_name] = param
-            store._param_to_name[param] = full_name
+            adopt_stored(f"{self.name}.{name}", param, self._store_wins, leftovers=self._named)
         self._store_wins = True
 
     def _announce_params(self) -> None:
@@ -129,8 +114,7 @@ class NamedGuide(AutoContinuous):
             if not param.requires_grad:
                 continue
             if not local:
-                pyro.param(full_name, param)
-                _registered[full_name] = weakref.ref(param), pyro.get_param_store()._params
+                register(full_name, param)
                 continue
             param.unconstrained = weakref.ref(param)
             effectful(type="param")(lambda *_, _value=param, **__: _value)(
@@ -208,6 +192,36 @@ class NamedGuide(AutoContinuous):
                 memo[id(state[key])] = state[key]  # by reference
         new.__setstate__(copy.deepcopy(state, memo))
         return new
+
+
+def register(full_name: str, param: Tensor) -> None:
+    """Shows a parameter to Pyro under its name, so that an optimizer finds it."""
+    pyro.param(full_name, param)
+    _registered[full_name] = weakref.ref(param), pyro.get_param_store()._params
+
+
+def adopt_stored(full_name: str, param: Tensor, wins: bool = True, leftovers: bool = False) -> None:
+    """Puts a parameter into the place of what the param store has under its name.
+
+    :param wins: whether the parameter takes over the value of the store.
+    :param leftovers: whether also one that an earlier owner of this process left there.
+    :raises ValueError: if the value has another shape.
+    """
+    store = pyro.get_param_store()
+    stored = store._params.get(full_name)
+    if stored is param or stored is None:
+        return
+    if wins and (leftovers or not _is_leftover(full_name, stored)):
+        if stored.shape != param.shape:
+            raise ValueError(
+                f"param store entry {full_name!r}: expected shape {tuple(param.shape)}, "
+                f"got {tuple(stored.shape)}; call pyro.clear_param_store() or choose another name"
+            )
+        with torch.no_grad():
+            param.copy_(stored)
+    store._param_to_name.pop(stored, None)
+    store._params[full_name] = param
+    store._param_to_name[param] = full_name
 
 
 def _is_leftover(full_name: str, stored: Tensor) -> bool:

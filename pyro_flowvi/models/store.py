@@ -4,11 +4,9 @@ import gc
 import weakref
 from typing import Any
 
-import pyro
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..autoguide.params import _is_leftover, _registered
+from ..autoguide.params import adopt_stored, register
 
 __all__ = ["announce", "claim_name"]
 
@@ -57,23 +55,7 @@ def announce(module: nn.Module, prefix: str) -> None:
         >>> sorted(pyro.get_param_store())
         ['net.bias', 'net.weight']
     """
-    store = pyro.get_param_store()
     for key, param in module.named_parameters():
-        if not param.requires_grad:
-            continue
-        name = f"{prefix}.{key}"
-        stored: Tensor | None = store._params.get(name)
-        if stored is not None and stored is not param:
-            if not _is_leftover(name, stored):
-                if stored.shape != param.shape:
-                    raise ValueError(
-                        f"param store entry {name!r}: expected shape {tuple(param.shape)}, got "
-                        f"{tuple(stored.shape)}; call pyro.clear_param_store() or choose another name"
-                    )
-                with torch.no_grad():
-                    param.copy_(stored)
-            store._param_to_name.pop(stored, None)
-            store._params[name] = param
-            store._param_to_name[param] = name
-        pyro.param(name, param)
-        _registered[name] = weakref.ref(param), store._params
+        if param.requires_grad:
+            adopt_stored(f"{prefix}.{key}", param)
+            register(f"{prefix}.{key}", param)
