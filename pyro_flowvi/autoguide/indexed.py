@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._checks import check_count, check_positive, check_positive_int, check_widths
 from ..distributions import FlowDistribution, IndexedFlow
 from ..distributions.flow import Shape, standard_normal_log_prob
-from ..distributions.indexed import NUM_SAMPLES, index_log_ratios, log_mean_exp
+from ..distributions.indexed import NUM_SAMPLES, tightened
 from ..transforms import IndexedCompose, indexed_layers
 from ..transforms.compose import Chain
 from ..transforms.indexed import HIDDEN, ORDERS
@@ -60,10 +60,7 @@ class IndexedCallPosterior(CallPosterior):
     def log_prob(self, value: Tensor) -> Tensor:
         dim = self._inner_dim
         own = super().log_prob(value) - standard_normal_log_prob(value[..., dim:])
-        if not self.num_extra:
-            return own
-        others = index_log_ratios(FlowDistribution(self.transform), dim, value[..., :dim], self.num_extra)
-        return log_mean_exp(torch.cat([own.unsqueeze(0), others]))
+        return tightened(FlowDistribution(self.transform), dim, value[..., :dim], own, self.num_extra)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "IndexedCallPosterior":
         new = self._get_checked_instance(IndexedCallPosterior, _instance)

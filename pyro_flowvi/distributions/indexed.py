@@ -16,7 +16,7 @@ from .._checks import check_count, check_positive_int
 from ..transforms import IndexedCompose
 from .flow import FlowDistribution, Shape, standard_normal_log_prob
 
-__all__ = ["IndexedFlow", "index_log_ratios", "log_mean_exp"]
+__all__ = ["IndexedFlow", "index_log_ratios", "log_mean_exp", "tightened"]
 
 NUM_SAMPLES: Final = 100
 _MAX_ELEMENTS = 2**22
@@ -66,6 +66,23 @@ def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_s
     if graph and rows < num_samples:  # inverted again in the backward pass, which saves their graphs
         return torch.cat([_forget(ratios, part) for part in noise.split(rows)])
     return torch.cat([ratios(part) for part in noise.split(rows)])
+
+
+def tightened(density: FlowDistribution, inner_dim: int, z: Tensor, own: Tensor, num_extra: int) -> Tensor:
+    """The bound on draws, of the log ratios of their own indices and of further index draws.
+
+    :param density: as ``inner_dim`` and ``z``, that of :func:`index_log_ratios`.
+    :param own: the log ratios of the indices that made the draws, shape ``(*,)``, which with ``num_extra`` 0
+        are the bound.
+
+    Example::
+
+        >>> tightened(None, 2, torch.zeros(5, 2), torch.zeros(5), 0)
+        tensor([0., 0., 0., 0., 0.])
+    """
+    if not num_extra:
+        return own
+    return log_mean_exp(torch.cat([own.unsqueeze(0), index_log_ratios(density, inner_dim, z, num_extra)]))
 
 
 class _WithNoise(TorchDistribution):
@@ -238,10 +255,7 @@ class IndexedFlow(TorchDistribution):
         return z, noise, log_prob - standard_normal_log_prob(noise)
 
     def _with_extra(self, z: Tensor, bound: Tensor) -> Tensor:
-        """The bound on draws, of their own indices' ratio and those of further index draws."""
-        if not self.num_extra:
-            return bound
-        return log_mean_exp(torch.cat([bound.unsqueeze(0), self._log_ratios(z, self.num_extra)]))
+        return tightened(self.extended, self.event_shape[0], z, bound, self.num_extra)
 
     # -- a distribution -----------------------------------------------------------------------------
 
