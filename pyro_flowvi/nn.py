@@ -80,6 +80,8 @@ class MLP(nn.Module):
         self.last = nn.Linear(sizes[-1], check_positive_int("out_dim", out_dim), bias=last_bias)
         for param in self.last.parameters():
             nn.init.zeros_(param)
+        self.columns = False
+        """Whether inputs of two dimensions are taken as columns: faster for many small networks at once."""
 
     def biases(self) -> dict[str, Tensor]:
         """The biases by name, first layer first."""
@@ -89,9 +91,17 @@ class MLP(nn.Module):
         """The output, shape ``(*, out_dim)``; ``biases`` replace the network's own."""
         biases = self.biases() if biases is None else biases
         activate = _IN_PLACE[self.activation]
+        if self.columns and x.dim() == 2:
+            return self._on_columns(x.mT, biases, activate).mT
         for i, layer in enumerate(self.hidden):
             x = activate(_linear(x, self._weight(layer), biases[f"hidden.{i}.bias"]))
         return _linear(x, self._weight(self.last), biases.get("last.bias"))
+
+    def _on_columns(self, x: Tensor, biases: Biases, activate: Callable[[Tensor], Tensor]) -> Tensor:
+        for i, layer in enumerate(self.hidden):
+            x = activate(self._weight(layer) @ x + biases[f"hidden.{i}.bias"].unsqueeze(-1))
+        last = self._weight(self.last) @ x
+        return last + biases["last.bias"].unsqueeze(-1) if "last.bias" in biases else last
 
     def _weight(self, layer: nn.Module) -> Tensor:
         weight: Tensor = layer.weight  # type: ignore[assignment]

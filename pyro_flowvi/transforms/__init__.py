@@ -34,6 +34,7 @@ from .linear import (
 from .planar import ConditionalPlanar, Planar
 from .radial import ConditionalRadial, Radial
 from .recipes import FLOWS, Recipe, indexed_layers, recipe_name
+from .stacked import Stacked
 from .sylvester import Sylvester
 from .tails import HeavyTails
 
@@ -75,6 +76,7 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCoupling",
     "Squeeze2d",
+    "Stacked",
     "Sylvester",
     "bits_per_dim",
     "channel_mask",
