@@ -2,5 +2,6 @@
 
 from .flow import FlowDistribution
 from .indexed import IndexedFlow
+from .mixture import GivenComponent, MixtureOfFlows
 
-__all__ = ["FlowDistribution", "IndexedFlow"]
+__all__ = ["FlowDistribution", "GivenComponent", "IndexedFlow", "MixtureOfFlows"]
