@@ -2,6 +2,7 @@
 
 from .flow_vae import FlowVAE
 from .images import ConvDecoder, ConvEncoder, Minibatches, MLPDecoder, MLPEncoder, binarize
+from .vmonf import VMoNF
 
 __all__ = [
     "ConvDecoder",
@@ -10,5 +11,6 @@ __all__ = [
     "MLPDecoder",
     "MLPEncoder",
     "Minibatches",
+    "VMoNF",
     "binarize",
 ]
