@@ -28,7 +28,7 @@ ROWS = [
     {"infer"},
     {"diagnostics"},
     {"models"},
-    {"plotting", "datasets", "testing"},
+    {"plotting", "plotting_mixtures", "datasets", "testing"},
     {"demo", "__main__"},
 ]
 RANK = {name: i for i, row in enumerate(ROWS) for name in row}
@@ -119,6 +119,7 @@ INTERNAL = {
     *(
         "batches",
         "cause",
+        "components",
         "checkpoint",
         "compiled_step",
         "cuda",
