@@ -85,7 +85,7 @@ def tightened(density: FlowDistribution, inner_dim: int, z: Tensor, own: Tensor,
     return log_mean_exp(torch.cat([own.unsqueeze(0), index_log_ratios(density, inner_dim, z, num_extra)]))
 
 
-class _WithNoise(TorchDistribution):
+class WithNoise(TorchDistribution):
     """A base distribution over vectors, followed by independent standard normal coordinates."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -114,8 +114,8 @@ class _WithNoise(TorchDistribution):
         log_prob: Tensor = self.base.log_prob(w) + standard_normal_log_prob(noise)
         return log_prob
 
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> "_WithNoise":
-        return _WithNoise(self.base.expand(Size(batch_shape)), self.index_dim)
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "WithNoise":
+        return WithNoise(self.base.expand(Size(batch_shape)), self.index_dim)
 
 
 @dataclass
@@ -201,7 +201,7 @@ class IndexedFlow(TorchDistribution):
             raise ValueError(f"base: expected event_shape ({flow.inner_dim},), got {tuple(base.event_shape)}")
         self.num_samples = check_positive_int("num_samples", num_samples)
         self.num_extra = check_count("num_extra", num_extra)
-        joint = None if base is None else _WithNoise(base, flow.index_dim)
+        joint = None if base is None else WithNoise(base, flow.index_dim)
         self.extended = FlowDistribution(flow, joint)
         """The law of the value and the standardised indices, tractable: :class:`FlowDistribution`."""
         self._context = context

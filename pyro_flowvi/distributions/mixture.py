@@ -11,7 +11,9 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Size, Tensor
 from torch.distributions import Distribution, Transform
 
+from .._checks import check_count, check_positive_int
 from .flow import FlowDistribution, Shape
+from .indexed import NUM_SAMPLES, WithNoise, index_log_ratios, log_mean_exp
 
 __all__ = ["GivenComponent", "MixtureOfFlows", "stratified_indices"]
 
@@ -64,8 +66,13 @@ class MixtureOfFlows(TorchDistribution):
     :param logits: the logarithms of the weights, up to a constant, shape ``(*, K)``; equal weights if None.
     :param base: a distribution over vectors, the same for all components or with a batch shape ``(K,)``;
         the standard normal if None.
+    :param index_dim: of continuously-indexed components, which are transforms of D + ``index_dim``
+        coordinates (:class:`~pyro_flowvi.transforms.IndexedCompose`): the number of the indices' noise.
+    :param num_samples: the number of index draws with which the density of such components is estimated, on
+        average from below, as by :class:`IndexedFlow`.
     :param validate_args: as in torch.
-    :raises ValueError: if ``transform`` has no batch shape or ``logits`` not K elements.
+    :raises ValueError: if ``transform`` has no batch shape, ``logits`` not K elements, or a number is not of
+        the described kind.
 
     Shapes: ``batch_shape`` is that of transform and logits without the K, ``event_shape`` is ``(D,)``.
 
@@ -97,8 +104,14 @@ class MixtureOfFlows(TorchDistribution):
         logits: Tensor | None = None,
         *,
         base: Distribution | None = None,
+        index_dim: int = 0,
+        num_samples: int = NUM_SAMPLES,
         validate_args: bool | None = None,
     ) -> None:
+        self.index_dim = check_count("index_dim", index_dim)
+        self.num_samples = check_positive_int("num_samples", num_samples)
+        if base is not None and index_dim:
+            base = WithNoise(base, index_dim)
         self.components = FlowDistribution(transform, base, validate_args=False)
         """The components: a distribution whose batch shape ends with K."""
         shape = self.components.batch_shape
@@ -112,7 +125,8 @@ class MixtureOfFlows(TorchDistribution):
         """The log weights, shape ``(*, K)``."""
         self._drawn: tuple[Tensor, Tensor] | None = None
         batch_shape = torch.broadcast_shapes(shape[:-1], logits.shape[:-1])
-        super().__init__(batch_shape, self.components.event_shape, validate_args=validate_args)
+        dim = self.components.event_shape[0] - self.index_dim
+        super().__init__(batch_shape, Size((check_positive_int("dim", dim),)), validate_args=validate_args)
 
     @property
     def num_components(self) -> int:
@@ -128,7 +142,10 @@ class MixtureOfFlows(TorchDistribution):
 
     def component_log_prob(self, value: Tensor) -> Tensor:
         """Log density of each component, shape ``(*, K)``, at ``value`` of shape ``(*, D)``."""
-        return self.components.log_prob(value.unsqueeze(-2))
+        value = value.unsqueeze(-2)
+        if not self.index_dim:
+            return self.components.log_prob(value)
+        return log_mean_exp(index_log_ratios(self.components, value.shape[-1], value, self.num_samples))
 
     def joint_log_prob(self, value: Tensor) -> Tensor:
         """log w_k + log p_k, shape ``(*, K)``, at ``value`` of shape ``(*, D)``."""
@@ -163,7 +180,7 @@ class MixtureOfFlows(TorchDistribution):
         gradient one of the gradient, in the weights too.
         """
         shape = self.batch_shape + (self.num_components,)
-        return self.components.expand(shape).rsample(sample_shape)
+        return self.components.expand(shape).rsample(sample_shape)[..., : self.event_shape[0]]
 
     def rsample_with_component(self, sample_shape: Shape = ()) -> tuple[Tensor, Tensor]:
         """Draws as :meth:`rsample` and their components, shapes ``S + batch_shape + (D,)`` and without D."""
@@ -187,7 +204,7 @@ class MixtureOfFlows(TorchDistribution):
         return z
 
     def rsample_and_log_prob(self, sample_shape: Shape = ()) -> tuple[Tensor, Tensor]:
-        """Draws as :meth:`rsample` with their log densities, shapes ``S + batch_shape + (D,)`` and without D."""
+        """Draws as :meth:`rsample`, shape ``S + batch_shape + (D,)``, with their log densities."""
         z, _ = self.rsample_with_component(sample_shape)
         return z, self.log_prob(z)
 
@@ -216,6 +233,7 @@ class MixtureOfFlows(TorchDistribution):
         new: Self = self._get_checked_instance(MixtureOfFlows, _instance)
         new.components = self.components
         new.logits = self.logits
+        new.index_dim, new.num_samples = self.index_dim, self.num_samples
         new._drawn = None
         super(MixtureOfFlows, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args

@@ -8,11 +8,12 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from .._checks import check_count, check_dtype, check_positive
-from ..transforms import FLOWS, Compose, LowerAffine, Stacked
+from ..transforms import FLOWS, Compose, IndexedCompose, LowerAffine, Stacked, indexed_layers
 from ..transforms.compose import Chain
 
 __all__ = ["Flow", "Weights", "check_rows", "check_weight", "class_map", "component_flows"]
 
+INDEX_SCALE = 0.1
 Flow = str | Callable[[int], nn.Module]
 
 
@@ -57,18 +58,30 @@ def check_weight(name: str, value: float) -> float:
 
 
 def component_flows(
-    num: int, dim: int, flow: Flow, shared: int, num_layers: int | None, hidden: Sequence[int] | None
+    num: int, dim: int, flow: Flow, shared: int, index_dim: int, sizes: dict[str, Any]
 ) -> Chain:
     """The flows of all components, stacked, and what they share: next to the data, hence last."""
 
-    def build(layers: int | None) -> Any:
-        return FLOWS[flow](dim, num_layers=layers, hidden=hidden) if isinstance(flow, str) else flow(dim)
+    if check_count("shared_layers", shared) and index_dim:
+        raise ValueError(f"shared_layers: expected 0 with continuously-indexed components, got {shared}")
 
-    common = [build(shared)] if shared and isinstance(flow, str) else [build(None) for _ in range(shared)]
+    def build(**sizes: Any) -> Any:
+        return FLOWS[flow](dim, **sizes) if isinstance(flow, str) else flow(dim)
+
+    def component(affine: LowerAffine) -> Chain:
+        if not index_dim:
+            return Compose([build(**sizes), affine], dim=dim)
+        # Indices that move nothing at first get no gradient.
+        layers = indexed_layers(flow, dim, index_dim=index_dim, index_scale=INDEX_SCALE, **sizes)
+        return IndexedCompose([*layers, affine], dim)
+
+    common = [build() for _ in range(shared)]
+    if shared and isinstance(flow, str):
+        common = [build(num_layers=shared, hidden=sizes["hidden"])]
     affines = [LowerAffine(dim) for _ in range(num)]
     for affine in affines:
         nn.init.normal_(affine.loc)  # components that start alike stay alike
-    stacked = Stacked([Compose([build(num_layers), affine], dim=dim) for affine in affines])
+    stacked = Stacked(map(component, affines))
     return Compose([stacked, *common])
 
 

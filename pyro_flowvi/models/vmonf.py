@@ -59,6 +59,10 @@ class VMoNF(PyroModule):
     :param temperature: T, a positive number; the buffer ``temperature`` may be filled anew between steps.
     :param num_layers: layers of a named flow; by default of :data:`pyro_flowvi.transforms.DEFAULTS`.
     :param hidden: widths of the networks of a named flow, likewise.
+    :param index_dim: the length of each layer's index; above 0 the components are continuously-indexed flows,
+        which can be a ring, or several pieces, where others remain one piece.  Their density is estimated on
+        average from below, and so is the objective.
+    :param index_samples: the number of index draws for that estimate; more are tighter.
     :param base: a distribution over vectors of length D that the flows transform; the standard normal if
         None.
     :param classifier: widths of the hidden layers of f, for amortized inference.
@@ -100,6 +104,8 @@ class VMoNF(PyroModule):
         *,
         num_layers: int | None = None,
         hidden: Sequence[int] | None = None,
+        index_dim: int = 0,
+        index_samples: int = 1,
         base: Distribution | None = None,
         classifier: Sequence[int] = (32, 32),
         classes: Sequence[int] | None = None,
@@ -129,9 +135,13 @@ class VMoNF(PyroModule):
         self.consistency_noise = check_positive("consistency_noise", consistency_noise)
         self.consistency_ramp = check_count("consistency_ramp", consistency_ramp)
         self.base = base
+        sizes = {"num_layers": num_layers, "hidden": hidden}
         self.flow = component_flows(
-            num, self.dim, flow, check_count("shared_layers", shared_layers), num_layers, hidden
+            num, self.dim, flow, shared_layers, check_count("index_dim", index_dim), sizes
         )
+        self.index_dim = self.flow.dim - self.dim
+        """The number of noise coordinates of all indices."""
+        self.index_samples = check_positive_int("index_samples", index_samples)
         self.weights = Weights(num, trained=weights == "learned")
         if weights == "dirichlet":
             self.weights_posterior = Weights(num)
@@ -179,7 +189,7 @@ class VMoNF(PyroModule):
         for part in ("flow", "weights"):
             announce(getattr(self, part), f"{self.name}.{part}")
         logits = self._sampled_logits(x)
-        mixture = MixtureOfFlows(self.flow, logits, base=self.base)
+        mixture = self._mixture(logits)
         with self._plate(x, size):
             component = pyro.sample(
                 "component", dist.Categorical(logits=logits), infer={"enumerate": "parallel"}
@@ -270,7 +280,12 @@ class VMoNF(PyroModule):
         logits = self.weights.logits
         if self.weights_kind == "dirichlet":
             logits = self._dirichlet().mean.log()
-        return MixtureOfFlows(self.flow, logits, base=self.base)
+        return self._mixture(logits)
+
+    def _mixture(self, logits: Tensor) -> MixtureOfFlows:
+        return MixtureOfFlows(
+            self.flow, logits, base=self.base, index_dim=self.index_dim, num_samples=self.index_samples
+        )
 
     def joint_log_prob(self, x: Tensor) -> Tensor:
         """log π_k + log p(x | k), shape ``(*, K)``, at ``x`` of shape ``(*, D)``."""

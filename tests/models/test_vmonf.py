@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, infer_discrete
 
 import pyro_flowvi
-from pyro_flowvi.distributions import FlowDistribution
+from pyro_flowvi.distributions import FlowDistribution, IndexedFlow
 from pyro_flowvi.infer import CompiledSVI
 from pyro_flowvi.models import VMoNF
 from pyro_flowvi.transforms import FLOWS, Compose, ElementwiseAffine
@@ -346,6 +346,9 @@ def test_bad_data(x, y, match):
         ({"inference": "both"}, "inference: expected one of"),
         ({"weights": "free"}, "weights: expected one of"),
         ({"shared_layers": -1}, "shared_layers"),
+        ({"shared_layers": 1, "index_dim": 1}, "shared_layers: expected 0"),
+        ({"index_dim": -1}, "index_dim"),
+        ({"index_samples": 0}, "index_samples"),
         ({"temperature": 0.0}, "temperature"),
         ({"classes": [0, 2]}, "classes"),
         ({"classes": [0]}, "classes"),
@@ -372,6 +375,29 @@ def test_bad_places():
         vmonf.model(X, size=3)
     with pytest.raises(ValueError, match="inference: expected 'amortized'"):
         vmonf.classify(X)
+
+
+def test_continuously_indexed_components():
+    x, y = data()
+    vmonf = small(index_dim=1, weights="fixed")
+    alone = [IndexedFlow(None, vmonf.components.part(k)) for k in range(3)]
+    extended = torch.cat([x, torch.randn(len(x), 2)], -1)
+    expected = torch.stack([one.extended.log_prob(extended) for one in alone], -1)
+    found = vmonf.mixture().components.log_prob(extended.unsqueeze(-2))
+    assert torch.allclose(found, expected, atol=1e-9)
+    with torch.no_grad():
+        vmonf.index_samples = 4000
+        near = vmonf.sample(50)
+        expected = torch.stack([one.log_prob_bound(near, 4000) for one in alone], -1).logsumexp(-1)
+        assert torch.allclose(vmonf.log_prob(near).mean(), expected.mean() - math.log(3), atol=0.3)
+        evidence = vmonf.log_prob(x).sum()
+        vmonf.index_samples = 1
+        losses = torch.tensor([elbo().loss(vmonf.model, vmonf.guide, x) for _ in range(50)])
+    assert -losses.mean() < evidence + 3 * losses.std() / 50**0.5
+    elbo().differentiable_loss(vmonf.model, vmonf.guide, x, y).backward()
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in vmonf.parameters())
+    assert vmonf.sample(7).shape == (7, 2)
+    vmonf.place(torch.zeros(3, 2), torch.eye(2).expand(3, 2, 2))
 
 
 def test_callable_flow():
