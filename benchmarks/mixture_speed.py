@@ -1,9 +1,9 @@
-"""What K flows in one batched call cost against one: a step of maximum likelihood, RealNVP, 8 layers of width 8.
+"""What K flows in one batched call cost against one: steps of maximum likelihood, RealNVP, 8 layers of width 8.
 
     python benchmarks/mixture_speed.py [--batch 512] [--repeats 40] [--compile]
 
-The steps are interleaved; the table has medians of their times in milliseconds, on one thread.  "loop" evaluates
-K separate flows one after another, which is what the batched call replaces.
+The steps are interleaved; the table has medians of their times in milliseconds, on one thread.  "loop"
+evaluates K separate flows one after another, which is what the batched call replaces.
 """
 
 import argparse
