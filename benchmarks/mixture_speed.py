@@ -1,4 +1,4 @@
-"""What K flows in one batched call cost against one: steps of maximum likelihood, RealNVP, 8 layers of width 8.
+"""What K flows in one batched call cost against one: steps of maximum likelihood, 8 layers of width 8.
 
     python benchmarks/mixture_speed.py [--batch 512] [--repeats 40] [--compile]
 
