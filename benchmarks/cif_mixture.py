@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 import pyro_flowvi
 from pyro_flowvi import AutoCIF, AutoFlow, CompiledSVI
+from pyro_flowvi.datasets import NINE_MODES, NormalLattice
 from pyro_flowvi.infer import TraceAnnealed_ELBO
 from pyro_flowvi.transforms import FLOWS, Compose, ElementwiseAffine, FlowTransform
 
@@ -60,34 +61,6 @@ BASES = ("0.1", "1", "10", "trained")
 
 
 @dataclass(frozen=True)
-class Islands:
-    """Equal normals at the points of a lattice."""
-
-    places: tuple[float, ...]
-    dim: int = 2
-    sd: float = 0.25
-
-    @property
-    def locs(self) -> Tensor:
-        return torch.tensor(list(itertools.product(self.places, repeat=self.dim)))
-
-    @property
-    def reach(self) -> float:
-        return max(self.places) + 4.0 * self.sd
-
-    def log_density(self, z: Tensor) -> Tensor:
-        distance = (z.unsqueeze(-2) - self.locs).square().sum(-1)
-        constant = self.dim * math.log(self.sd * math.sqrt(2.0 * math.pi)) + math.log(len(self.locs))
-        return (-0.5 * distance / self.sd**2).logsumexp(-1) - constant
-
-    def masses(self, z: Tensor) -> Tensor:
-        """The share of draws within 3 standard deviations of each mode."""
-        distance, nearest = torch.cdist(z, self.locs).min(-1)
-        near = nearest[distance < 3.0 * self.sd * math.sqrt(self.dim / 2.0)]
-        return torch.bincount(near, minlength=len(self.locs)) / len(z)
-
-
-@dataclass(frozen=True)
 class Rings:
     """Circles around the origin, of equal mass; the density is normal across them."""
 
@@ -99,7 +72,7 @@ class Rings:
     def reach(self) -> float:
         return max(self.radii) + 4.0 * self.sd
 
-    def log_density(self, z: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor) -> Tensor:
         radii = torch.tensor(self.radii)
         across = -0.5 * ((z.norm(dim=-1, keepdim=True) - radii) / self.sd).square()
         # The mass of a ring: 2π ∫ r exp(-(r - R)² / 2 sd²) dr, whose lower end is 10 sd away.
@@ -111,17 +84,17 @@ class Rings:
         return (distance < 3.0 * self.sd).to(z).mean(0)
 
 
-TARGETS: dict[str, Islands | Rings] = {
-    "nine": Islands((-2.0, 0.0, 2.0)),
-    "sixteen": Islands((-3.0, -1.0, 1.0, 3.0)),
+TARGETS: dict[str, NormalLattice | Rings] = {
+    "nine": NINE_MODES,
+    "sixteen": NormalLattice((-3.0, -1.0, 1.0, 3.0)),
     "rings": Rings(),
-    "cube": Islands((-2.0, 2.0), dim=4, sd=0.5),
+    "cube": NormalLattice((-2.0, 2.0), dim=4, sd=0.5),
 }
 
 
-def model(target: Islands | Rings) -> None:
+def model(target: NormalLattice | Rings) -> None:
     z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (target.dim,)))
-    pyro.factor("log_density", target.log_density(z))
+    pyro.factor("log_density", target.log_prob(z))
 
 
 # -- guides ------------------------------------------------------------------------------------------
@@ -224,7 +197,7 @@ def fit_one(key: Row) -> Row:
     seconds = time.perf_counter() - started
     with torch.no_grad():
         z, bound = guide.get_posterior().rsample_and_log_prob((NUM_DRAWS,))
-        weights = target.log_density(z) - bound
+        weights = target.log_prob(z) - bound
         masses = target.masses(z)
     edges = np.linspace(-target.reach, target.reach, BINS + 1)
     counts = np.histogram2d(z[:, 0].numpy(), z[:, 1].numpy(), bins=[edges, edges])[0]
@@ -321,7 +294,7 @@ def plot(rows: list[Row], path: Path, target: str = "nine") -> None:
     figure, axes = plt.subplots(len(bases), 1 + len(columns), figsize=size, squeeze=False)
     reach = TARGETS[target].reach
     grid = torch.linspace(-reach, reach, BINS)
-    truth = TARGETS[target].log_density(torch.cartesian_prod(grid, grid)).exp().reshape(BINS, BINS).numpy()
+    truth = TARGETS[target].log_prob(torch.cartesian_prod(grid, grid)).exp().reshape(BINS, BINS).numpy()
     look: dict[str, Any] = {"cmap": "Blues", "extent": [-reach, reach] * 2, "origin": "lower"}
     for line, base in zip(axes, bases, strict=True):
         line[0].imshow(truth.T, **look)

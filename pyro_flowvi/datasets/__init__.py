@@ -1,0 +1,36 @@
+"""Data sets of the source papers, embedded or drawn from a seed: nothing is downloaded."""
+
+from .clusters import (
+    hide_labels,
+    pinwheel,
+    pinwheel_log_prob,
+    two_circles,
+    two_circles_log_prob,
+    two_moons,
+)
+from .energies import ENERGIES, ENERGY_BOX, Energy
+from .images import LabelledImages, digits, idx_images, read_idx
+from .lattice import NINE_MODES, NormalLattice, nine_modes
+from .references import EIGHT_SCHOOLS, Reference, eight_schools_reference
+
+__all__ = [
+    "EIGHT_SCHOOLS",
+    "ENERGIES",
+    "ENERGY_BOX",
+    "NINE_MODES",
+    "Energy",
+    "LabelledImages",
+    "NormalLattice",
+    "Reference",
+    "digits",
+    "eight_schools_reference",
+    "hide_labels",
+    "idx_images",
+    "nine_modes",
+    "pinwheel",
+    "pinwheel_log_prob",
+    "read_idx",
+    "two_circles",
+    "two_circles_log_prob",
+    "two_moons",
+]
