@@ -8,6 +8,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 
 from .._checks import check_dtype, check_positive, check_positive_int
+from ..numerics import safe_norm
 from .flow import Shape
 
 __all__ = ["PolarNormal"]
@@ -64,8 +65,7 @@ class PolarNormal(TorchDistribution):
         shape = self._extended_shape(Size(sample_shape))
         noise = torch.randn(shape, dtype=self.scale.dtype, device=self.scale.device)
         length = torch.randn(shape[:-1], dtype=noise.dtype, device=noise.device)
-        tiny = torch.finfo(noise.dtype).tiny
-        direction = noise / noise.square().sum(-1, keepdim=True).clamp_min(tiny).sqrt()
+        direction = noise / safe_norm(noise).unsqueeze(-1)
         return direction * (self.scale * length).exp().unsqueeze(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -73,10 +73,7 @@ class PolarNormal(TorchDistribution):
         if self._validate_args and value.numel():  # torch cannot check an empty batch
             self._validate_sample(value)
         dim = self.event_shape[0]
-        # The length by its largest coordinate: squares of small ones would underflow.
-        largest = value.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
-        square = (value / largest).square().sum(-1)
-        log_length = 0.5 * square.clamp_min(1.0).log() + largest.squeeze(-1).log()
+        log_length = safe_norm(value).log()
         surface = math.log(2.0) + 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim)
         log_normal = -0.5 * (log_length / self.scale).square() - self.scale.log()
         log_prob: Tensor = log_normal - dim * log_length - (surface + 0.5 * math.log(2.0 * math.pi))

@@ -32,7 +32,7 @@ from .linear import (
     Permute,
 )
 from .planar import ConditionalPlanar, Planar
-from .radial import ConditionalRadial, Radial
+from .radial import ConditionalRadial, Radial, RadialPower
 from .recipes import FLOWS, Recipe, indexed_layers, recipe_name
 from .stacked import Stacked
 from .sylvester import Sylvester
@@ -72,6 +72,7 @@ __all__ = [
     "Permute",
     "Planar",
     "Radial",
+    "RadialPower",
     "Recipe",
     "SplineAutoregressive",
     "SplineCoupling",

@@ -35,6 +35,8 @@ with
 the scalar equation of the planar flow.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,7 @@ __all__ = [
     "radial_forward",
     "radial_inverse",
     "radial_params",
+    "radial_power",
     "radial_score",
     "reflect",
     "sylvester_forward",
@@ -250,6 +253,21 @@ def radial_inverse(y: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tu
         y = centre_k + delta / (1.0 + beta_k * h).unsqueeze(-1)
         heights.append(h)
     return y, -_radial_log_det(heights[::-1], alpha, beta, y.shape[-1])
+
+
+def radial_power(x: Tensor, log_power: Tensor) -> tuple[Tensor, Tensor]:
+    """x |x|^(p - 1), whose inverse is that of the power 1 / p.
+
+    J is |x|^(p - 1) (I + (p - 1) u uᵀ) with u = x / |x|, so its determinant p |x|^(D (p - 1)).
+
+    :param x: shape ``(*, D)``.
+    :param log_power: log p, shape ``(*,)``.
+    :return: y of shape ``(*, D)`` and the log-determinant, shape ``(*,)``.
+    """
+    # Squares of what comes out have to be finite too.
+    highest = 0.45 * math.log(torch.finfo(x.dtype).max)
+    log_scale = (log_power.expm1() * safe_norm(x).log()).clamp(-highest, highest)
+    return x * log_scale.exp().unsqueeze(-1), x.shape[-1] * log_scale + log_power
 
 
 def reflect(x: Tensor, vectors: Tensor) -> Tensor:

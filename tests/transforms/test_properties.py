@@ -26,6 +26,7 @@ from pyro_flowvi.transforms import (
     Permute,
     Planar,
     Radial,
+    RadialPower,
     SplineAutoregressive,
     SplineCoupling,
     Sylvester,
@@ -35,6 +36,7 @@ from pyro_flowvi.transforms.univariate import Affine
 LAYERS = {
     "planar": lambda dim: Planar(dim),
     "radial": lambda dim: Radial(dim),
+    "radial_power": lambda dim: RadialPower(dim),
     "elementwise": lambda dim: ElementwiseAffine(dim, scale=0.3),
     "lower": lambda dim: LowerAffine(dim, scale=0.3),
     "low_rank": lambda dim: LowRankAffine(dim, scale=0.3),
