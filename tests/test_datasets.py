@@ -160,8 +160,8 @@ class TestPinwheel:
     @pytest.mark.parametrize("bend", [{}, {"num_classes": 3, "tangential_std": 0.3, "rate": 0.5}])
     def test_the_density_has_mass_one(self, bend):
         """The second pinwheel folds over itself within its bulk: the folds are integrable singularities."""
-        mass = integral(lambda x: pinwheel_log_prob(x, **bend, per_class=True), 2.0, 0.01)
-        np.testing.assert_allclose(mass, 1.0, atol=2e-2 if bend else 1e-5)
+        mass = integral(lambda x: pinwheel_log_prob(x, **bend, per_class=True), 1.8, 0.025)
+        np.testing.assert_allclose(mass, 1.0, atol=2e-2 if bend else 1e-4)
 
     def test_the_density_by_change_of_variables(self):
         """Where the map is one to one: the normal density of f over a numerical Jacobian determinant."""
