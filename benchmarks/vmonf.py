@@ -1,0 +1,440 @@
+"""Mixtures of flows beside scikit-learn's mixtures: clustering, density and few labels.
+
+    python benchmarks/vmonf.py [--tests pinwheel5 ...] [--seeds 5] [--output vmonf.jsonl]
+    python benchmarks/vmonf.py --report vmonf.jsonl
+    python benchmarks/vmonf.py --tests digits5 --picture digits.png
+    python benchmarks/vmonf.py --data DIR [--device cuda] [--steps 30000] [--picture mnist.png]
+
+- ``pinwheel5``, ``pinwheel3``: 512 points of each wing, no labels.
+- ``circles``: 512 points of each of two thin circles, no labels; ``circles32``: 1024 points without and 32
+  with a label.
+- ``digits5``, ``digits10``: scikit-learn's digits 0 to 4 and 0 to 9, no labels; ``digits5_labels`` and
+  ``digits10_labels``: five labels for each class, ten draws of labels at least.
+
+Accuracy is that of the best one-to-one matching of clusters and classes on a fresh draw of the test data (of
+the digits: on all images; with labels: of the predicted classes, on the images without a label).  NLL is the
+mean negative log density of the test draw; of the digits, that of a fifth of the images, by a fit to the
+others.
+
+``FlowMixture`` has its defaults on the drawn data; on the digits, which all methods get as their
+first 16 principal components, weight decay 1 and noise .5.  Beside it, each from the same data and seed: the
+start that it chose, before any flow was trained; a Gaussian mixture by EM from that very start; and
+scikit-learn's estimators by themselves, with ten restarts where they restart.  "LabelSpreading" is
+scikit-learn's with its kNN kernel at alpha = .2, its default, and .99.
+
+With ``--data``, the published experiment of Pires and Figueiredo, *Variational Mixture of Normalizing
+Flows*, 2020: MNIST's digits 0 to 4, no labels, MAF of 5 layers of width 200, q(c | x) of one layer of 512,
+the amortised ELBO from random components.  It has a checkpoint and goes on from it.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from pyro.infer import TraceEnum_ELBO
+from scipy.optimize import linear_sum_assignment
+from scoring import Row, collect, markdown, median, read
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.metrics import normalized_mutual_info_score
+from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
+from sklearn.semi_supervised import LabelSpreading
+
+from pyro_flowvi import fit
+from pyro_flowvi.datasets import (
+    hide_labels,
+    idx_images,
+    pinwheel,
+    pinwheel_log_prob,
+    two_circles,
+    two_circles_log_prob,
+)
+from pyro_flowvi.models import FlowMixture, VMoNF
+from pyro_flowvi.models.warm_starts import cluster_gaussians
+from pyro_flowvi.plotting import plot_images
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+TESTS = (
+    "pinwheel5",
+    "pinwheel3",
+    "circles",
+    "circles32",
+    "digits5",
+    "digits10",
+    "digits5_labels",
+    "digits10_labels",
+)
+LABEL_DRAWS = 10
+COLUMNS = 16
+DIGITS_OPTIONS: Row = {"weight_decay": 1.0, "noise": 0.5}
+TARGETS = {
+    "pinwheel5": (0.99, -1.08),
+    "pinwheel3": (0.99, -1.08),
+    "circles": (0.99, -1.8),
+    "circles32": (0.995, -1.8),
+    "digits5": (0.955, None),
+    "digits10": (0.84, None),
+    "digits5_labels": (0.965, None),
+    "digits10_labels": (0.93, None),
+}
+PUBLISHED = {"accuracy": 0.757, "nmi": 0.660}
+SAMPLES_EACH = 10
+
+
+# -- data ----------------------------------------------------------------------------------------------
+
+
+class Data:
+    """Points to fit, their classes, the labels that are shown, and points to test on."""
+
+    def __init__(self, test: str, seed: int) -> None:
+        self.semi = test.endswith(("_labels", "32"))
+        self.oracle: Callable[[Array], Array] | None = None
+        if test.startswith("digits"):
+            self.num = int(test.removesuffix("_labels")[6:])
+            pixels, y = load_digits(return_X_y=True)
+            self.x, self.y = pixels[y < self.num] / 16.0, y[y < self.num]
+            self.options = dict(DIGITS_OPTIONS)
+            order = np.random.default_rng(seed).permutation(len(self.x))
+            self.held_out, self.rest = np.split(order, [len(order) // 5])
+            self.pca = PCA(COLUMNS, random_state=0).fit(self.x)
+            self.z: Array = self.pca.transform(self.x)
+            self.test_z, self.test_y = self.z, self.y
+        else:
+            if test.startswith("pinwheel"):
+                self.num = int(test[8:])
+                draw = functools.partial(pinwheel, 512, self.num)
+                self.oracle = functools.partial(pinwheel_log_prob, num_classes=self.num)
+            else:
+                self.num, draw = 2, functools.partial(two_circles, 528 if self.semi else 512)
+                self.oracle = two_circles_log_prob
+            self.z, self.y = draw(seed=seed)
+            self.test_z, self.test_y = draw(seed=seed + 10_000)
+            self.options = {}
+        each = 5 if test.startswith("digits") else 16
+        self.labels: Labels | None = hide_labels(self.y, each, seed) if self.semi else None
+
+    @property
+    def digits(self) -> bool:
+        return hasattr(self, "pca")
+
+    def accuracy(self, predicted: Labels) -> float:
+        """Of predictions for the points to test on."""
+        if self.semi:
+            seen = self.labels >= 0 if self.digits else np.zeros(len(predicted), dtype=bool)
+            return float((predicted == self.test_y)[~seen].mean())
+        return matched_accuracy(self.test_y, predicted)
+
+
+def matched_accuracy(y: Labels, clusters: Labels) -> float:
+    """The share that is right under the best one-to-one matching of clusters and classes."""
+    counts = np.zeros((y.max() + 1, int(clusters.max()) + 1))
+    np.add.at(counts, (y, clusters), 1.0)
+    return float(counts[linear_sum_assignment(-counts)].sum() / len(y))
+
+
+# -- methods -------------------------------------------------------------------------------------------
+
+
+def gaussian_from(z: Array, parts: Labels, num: int, seed: int) -> GaussianMixture:
+    """EM from a partition."""
+    loc, factors, weights = cluster_gaussians(z, np.eye(num)[parts])
+    precisions = np.linalg.inv(factors @ factors.swapaxes(-1, -2))
+    start: Row = {"means_init": loc, "precisions_init": precisions, "weights_init": weights}
+    return GaussianMixture(num, random_state=seed, max_iter=500, **start).fit(z)
+
+
+def flow_rows(data: Data, seed: int, picture: Path | None) -> list[Row]:
+    """The flows, their start, and EM from that start."""
+
+    def mixture() -> FlowMixture:
+        return FlowMixture(data.num, random_state=seed, **data.options)
+
+    started = time.perf_counter()
+    flows = mixture().fit(data.z, data.labels)
+    seconds = time.perf_counter() - started
+    parts = flows.start_labels_
+    gaussians = gaussian_from(data.z, parts, data.num, seed)
+    if data.digits and not data.semi:
+        rest = data.z[data.rest]
+        other = mixture().fit(rest)
+        flow_nll = -other.score(data.z[data.held_out])
+        normal = gaussian_from(rest, other.start_labels_, data.num, seed)
+        normal_nll: float | None = -float(normal.score(data.z[data.held_out]))
+    elif data.digits:
+        flow_nll = normal_nll = None
+    else:
+        flow_nll, normal_nll = -flows.score(data.test_z), -float(gaussians.score(data.test_z))
+    if picture is not None:
+        draw_digits(flows, data, picture)
+    same = data.y if data.digits else None
+    start_accuracy = data.accuracy(parts) if same is not None else matched_accuracy(data.y, parts)
+    common: Row = {"start": flows.start_, "flow": flows.flow_}
+    tried = {each["init"]: round(float(each["held_out_nll"]), 4) for each in flows.starts_}
+    return [
+        {
+            "method": "FlowMixture",
+            **common,
+            "accuracy": data.accuracy(flows.predict(data.test_z)),
+            "nll": flow_nll,
+            "seconds": seconds,
+            "tried": tried,
+            "converged": flows.converged_,
+        },
+        {"method": "its start", **common, "accuracy": start_accuracy, "nll": None},
+        {
+            "method": "GaussianMixture from that start",
+            **common,
+            "accuracy": data.accuracy(gaussians.predict(data.test_z)),
+            "nll": normal_nll,
+        },
+    ]
+
+
+def peer_rows(data: Data, seed: int) -> list[Row]:
+    """scikit-learn's estimators by themselves."""
+    rows = []
+    z, test = data.z, data.test_z
+    options: Row = {"random_state": seed, "n_init": 10, "max_iter": 500}
+    peers = {
+        "KMeans": KMeans(data.num, n_init=10, random_state=seed),
+        "GaussianMixture": GaussianMixture(data.num, **options),
+        "BayesianGaussianMixture": BayesianGaussianMixture(n_components=data.num, **options),
+    }
+    for name, peer in peers.items():
+        started = time.perf_counter()
+        peer.fit(z)
+        seconds = time.perf_counter() - started
+        clusters = peer.predict(test)
+        if data.semi:
+            hidden = data.labels < 0 if data.digits else np.ones(len(clusters), dtype=bool)
+            accuracy = matched_accuracy(data.test_y[hidden], clusters[hidden])
+        else:
+            accuracy = data.accuracy(clusters)
+        nll = -float(peer.score(test)) if name != "KMeans" and not data.digits else None
+        rows.append({"method": name, "accuracy": accuracy, "nll": nll, "seconds": seconds})
+    for alpha in (0.2, 0.99) if data.semi else ():
+        started = time.perf_counter()
+        spreading = LabelSpreading(kernel="knn", n_neighbors=10, alpha=alpha, max_iter=1000)
+        spreading.fit(data.z, data.labels)
+        predicted = spreading.transduction_ if data.digits else spreading.predict(data.test_z)
+        name, accuracy = f"LabelSpreading, alpha {alpha}", data.accuracy(predicted)
+        seconds = time.perf_counter() - started
+        rows.append({"method": name, "accuracy": accuracy, "nll": None, "seconds": seconds})
+    if data.oracle is not None:
+        rows.append({"method": "oracle", "accuracy": None, "nll": -float(data.oracle(data.test_z).mean())})
+    return rows
+
+
+def run(key: Row, picture: Path | None) -> Row:
+    data = Data(key["test"], key["seed"])
+    wanted = picture if key["test"] == "digits5" and key["seed"] == 0 else None
+    return {"rows": flow_rows(data, key["seed"], wanted) + peer_rows(data, key["seed"])}
+
+
+def draw_digits(flows: FlowMixture, data: Data, path: Path) -> None:
+    """A row of draws of each component, in the order of the class that most of its images have."""
+    with torch.no_grad():
+        z = flows.model_.mixture().rsample_components((SAMPLES_EACH,)).cpu().numpy()
+    flat = (z * flows.scale_ + flows.mean_).swapaxes(0, 1).reshape(-1, COLUMNS)
+    images = data.pca.inverse_transform(flat).reshape(data.num, -1, 8, 8)
+    components = flows.predict(data.z)
+    classes = [int(np.bincount(data.y[components == k], minlength=1).argmax()) for k in range(data.num)]
+    order = np.argsort(classes, kind="stable")
+    page = images[order].reshape(-1, 8, 8).clip(0.0, 1.0)
+    save(page, [str(classes[k]) for k in order], path)
+
+
+def save(page: Any, names: list[str], path: Path) -> None:
+    figure = plot_images(page, SAMPLES_EACH, names)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+# -- MNIST ---------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Minibatches by the step, so that a run that is resumed sees the same ones."""
+
+    def __init__(self, x: torch.Tensor, size: int, seed: int) -> None:
+        self.x, self.size, self.seed = x, min(size, len(x)), seed
+
+    def __call__(self, step: int) -> torch.Tensor:
+        generator = np.random.default_rng([self.seed, step])
+        index = generator.choice(len(self.x), self.size, replace=False)
+        return self.x[torch.from_numpy(index).to(self.x.device)]
+
+
+def published(arguments: argparse.Namespace) -> None:
+    """The published configuration on the digits 0 to 4 of IDX files."""
+    seed, device = arguments.first_seed, arguments.device
+    parts = idx_images(arguments.data)
+    generator = np.random.default_rng(seed)
+    flat, labels = [], []
+    for part in parts:
+        chosen = part.labels < 5
+        pixels = part.images[chosen].reshape(int(chosen.sum()), -1)
+        # Uniform noise and a logit, as the flow needs; 0.05 keeps the logit from its poles.
+        share = 0.05 + 0.9 * (pixels + generator.random(pixels.shape)) / 256.0
+        flat.append(np.log(share / (1.0 - share)))
+        labels.append(part.labels[chosen])
+    mean, scale = flat[0].mean(0), flat[0].std(0).clip(1e-3)
+    train, test = (torch.tensor((x - mean) / scale, dtype=torch.float32, device=device) for x in flat)
+    pyro.set_rng_seed(seed)
+    options: Row = {"num_layers": 5, "hidden": (200,), "classifier": (512,)}
+    model = VMoNF(5, train.shape[1], "maf", "amortized", **options).to(device)
+    checkpoint = arguments.output.with_suffix(f".mnist{seed}.pt")
+    result = fit(
+        model.model,
+        model.guide,
+        batches=Batches(train, 512, seed),
+        num_steps=arguments.steps,
+        lr=1e-3,
+        loss=TraceEnum_ELBO(max_plate_nesting=1),
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    with torch.no_grad():
+        predicted = torch.cat([model.classify(rows).argmax(-1) for rows in test.split(2000)]).cpu().numpy()
+        exact = torch.cat([model.responsibilities(rows).argmax(-1) for rows in test.split(500)]).cpu().numpy()
+        draws = model.mixture().rsample_components((SAMPLES_EACH,)).cpu().numpy()
+    lines = []
+    for name, found in (("q(c, given x)", predicted), ("p(c, given x)", exact)):
+        accuracy = matched_accuracy(labels[1], found)
+        nmi = normalized_mutual_info_score(labels[1], found)
+        lines.append([name, f"{accuracy:.3f}", f"{nmi:.3f}"])
+    lines.append(["published", f"{PUBLISHED['accuracy']:.3f}", f"{PUBLISHED['nmi']:.3f}"])
+    print(f"\nsteps {len(result.losses)}, {result.stop_reason}, {result.wall_time:.0f} s\n")
+    print(markdown(["digits 0 to 4 by", "accuracy", "NMI"], lines))
+    share = 1.0 / (1.0 + np.exp(-(draws * scale + mean)))
+    side = math.isqrt(train.shape[1])
+    page = ((share.swapaxes(0, 1).reshape(-1, side, side) - 0.05) / 0.9).clip(0.0, 1.0)
+    save(page, [f"component {k}" for k in range(5)], arguments.picture or Path("mnist.png"))
+
+
+# -- report --------------------------------------------------------------------------------------------
+
+
+def with_error(values: Array) -> str:
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{values.mean():+.4f} ± {error:.4f}"
+
+
+def shown(values: list[float | None], digits: int) -> str:
+    if all(value is None for value in values):
+        return "–"
+    return f"{median(values):.{digits}f}"
+
+
+def report(path: Path) -> None:
+    good = [row for row in read(path) if "error" not in row]
+    lines, pairs = [], []
+    for test in TESTS:
+        found = [row for row in good if row["test"] == test]
+        if not found:
+            continue
+        bound, nll_bound = TARGETS[test]
+        methods: dict[str, list[Row]] = {}
+        for row, one in itertools.chain.from_iterable(((r, o) for o in r["rows"]) for r in found):
+            methods.setdefault(one["method"], []).append({**one, "seed": row["seed"]})
+        for method, rows in methods.items():
+            accuracies = [one["accuracy"] for one in rows]
+            spread = "–"
+            if None not in accuracies:
+                spread = f"{min(accuracies):.3f} to {max(accuracies):.3f}"
+            target = ""
+            if method == "FlowMixture":
+                target = f"{bound}" + ("" if nll_bound is None else f", {nll_bound}")
+            which = sorted({f"{one['start']}, {one['flow']}" for one in rows if "start" in one})
+            seconds = [one["seconds"] for one in rows if "seconds" in one]
+            lines.append(
+                [
+                    test,
+                    method,
+                    str(len(rows)),
+                    shown(accuracies, 4),
+                    spread,
+                    shown([one["nll"] for one in rows], 3),
+                    target,
+                    "; ".join(which) if method == "FlowMixture" else "",
+                    f"{np.median(seconds):.0f}" if seconds else "",
+                ]
+            )
+        pairs += paired(test, methods)
+    head = ["test", "method", "runs", "accuracy", "range", "NLL", "target", "start, flow", "s"]
+    print(markdown(head, lines))
+    print()
+    print(markdown(["FlowMixture less EM from its start", "accuracy", "NLL"], pairs))
+
+
+def paired(test: str, methods: dict[str, list[Row]]) -> list[list[str]]:
+    ours, theirs = methods["FlowMixture"], methods["GaussianMixture from that start"]
+    cells = []
+    for score in ("accuracy", "nll"):
+        both = [(a[score], b[score]) for a, b in zip(ours, theirs, strict=True) if a[score] is not None]
+        cells.append(with_error(np.array([a - b for a, b in both])) if both else "–")
+    return [[test, *cells]]
+
+
+def say(row: Row) -> str:
+    if "error" in row:
+        return f"{row['test']} {row['seed']}: {row['error']}"
+    lines = []
+    for one in row["rows"][:3]:
+        nll = "" if one["nll"] is None else f", NLL {one['nll']:.4f}"
+        lines.append(f"{one['method']} {one['accuracy']:.4f}{nll}")
+    first = row["rows"][0]
+    return (
+        f"{row['test']:15s} seed {row['seed']}: {'; '.join(lines)} "
+        f"({first['start']}, {first['flow']}, {first['seconds']:.0f} s)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("vmonf.jsonl"))
+    parser.add_argument("--picture", type=Path, help="draws of each component of the digits, or of MNIST")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="of the four IDX files of MNIST")
+    parser.add_argument("--steps", type=int, default=30_000, help="with --data")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="with --data"
+    )
+    parser.add_argument("--report", type=Path)
+    arguments = parser.parse_args()
+    if arguments.report is not None:
+        report(arguments.report)
+        return
+    if arguments.data is not None:
+        published(arguments)
+        return
+    first = arguments.first_seed
+    keys = [
+        {"test": test, "seed": seed}
+        for test in arguments.tests
+        for seed in range(
+            first, first + (max(arguments.seeds, LABEL_DRAWS) if "_labels" in test else arguments.seeds)
+        )
+    ]
+    collect(keys, arguments.output, lambda key: run(key, arguments.picture), say)
+    report(arguments.output)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
