@@ -3,6 +3,7 @@
 from .autoguide import (
     AutoCIF,
     AutoFlow,
+    AutoFlowMixture,
     AutoIAF,
     AutoNeuralSpline,
     AutoNICE,
@@ -13,7 +14,7 @@ from .autoguide import (
 )
 from .diagnostics import Comparison, Diagnosis, compare, diagnose, to_arviz
 from .infer import CompiledSVI, FitDiverged, FitResult, fit
-from .models import FlowVAE
+from .models import FlowVAE, VMoNF
 from .transforms import FLOWS
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "FLOWS",
     "AutoCIF",
     "AutoFlow",
+    "AutoFlowMixture",
     "AutoIAF",
     "AutoNICE",
     "AutoNeuralSpline",
@@ -35,6 +37,7 @@ __all__ = [
     "FitDiverged",
     "FitResult",
     "FlowVAE",
+    "VMoNF",
     "compare",
     "diagnose",
     "fit",

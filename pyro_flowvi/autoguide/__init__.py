@@ -11,10 +11,12 @@ from .flows import (
     AutoSylvester,
 )
 from .indexed import AutoCIF
+from .mixture import AutoFlowMixture
 
 __all__ = [
     "AutoCIF",
     "AutoFlow",
+    "AutoFlowMixture",
     "AutoIAF",
     "AutoNICE",
     "AutoNeuralSpline",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
-from ..distributions import FlowDistribution, IndexedFlow
+from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
 from ..distributions.flow import Shape
 from ..init import SafeInit, UnconstrainedModel, is_enumerated, prototype
 from ..transforms import FLOWS, Compose, HeavyTails, recipe_name
@@ -174,26 +174,35 @@ class AutoFlow(NamedGuide):
             raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
         return [transform]
 
+    def _parts(self) -> list[Any]:
+        """All parts of the guide's transform, the affine map last if there is one."""
+        parts = self._layers()
+        if self._tails:
+            parts.append(HeavyTails(self.latent_dim))
+        if self._affine is not None:
+            parts.append(affine_layer(self._affine, self.latent_dim, self._init_scale))
+        return parts
+
     def _compose(self, parts: list[Any]) -> Chain:
         return Compose(parts, dim=self.latent_dim)
+
+    def _start_at(self, affine: Any, loc: Tensor) -> None:
+        """Puts the affine map where the guide starts."""
+        affine.loc.data.copy_(loc)
 
     def _build_flow(self) -> None:
         loc = self._init_loc()
         device, dtype = self._placement
         loc = loc.to(device=device, dtype=dtype).nan_to_num(0.0, 0.0, 0.0)
         check_dtype("dtype of the latents", loc.dtype)
-        parts = self._layers()
-        if self._tails:
-            parts.append(HeavyTails(self.latent_dim))
-        if self._affine is not None:
-            parts.append(affine_layer(self._affine, self.latent_dim, self._init_scale))
+        parts = self._parts()
         self._affine_place = len(parts) - 1
         flow = self._compose(parts).to(device=loc.device, dtype=loc.dtype)
         for param in flow.parameters():
             param.data = param.data.contiguous()
         self._modules["flow"] = flow  # not as an attribute: PyroModule would register it as well
         if self._affine is not None:
-            parts[-1].loc.data.copy_(loc)
+            self._start_at(parts[-1], loc)
         if self._pending_state:
             state, self._pending_state = self._pending_state, {}
             flow.load_state_dict(state)
@@ -276,7 +285,7 @@ class AutoFlow(NamedGuide):
         """The flow with the affine map: from the standard normal to the unconstrained latents."""
         return self._flow
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution | IndexedFlow:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution | IndexedFlow | MixtureOfFlows:
         """The distribution over the packed unconstrained latents; scores any value."""
         return FlowDistribution(self._flow, dim=self.latent_dim)
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine
+from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, Stacked
 from .base import AutoFlow
 
-__all__ = ["Frame", "enter_frame", "has_frame", "leave_frame"]
+__all__ = ["Frame", "enter_frame", "frame_of", "has_frame", "leave_frame", "set_affine"]
 
 
 class Frame(FlowTransform):
@@ -53,12 +53,29 @@ class Frame(FlowTransform):
 
 
 def has_frame(guide: AutoFlow) -> bool:
-    """Whether the guide is in a frame."""
-    return isinstance(guide._flow[-1], Frame)
+    """Whether the guide is in a frame, or each of its components."""
+    last = guide._flow[-1]
+    return isinstance(last.each if isinstance(last, Stacked) else last, Frame)
+
+
+def frame_of(guide: AutoFlow) -> tuple[Tensor, Tensor] | None:
+    """Location and scale of the guide's frame, or of those of its components; None without one."""
+    if not has_frame(guide):
+        return None
+    last = guide._flow[-1]
+    if not isinstance(last, Stacked):
+        return last.loc.clone(), last.scale.clone()
+    parts = [last.part(index) for index in range(last.num)]
+    return torch.stack([part.loc for part in parts]), torch.stack([part.scale for part in parts])
+
+
+def _times(scale: Tensor, x: Tensor, dense: bool) -> Tensor:
+    """C x for one vector, or one for each of K matrices or diagonals C."""
+    return (scale @ x.unsqueeze(-1)).squeeze(-1) if dense else scale * x
 
 
 def _matrix(affine: FlowTransform) -> Tensor:
-    """The matrix of a triangular or diagonal affine map; of the latter its diagonal."""
+    """The matrix of a triangular or diagonal affine map, of the latter its diagonal, or of K of them."""
     scale: Tensor = affine.log_scale.exp()  # type: ignore[operator]
     if isinstance(affine, ElementwiseAffine):
         return scale
@@ -69,15 +86,42 @@ def _matrix(affine: FlowTransform) -> Tensor:
 @torch.no_grad()
 def _set_matrix(affine: FlowTransform, loc: Tensor, matrix: Tensor) -> None:
     affine.loc.copy_(loc)  # type: ignore[operator]
-    diagonal = matrix if matrix.dim() == 1 else matrix.diagonal()
+    dense = isinstance(affine, LowerAffine)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1) if dense else matrix
     affine.log_scale.copy_(diagonal.log())  # type: ignore[operator]
     if hasattr(affine, "lower"):
         affine.lower.copy_((matrix / diagonal.unsqueeze(-1)).tril(-1))  # type: ignore[operator]
 
 
+def _as_taken(affine: FlowTransform, scale: Tensor, dense: bool) -> Tensor:
+    """A lower factor, or a diagonal, as that which an affine map has."""
+    if isinstance(affine, ElementwiseAffine) and dense:
+        # The normal with independent coordinates that is closest to this one.
+        eye = torch.eye(scale.shape[-1]).to(scale)
+        inverse = torch.linalg.solve_triangular(scale, eye.expand_as(scale), upper=False)
+        closest: Tensor = inverse.square().sum(-2).rsqrt()
+        return closest
+    if isinstance(affine, LowerAffine) and not dense:
+        return torch.diag_embed(scale)
+    return scale
+
+
+@torch.no_grad()
+def set_affine(affine: Any, loc: Tensor, scale: Tensor) -> None:
+    """Gives an affine map, or K stacked ones, a location and a lower factor or a diagonal."""
+    dense = scale.dim() > loc.dim()
+    if isinstance(affine, LowerAffine | ElementwiseAffine):
+        _set_matrix(affine, loc, _as_taken(affine, scale, dense))
+    else:
+        affine.loc.copy_(loc)
+        affine.log_scale.copy_((scale.norm(dim=-1) if dense else scale).log())
+
+
 @torch.no_grad()
 def enter_frame(guide: AutoFlow, loc: Tensor | None = None, scale: Tensor | None = None) -> bool:
     """Gives the guide's affine map the role of a correction to a fixed one, from which it starts as identity.
+
+    A guide with K components has one of each for each of them: arguments then have K as first dimension.
 
     :param guide: a guide with a triangular or diagonal affine map.
     :param loc: where the fixed map has its origin, shape ``(D,)``; by default it takes over the guide's own
@@ -92,26 +136,27 @@ def enter_frame(guide: AutoFlow, loc: Tensor | None = None, scale: Tensor | None
         return False
     if loc is None or scale is None:
         loc, scale = affine.loc.detach().clone(), _matrix(affine).detach()
-    if isinstance(affine, ElementwiseAffine) and scale.dim() == 2:
-        # The normal with independent coordinates that is closest to this one.
-        inverse = torch.linalg.solve_triangular(scale, torch.eye(len(loc)).to(scale), upper=False)
-        scale = inverse.square().sum(0).rsqrt()
-    elif isinstance(affine, LowerAffine) and scale.dim() == 1:
-        scale = torch.diag_embed(scale)
+    loc, scale = loc.to(affine.loc), scale.to(affine.loc)
+    scale = _as_taken(affine, scale, scale.dim() > loc.dim())
     one = torch.ones_like(loc)
-    _set_matrix(affine, torch.zeros_like(loc), one if scale.dim() == 1 else torch.diag_embed(one))
-    guide._modules["flow"] = guide._compose([*guide._flow, Frame(loc, scale)])
+    _set_matrix(affine, torch.zeros_like(loc), torch.diag_embed(one) if scale.dim() > loc.dim() else one)
+    frame: FlowTransform
+    if loc.dim() == 1:
+        frame = Frame(loc, scale)
+    else:
+        frame = Stacked([Frame(*each) for each in zip(loc, scale, strict=True)])
+    guide._modules["flow"] = guide._compose([*guide._flow, frame])
     return True
 
 
 @torch.no_grad()
 def leave_frame(guide: AutoFlow) -> None:
     """Makes one affine map of the guide's and the fixed one: the posterior stays what it is."""
-    if not has_frame(guide):
+    frame = frame_of(guide)
+    if frame is None:
         return
-    parts: list[Any] = list(guide._flow)
-    frame = parts.pop()
-    guide._modules["flow"] = guide._compose(parts)
-    affine, own = parts[-1], _matrix(parts[-1])
-    loc = frame.loc + frame._spread(affine.loc)
-    _set_matrix(affine, loc, frame.scale * own if own.dim() == 1 else frame.scale @ own)
+    loc, scale = frame
+    guide._modules["flow"] = guide._compose(list(guide._flow)[:-1])
+    affine = guide.affine
+    own, dense = _matrix(affine), isinstance(affine, LowerAffine)
+    _set_matrix(affine, loc + _times(scale, affine.loc, dense), scale @ own if dense else scale * own)

@@ -12,7 +12,15 @@ from ..init.gaussians import MAX_DENSE_DIM
 from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine
 from ..transforms.compose import Chain
 
-__all__ = ["AFFINES", "CallPosterior", "affine_layer", "marginal_quantiles", "pack", "reference_normal"]
+__all__ = [
+    "AFFINES",
+    "CallPosterior",
+    "affine_layer",
+    "marginal_quantiles",
+    "pack",
+    "reference_normal",
+    "sample_quantiles",
+]
 
 AFFINES: Final[dict[str, Callable[..., FlowTransform]]] = {
     "lower": LowerAffine,
@@ -20,8 +28,8 @@ AFFINES: Final[dict[str, Callable[..., FlowTransform]]] = {
     "elementwise": ElementwiseAffine,
 }
 
-_QUANTILE_DRAWS = 8192
-_QUANTILE_ELEMENTS = 2**20
+QUANTILE_DRAWS = 8192
+QUANTILE_ELEMENTS = 2**20
 
 _MAX_SOBOL_DIM = 21201
 """The largest dimension of torch's Sobol sequence."""
@@ -90,11 +98,20 @@ def marginal_quantiles(
     :param bijection_of: from the name of a site to the map onto its support.
     """
     like = next(flow.parameters(), torch.zeros(()))
-    probs, dim = probs.to(like), flow.dim
-    result = {}
     # In parts: a spline has 23 parameters for each latent of each point.
-    parts = reference_normal(_QUANTILE_DRAWS, dim).to(like).split(max(1, _QUANTILE_ELEMENTS // dim))
-    for name, free in split(torch.cat([flow(part) for part in parts])).items():
+    parts = reference_normal(QUANTILE_DRAWS, flow.dim).to(like).split(max(1, QUANTILE_ELEMENTS // flow.dim))
+    return sample_quantiles(split(torch.cat([flow(part) for part in parts])), probs.to(like), bijection_of)
+
+
+def sample_quantiles(
+    points: Mapping[str, Tensor], probs: Tensor, bijection_of: Callable[[str], Any]
+) -> dict[str, Tensor]:
+    """Quantiles of each site, ``probs.shape + site shape``, over points of the unconstrained space.
+
+    :param points: unconstrained values by site, the points first.
+    """
+    result = {}
+    for name, free in points.items():
         bijection = bijection_of(name)
         if free.numel() == 0:
             result[name] = bijection(free[0].expand(probs.shape + free.shape[1:]))

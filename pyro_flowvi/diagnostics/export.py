@@ -193,7 +193,7 @@ def _data_groups(particles: Particles, sites: Mapping[str, Tensor]) -> dict[str,
             "observed_data": {name: _numpy(site["value"]) for name, site in data.items()}
         }
         # A value that depends on a site that is summed out, or is subsampled, has no density of its own.
-        if not (particles.enumerated or particles.subsampled):
+        if not (particles.sums_out or particles.subsampled):
             traces = _traces(particles, sites, particles.model, shapes)
             for trace in traces:
                 trace.compute_log_prob()

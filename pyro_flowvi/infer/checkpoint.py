@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..autoguide import AutoFlow
-from ..autoguide.frame import enter_frame, has_frame
+from ..autoguide.frame import enter_frame, frame_of, has_frame
 from .driver import Driver
 from .fused import inner_optimizer, meet
 from .progress import Progress
@@ -121,8 +121,7 @@ def _state(driver: Driver) -> dict[str, Any]:
                 "schedule": outer.state_dict() if outer is not inner else None,
             }
     numpy: Any = np.random.get_state(legacy=True)
-    framed = isinstance(guide, AutoFlow) and guide.prototype_trace is not None and has_frame(guide)
-    frame: Any = guide._flow[-1] if framed else None
+    known = isinstance(guide, AutoFlow) and guide.prototype_trace is not None
     return {
         "progress": dataclasses.asdict(driver.progress),
         "losses": list(run.losses),
@@ -136,7 +135,7 @@ def _state(driver: Driver) -> dict[str, Any]:
         "objective": {
             name: value.clone() for name, value in vars(run.loss).items() if isinstance(value, Tensor)
         },
-        "frame": None if frame is None else (frame.loc.clone(), frame.scale.clone()),
+        "frame": frame_of(guide) if known else None,
         "mode": driver.mode,
         "data": driver.arguments.start,
         "start": driver.start,

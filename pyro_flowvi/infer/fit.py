@@ -16,7 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .._checks import check_positive, check_positive_int
-from ..autoguide import AutoFlow
+from ..autoguide import AutoFlow, AutoFlowMixture
 from ..autoguide.frame import leave_frame
 from ..distributions.flow import scoring
 from ..init import Effort
@@ -38,6 +38,8 @@ NUM_PARTICLES = 16
 """This rate and number are for guides that the table of defaults does not know."""
 NUM_PARTICLES_APART = 4
 """Particles a step where the model cannot run them together, so that each costs a full step."""
+LEAST_PARTICLES = 32
+"""Draws a step of each component of a mixture, where all together are as many as another guide has."""
 COMPARISON_DRAWS_ON_DATA = 16
 """Draws on which states are compared on validation data, as a rule many rows with latents of their own."""
 MANY_ELEMENTS = 5_000_000
@@ -61,8 +63,8 @@ class FitResult:
         "no more batches" or "interrupted".
     :param wall_time: seconds.
     :param start: the kind of Gaussian that the guide was moved to before training: "prior", "laplace",
-        "path", "mean-field", or for :class:`AutoCIF` "modes", which covers several; None if it stayed where
-        it was.
+        "path", "mean-field", or "modes": one that covers several for :class:`AutoCIF`, one at each for
+        :class:`AutoFlowMixture`; None if it stayed where it was.
     :param converged: whether the ELBO had stopped to rise when the run ended.
     :param rates: the learning rate of every step; NaN with an optimizer of your own.
     :param gradient_norms: the norm of the gradient of every step.
@@ -129,6 +131,8 @@ def _defaults(guide: Any) -> tuple[float, int]:
     if not isinstance(guide, AutoFlow) or guide.flow_name is None:
         return LEARNING_RATE, NUM_PARTICLES
     choice = defaults_for(guide.latent_dim).flows[guide.flow_name]
+    if isinstance(guide, AutoFlowMixture):  # every component has so many
+        return choice.lr, max(LEAST_PARTICLES, choice.num_particles // guide.num_components)
     return choice.lr, choice.num_particles
 
 
@@ -203,7 +207,8 @@ def fit(
 
     A flow guide first moves to the best Gaussian that a search finds (L-BFGS from many points, Laplace and
     mean-field normals at the modes and on the way to them, refined by natural gradients), if that raises
-    the ELBO, and its flow is trained in that Gaussian's frame.  Then Adam at the best of three learning
+    the ELBO, and its flow is trained in that Gaussian's frame; of :class:`AutoFlowMixture` each component
+    moves to a mode, and is trained in a frame of its own.  Then Adam at the best of three learning
     rates, along a cosine.  The weights are averaged; on draws that are the same each time, the average is
     compared with the best so far, which is what remains.  When the ELBO stops to rise the rate falls; when
     it does so again, the run ends.  The Gaussian stays in the comparison to the end.
@@ -219,9 +224,11 @@ def fit(
         :data:`pyro_flowvi.transforms.DEFAULTS` for the flow and the number of latents (else 1e-2), a
         third and three times of it.
     :param num_particles: draws per step; by default of the same table, else 16, in one run of the model,
-        or 4 where a batch of draws would not give the model the same log density as one by one.
-    :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where the model enumerates a discrete
-        site, :class:`TraceSTL_ELBO` where all sites of the guide are reparameterised, else ``Trace_ELBO``.
+        or 4 where a batch of draws would not give the model the same log density as one by one.  Every
+        component of a mixture has so many; by default all together that of the table, and each 32 at least.
+    :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where model or guide enumerate a discrete
+        site (:class:`TraceEnumSTL_ELBO` for :class:`AutoFlowMixture`), :class:`TraceSTL_ELBO` where all
+        sites of the guide are reparameterised, else ``Trace_ELBO``.
     :param optim: a Pyro optimizer in place of Adam; a scheduler is stepped once a step.
     :param batches: the model's arguments step by step, in place of ``args``: an iterable, gone through again
         and again unless it is a generator, or a callable of the step, from 0.  Each is a tuple, or one

@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
 from .corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
+from .elbo import TraceEnumSTL_ELBO
 
 __all__ = ["tensor_loss"]
 
@@ -126,6 +127,7 @@ _FORMS: dict[type, Callable[..., Losses]] = {
     TraceMeanField_ELBO: _trace_loss,
     TraceMeanFieldJacobian_ELBO: _trace_loss,
     TraceEnum_ELBO: _enum_loss,
+    TraceEnumSTL_ELBO: _enum_loss,
     RenyiELBO: _renyi_loss,
 }
 

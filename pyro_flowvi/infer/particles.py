@@ -13,7 +13,7 @@ from torch.distributions import TransformedDistribution
 
 from ..init import enumerated_log_weights, is_enumerated, sum_apart
 from .draws import innermost
-from .elbo import TraceSTL_ELBO
+from .elbo import TraceEnumSTL_ELBO, TraceSTL_ELBO
 
 __all__ = ["Particles"]
 
@@ -58,6 +58,15 @@ def _has_path_gradient(site: Any) -> bool:
     return site_is_subsample(site) or (fn.has_rsample and tractable)
 
 
+def _is_marginal(site: Any) -> bool:
+    """Whether a guide's enumerated site may be drawn, since with what depends on it it has a density."""
+    return bool(site["infer"].get("marginal"))
+
+
+def _drawn(site: Any) -> Any:
+    return {"enumerate": None} if _is_marginal(site) else {}
+
+
 class Particles:
     """Draws from a guide with their log weights, in one vectorised run where the model allows.
 
@@ -87,7 +96,9 @@ class Particles:
             sites: list[Any] = [*_samples(guide_trace).values(), *_samples(model_trace).values()]
             self.indexed = any(getattr(innermost(site["fn"]), "indexed", False) for site in sites)
             """Whether densities are those of an extended space of latents and indices."""
-            self._guide_enumerates = any(map(is_enumerated, _samples(guide_trace).values()))
+            guided = _samples(guide_trace).values()
+            self._marginal = any(map(_is_marginal, guided))
+            self._guide_enumerates = any(is_enumerated(site) and not _is_marginal(site) for site in guided)
             self._shapes = {
                 name: site["value"].shape
                 for name, site in _samples(prune_subsample_sites(guide_trace)).items()
@@ -115,8 +126,11 @@ class Particles:
             """Elements of the largest value of a site, for one particle."""
             self.path_gradients = all(map(_has_path_gradient, _samples(guide_trace, drawn=True).values()))
             """Whether the densities of the guide's draws can be differentiated at the draws."""
+            self._model_enumerates = any(map(is_enumerated, _samples(model_trace).values()))
             self.enumerated = any(is_enumerated(site) for site in sites)
             """Whether a discrete site is summed out, so that ``TraceEnum_ELBO`` is the objective."""
+            self.sums_out = self._model_enumerates or self._guide_enumerates
+            """Whether that is so of a site that draws of the latents do not tell."""
             self.subsampled = any(
                 frame.full_size not in (None, frame.size)
                 for site in sites
@@ -215,7 +229,9 @@ class Particles:
 
         :param path: with path gradients, where they exist.
         """
-        kind: Any = TraceEnum_ELBO if self.enumerated else TraceSTL_ELBO if path else Trace_ELBO
+        kind: Any = TraceSTL_ELBO if path else Trace_ELBO
+        if self.enumerated:
+            kind = TraceEnumSTL_ELBO if self._marginal else TraceEnum_ELBO
         return kind(
             num_particles=num_particles,
             vectorize_particles=self.vectorized and num_particles > 1,
@@ -254,21 +270,19 @@ class Particles:
         Enumerated sites are summed out of p.
         """
         with poutine.block():
+            guide = poutine.infer_config(self.guide, _drawn) if self._marginal else self.guide
             if not self.vectorized or self._guide_enumerates:
-                loss = self.elbo(num_particles=1)
-                losses = [
-                    loss.loss(self.model, self.guide, *self.args, **self.kwargs) for _ in range(num_samples)
-                ]
+                kind: Any = TraceEnum_ELBO if self.sums_out else Trace_ELBO
+                loss = kind(max_plate_nesting=self._nesting)
+                losses = [loss.loss(self.model, guide, *self.args, **self.kwargs) for _ in range(num_samples)]
                 return -torch.tensor(losses, dtype=torch.float64)
             parts = []
             num_batches = -(-num_samples // max_batch)
             for batch in range(num_batches):
                 size = num_samples // num_batches + (batch < num_samples % num_batches)
-                if self.enumerated:
+                if self._model_enumerates:
                     parts.append(
-                        enumerated_log_weights(
-                            self.model, self.guide, self.args, self.kwargs, size, self._nesting
-                        )
+                        enumerated_log_weights(self.model, guide, self.args, self.kwargs, size, self._nesting)
                     )
                 else:
                     guide_trace, model_trace = self._traces(size)

@@ -1,18 +1,35 @@
-"""Where a fit starts: a Gaussian found by search, in whose frame the guide's flow begins."""
+"""Where a fit starts: a Gaussian found by search, or one at each mode, in whose frame the flow begins."""
 
 import torch
+from torch import Tensor
 
-from ..autoguide import AutoFlow
-from ..autoguide.frame import enter_frame, leave_frame
-from ..init import Effort, UnconstrainedModel, find_gaussian
+from ..autoguide import AutoFlow, AutoFlowMixture
+from ..autoguide.frame import enter_frame, leave_frame, set_affine
+from ..init import PRIOR_DRAWS, Effort, UnconstrainedModel, find_gaussian, find_modes
 from .density import traced
 from .state import Run, is_worse
 
 __all__ = ["locate"]
 
 
+def _found(guide: AutoFlow, density: UnconstrainedModel, effort: Effort) -> tuple[str, Tensor, Tensor]:
+    """The kind of the start, locations and scales; a mixture has its weights already."""
+    value_and_grad = traced(
+        density, 2 * effort.starts if isinstance(guide, AutoFlowMixture) else effort.starts
+    )
+    if isinstance(guide, AutoFlowMixture):
+        prior = density.prior_draws(PRIOR_DRAWS)
+        modes = find_modes(value_and_grad, density.start, guide.num_components, effort, prior)
+        guide.place(modes.gaussian.loc, modes.gaussian.scale, modes.weights)
+        return modes.gaussian.kinds[0], modes.gaussian.loc, modes.gaussian.scale
+    gaussian = find_gaussian(value_and_grad, density.start, effort, cover=guide.covers_modes)
+    return gaussian.kinds[0], gaussian.loc[0], gaussian.scale[0]
+
+
 def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel, effort: Effort) -> str | None:
     """Moves the guide to the best Gaussian that is found, if that raises its ELBO, and into its frame.
+
+    A mixture moves to one at each mode.
 
     :param effort: how much to spend on the search.
     :return: the kind of candidate that the Gaussian came from; None if the guide stayed where it was.
@@ -20,20 +37,17 @@ def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel, effort: Effor
     affine = guide.affine
     if affine is None or not (affine.loc.requires_grad and affine.log_scale.requires_grad):
         return None
-    gaussian = find_gaussian(traced(density, effort.starts), density.start, effort, cover=guide.covers_modes)
     before = run.evaluate()
-    kept = {name: param.detach().clone() for name, param in affine.named_parameters()}
-    loc, scale = gaussian.loc[0], gaussian.scale[0]
+    kept = {name: param.detach().clone() for name, param in guide._flow.named_parameters()}
+    kind, loc, scale = _found(guide, density, effort)
     if not enter_frame(guide, loc, scale):
-        with torch.no_grad():
-            affine.loc.copy_(loc)
-            affine.log_scale.copy_((scale if scale.dim() == 1 else scale.norm(dim=-1)).log())
-    # A normal that covers several modes is a good start in spite of its ELBO.
-    if gaussian.kinds[0] == "modes" or is_worse(before, run.evaluate()):
-        return gaussian.kinds[0]
+        set_affine(affine, loc, scale)
+    # A start that covers several modes is a good one in spite of its ELBO.
+    if kind == "modes" or is_worse(before, run.evaluate()):
+        return kind
     leave_frame(guide)
     with torch.no_grad():
-        for name, param in affine.named_parameters():
+        for name, param in guide._flow.named_parameters():
             param.copy_(kept[name])
     enter_frame(guide)
     return None

@@ -176,6 +176,25 @@ class UnconstrainedModel:
             parts.append(free.reshape(len(value), -1))
         return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
 
+    @torch.no_grad()
+    def prior_draws(self, num: int) -> Tensor:
+        """Draws of the latents as the model makes them, data or not, the same at every call.
+
+        :return: shape ``(num, D)``, or ``(0, D)`` where a site cannot be drawn from.
+        """
+        rows = []
+        with torch.random.fork_rng(), poutine.block(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            try:
+                for _ in range(num):
+                    trace: Trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+                    sites = {name: trace.nodes[name]["value"].unsqueeze(0) for name in self._latents}
+                    rows.append(self.unconstrain(sites)[0])
+            except Exception:  # whatever a program raises at values that it does not expect
+                rows = []
+        return torch.cat(rows).to(self.start) if rows else self.start.new_zeros(0, self.dim)
+
     def _values(self, z: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, value with the points at dimension ``-1 - nesting``, log |det J| for each point."""
         for name, free in self.split(z).items():

@@ -8,16 +8,25 @@ import torch
 from torch import Tensor
 
 from .ascent import Ascent, ValueAndGrad, ascend
+from .effort import Effort
 
-__all__ = ["MAX_DENSE_DIM", "Effort", "Gaussian", "elbos", "find_gaussian", "refine"]
+__all__ = [
+    "MAX_DENSE_DIM",
+    "Gaussian",
+    "apart",
+    "distinct",
+    "elbos",
+    "find_gaussian",
+    "peaks",
+    "refine",
+    "spread_starts",
+]
 
 MAX_DENSE_DIM = 200
 """Up to this many dimensions Gaussians, and the affine maps of guides, have full Cholesky factors."""
 MIN_EIGENVALUES = (1e-3, 1e-8)
 """Bounds on the curvature of a candidate in units of the start, tried both at the ends of runs."""
 MAX_EIGENVALUE = 1e12
-LARGE_BATCH = 1_000_000
-"""Elements that a batch of points and data may have before a search is cut."""
 SCALES = (0.1, 1.0)
 MAX_MODES = 32
 LEAST_MASS = 1e-3
@@ -26,44 +35,6 @@ SETTLED_DECREMENT = 1e-2
 """Squared length of the Newton step, in standard deviations, below which a run has ended at a mode."""
 MAX_MOVE = 2.0
 """How far, in standard deviations, one step of a refinement moves a mean."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much a search for a Gaussian may cost.
-
-    :param starts: L-BFGS runs.
-    :param evaluations: batches of evaluations for all of them.
-    :param ends: distinct ends of runs that become candidates.
-    :param points_on_path: points on the way that do, for each of a few runs.
-    :param draws: draws, the same for all, on which candidates are compared; a quarter sorts most of them out.
-    :param finalists: candidates that are refined.
-    :param refinements: steps of :func:`refine` on all of them, then on the best.
-
-    Example::
-
-        >>> Effort().starts > Effort.small().starts
-        True
-    """
-
-    starts: int = 64
-    evaluations: int = 400
-    ends: int = 4
-    points_on_path: int = 12
-    draws: int = 128
-    finalists: int = 4
-    refinements: tuple[int, int] = (50, 80)
-
-    @classmethod
-    def small(cls) -> "Effort":
-        """For a model that scores one point at a time, or for a short run."""
-        return cls(4, 60, 2, 0, 16, 1, (0, 30))
-
-    @classmethod
-    def within(cls, elements: int) -> "Effort":
-        """What a model of so many data at each point allows: smaller batches of fewer candidates."""
-        points = LARGE_BATCH // max(1, elements)
-        return cls() if points >= 64 else cls(16, 200, 3, 3, 32, 2, (20, 40)) if points >= 16 else cls.small()
 
 
 @dataclass(frozen=True)
@@ -209,7 +180,7 @@ def _diagonal(value_and_grad: ValueAndGrad, points: Tensor, gradients: Tensor) -
     return Gaussian(points, scale, ("mean-field",) * num)
 
 
-def _distinct(found: Ascent, most: int) -> list[int]:
+def distinct(found: Ascent, most: int) -> list[int]:
     """The best ends of runs that are not one another's, up to rounding of the search."""
     kept: list[int] = []
     for i in range(len(found.points)):
@@ -271,7 +242,7 @@ def refine(
     return gaussian
 
 
-def _starts(start: Tensor, num: int) -> Tensor:
+def spread_starts(start: Tensor, num: int) -> Tensor:
     """The model's own start, points near it, and points spread over (-2, 2) as Stan has them."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(num - 1, len(start), generator=generator, dtype=torch.float64) * 4.0 - 2.0
@@ -279,11 +250,8 @@ def _starts(start: Tensor, num: int) -> Tensor:
     return torch.cat([start.unsqueeze(0), centres + spread.to(start)])
 
 
-def _cover(value_and_grad: ValueAndGrad, found: Ascent) -> Gaussian | None:
-    """The normal with mean and covariance of all modes by their Laplace masses; None with one mode only."""
-    points = found.points[_distinct(found, MAX_MODES)]
-    if not len(points):
-        return None
+def peaks(value_and_grad: ValueAndGrad, points: Tensor) -> tuple[Gaussian, Tensor]:
+    """Laplace approximations at points, and the logarithms of their masses; -inf where there is no mode."""
     values, gradients = value_and_grad(points)
     hessians = _hessians(value_and_grad, points)
     known = values.isfinite() & hessians.isfinite().all(-1).all(-1)
@@ -291,23 +259,31 @@ def _cover(value_and_grad: ValueAndGrad, found: Ascent) -> Gaussian | None:
     slopes = (vectors.mT @ gradients.unsqueeze(-1)).squeeze(-1)
     # A mode, and not the end of a run that was cut short or went along a ridge.
     peaked = known & (curvatures > 0).all(-1)
-    peaked &= (slopes.square() / curvatures.clamp(min=1e-30)).sum(-1) < SETTLED_DECREMENT
-    candidates = Gaussian(
-        points, vectors * curvatures.clamp(min=1e-30).rsqrt().unsqueeze(-2), ("modes",) * len(points)
-    )
-    masses = torch.where(peaked, values - 0.5 * curvatures.clamp(min=1e-30).log().sum(-1), -torch.inf)
-    masses = masses.softmax(0)
-    kept = [i for i in _finalists(candidates, masses.log(), MAX_MODES) if bool(masses[i] > LEAST_MASS)]
+    positive = curvatures.clamp(min=1e-30)
+    peaked &= (slopes.square() / positive).sum(-1) < SETTLED_DECREMENT
+    laplace = Gaussian(points, vectors * positive.rsqrt().unsqueeze(-2), ("modes",) * len(points))
+    masses = values - 0.5 * positive.log().sum(-1) + 0.5 * points.shape[-1] * math.log(2.0 * math.pi)
+    return laplace, torch.where(peaked, masses, -torch.inf)
+
+
+def _cover(value_and_grad: ValueAndGrad, found: Ascent) -> Gaussian | None:
+    """The normal with mean and covariance of all modes by their Laplace masses; None with one mode only."""
+    points = found.points[distinct(found, MAX_MODES)]
+    if not len(points):
+        return None
+    candidates, log_masses = peaks(value_and_grad, points)
+    masses = log_masses.softmax(0)
+    kept = [i for i in apart(candidates, masses.log(), MAX_MODES) if bool(masses[i] > LEAST_MASS)]
     if len(kept) < 2 or bool(masses[kept].max() > (1.0 - LEAST_MASS) * masses[kept].sum()):
         return None
     shares = (masses[kept] / masses[kept].sum()).unsqueeze(-1)
     chosen = candidates.select(kept)
     loc = (shares * chosen.loc).sum(0)
-    apart = shares.sqrt() * (chosen.loc - loc)
+    offsets = shares.sqrt() * (chosen.loc - loc)
     within = (shares.sqrt().unsqueeze(-1) * chosen.scale.mT).flatten(0, 1)
     # The rows' products are the covariance; its factor from the rows themselves, which rounding cannot spoil.
     wide = Gaussian(
-        loc.unsqueeze(0), torch.linalg.qr(torch.cat([within, apart]))[1].mT.unsqueeze(0), ("modes",)
+        loc.unsqueeze(0), torch.linalg.qr(torch.cat([within, offsets]))[1].mT.unsqueeze(0), ("modes",)
     )
     return replace(wide, scale=wide.scale_tril()) if bool(wide.scale.isfinite().all()) else None
 
@@ -342,10 +318,10 @@ def find_gaussian(
     effort = Effort() if effort is None else effort
     dim = len(start)
     dense = dim <= MAX_DENSE_DIM
-    found = ascend(value_and_grad, _starts(start, effort.starts), effort.evaluations)
+    found = ascend(value_and_grad, spread_starts(start, effort.starts), effort.evaluations)
     if cover and dense and (wide := _cover(value_and_grad, found)) is not None:
         return wide
-    ends = found.points[_distinct(found, effort.ends)]
+    ends = found.points[distinct(found, effort.ends)]
     passed = [
         path[torch.linspace(0, len(path) - 1, min(effort.points_on_path, len(path))).round().long()]
         for path in found.paths
@@ -365,7 +341,7 @@ def find_gaussian(
     bounds = elbos(value_and_grad, candidates, normal_noise(effort.draws // 4, dim, start))
     candidates = candidates.select(bounds.argsort(descending=True)[: 8 * effort.finalists].tolist())
     bounds = elbos(value_and_grad, candidates, normal_noise(effort.draws, dim, start))
-    finalists = candidates.select(_finalists(candidates, bounds, effort.finalists))
+    finalists = candidates.select(apart(candidates, bounds, effort.finalists))
     first_steps, last_steps = effort.refinements
     moved = refine(value_and_grad, finalists, first_steps, max(16, effort.draws // 4), seed=1)
     both = _join([finalists, moved])
@@ -376,7 +352,7 @@ def find_gaussian(
     return replace(winner, scale=winner.scale_tril())
 
 
-def _finalists(candidates: Gaussian, bounds: Tensor, most: int) -> list[int]:
+def apart(candidates: Gaussian, bounds: Tensor, most: int) -> list[int]:
     """The best candidates, no two of them closer than half a standard deviation."""
     kept: list[int] = []
     for i in bounds.argsort(descending=True).tolist():

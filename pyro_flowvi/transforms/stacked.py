@@ -117,6 +117,8 @@ class Stacked(FlowTransform):
             result: tuple[Tensor, Tensor] = functional_call(self._run[0], tensors, (x, inverse))
             return result
 
+        if one_for_all and not stacked:  # transforms that are all the same
+            rows, one_for_all = rows.expand(self.num, *rows.shape), False
         y, log_det = torch.vmap(run, in_dims=(0, None if one_for_all else 0))(stacked, rows)
         y = y.reshape(self.num, *lead, self.dim).movedim(0, -2)
         return y, log_det.reshape(self.num, *lead).movedim(0, -1)

@@ -1,0 +1,395 @@
+"""Posteriors with several modes: a mixture of flows beside one flow; and two posteriors with one mode.
+
+    python benchmarks/multimodal.py [--targets nine ...] [--guides mixture ...] [--seeds 3] [--output m.jsonl]
+    python benchmarks/multimodal.py --report m.jsonl [--figure docs/multimodal.png]
+    python benchmarks/multimodal.py --targets kidiq --data shared/posteriordb    # needs the posteriordb files
+
+Targets, of which the masses of the modes are known:
+
+- *two even*, *two*: normals in five dimensions whose centres are 6 standard deviations apart, of masses
+  .5 and .5, .2 and .8, the latter with correlations of their own;
+- *nine*: the nine normals of ``cif_mixture.py``;
+- *bananas*: two curved ridges, of masses .2 and .8;
+- *labels*: a normal mixture of three components with unknown weights, centres and scales, 8 parameters, whose
+  components have no order: six modes of the same mass;
+- *shots*: the angle and the speed of a projectile, from where it lands and from roughly timed flights: a
+  flat and a steep shot land at the same place (masses by quadrature);
+- one mode: *schools* (eight schools, non-centred), *kidiq* of posteriordb.
+
+Guides: *flow* is ``AutoRealNVP``, *mixture* ``AutoFlowMixture`` with a component for each mode (four where
+there is one mode), *four* with the default of four, each by ``fit`` with nothing set.
+
+The table has medians over the seeds and, of the masses, the worst relative error of all modes and seeds; the
+seconds are those of a processor, the search for the start included.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from cif_mixture import TARGETS as ISLANDS
+from cif_mixture import model as lattice
+from posteriors import eight_schools_noncentered, load
+from pyro.distributions import constraints
+from scoring import Row, collect, markdown, median, number, read
+from torch import Tensor
+
+import pyro_flowvi
+from pyro_flowvi import AutoFlowMixture, AutoRealNVP
+from pyro_flowvi.psis import effective_sample_size, psis
+
+NUM_DRAWS = 40_000
+GUIDES = ("mixture", "four", "flow")
+SHOWN = 4000
+"""Draws in the picture."""
+
+Sites = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model, and what is known of its posterior.
+
+    :param mode_of: from draws to the index of the mode that each belongs to.
+    :param masses: of the modes; one mode only has none.
+    :param evidence: its logarithm.
+    :param axes: from draws to the two coordinates that the picture shows.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    mode_of: Callable[[Sites], Tensor] | None = None
+    masses: tuple[float, ...] = ()
+    evidence: float | None = None
+    axes: Callable[[Sites], Tensor] | None = None
+
+
+# -- targets -----------------------------------------------------------------------------------------
+
+
+def free_vector(dim: int, log_density: Callable[[Tensor], Tensor]) -> None:
+    z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
+    pyro.factor("log_density", log_density(z))
+
+
+def two_normals(even: bool) -> Target:
+    dim, gap = 5, 6.0
+    locs = torch.zeros(2, dim)
+    locs[:, 0] = torch.tensor([-gap / 2.0, gap / 2.0])
+    shares, factors = torch.tensor([0.5, 0.5]), torch.eye(dim).repeat(2, 1, 1)
+    if not even:
+        shares = torch.tensor([0.2, 0.8])
+        generator = torch.Generator().manual_seed(3)
+        lower = 0.5 * torch.randn(2, dim, dim, generator=generator).tril(-1)
+        factors = factors + lower  # the first coordinate, along which they are apart, keeps its scale
+    law = dist.MixtureSameFamily(
+        dist.Categorical(shares), dist.MultivariateNormal(locs, scale_tril=factors), validate_args=False
+    )
+    return Target(
+        partial(free_vector, dim, law.log_prob),
+        mode_of=lambda sites: (sites["z"][:, 0] > 0).long(),
+        masses=tuple(shares.tolist()),
+        evidence=0.0,
+        axes=lambda sites: sites["z"][:, :2],
+    )
+
+
+def nine() -> Target:
+    islands = ISLANDS["nine"]
+    return Target(
+        partial(lattice, islands),
+        mode_of=lambda sites: torch.cdist(sites["z"], islands.locs).argmin(-1),
+        masses=(1.0 / 9.0,) * 9,
+        evidence=0.0,
+        axes=lambda sites: sites["z"],
+    )
+
+
+def log_bananas(z: Tensor) -> Tensor:
+    parts = []
+    for share, sign in ((0.2, -1.0), (0.8, 1.0)):
+        u, v = z[..., 0] - 4.0 * sign, sign * z[..., 1]
+        log_prob = dist.Normal(0.0, 1.0).log_prob(u) + dist.Normal(0.5 * u**2, 0.3).log_prob(v)
+        parts.append(math.log(share) + log_prob)
+    return torch.stack(parts).logsumexp(0)
+
+
+def banana_of(sites: Sites) -> Tensor:
+    """The ridge that gives a draw the higher density; each has all its mass on its own side."""
+    u, v = sites["z"].unbind(-1)
+    near = [((v * s - 0.5 * (u - 4.0 * s) ** 2) / 0.3) ** 2 + (u - 4.0 * s) ** 2 for s in (-1.0, 1.0)]
+    return (near[1] < near[0]).long()
+
+
+def bananas() -> Target:
+    return Target(
+        partial(free_vector, 2, log_bananas),
+        mode_of=banana_of,
+        masses=(0.2, 0.8),
+        evidence=0.0,
+        axes=lambda sites: sites["z"],
+    )
+
+
+def normal_mixture(y: Tensor) -> None:
+    shares = pyro.sample("shares", dist.Dirichlet(torch.full((3,), 3.0)))
+    with pyro.plate("components", 3):
+        loc = pyro.sample("loc", dist.Normal(0.0, 4.0))
+        scale = pyro.sample("scale", dist.LogNormal(-0.5, 0.5))
+    with pyro.plate("rows", len(y)):
+        parts = dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2))
+        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(shares), parts), obs=y)
+
+
+ORDERS = list(itertools.permutations(range(3)))
+
+
+def order_of(sites: Sites) -> Tensor:
+    order = sites["loc"].argsort(-1)
+    return (order.unsqueeze(1) == torch.tensor(ORDERS)).all(-1).long().argmax(-1)
+
+
+def labels() -> Target:
+    generator = torch.Generator().manual_seed(0)
+    component = torch.multinomial(torch.tensor([0.3, 0.3, 0.4]), 80, replacement=True, generator=generator)
+    locs, scales = torch.tensor([-3.0, 0.0, 2.5]), torch.tensor([0.5, 0.8, 0.4])
+    y = locs[component] + scales[component] * torch.randn(80, generator=generator)
+    return Target(normal_mixture, (y,), order_of, (1.0 / 6.0,) * 6, None, lambda sites: sites["loc"][:, :2])
+
+
+GRAVITY = 9.81
+SPEED, SPEED_SPREAD = 20.0, 0.04
+RANGE_ERROR, TIME_ERROR = 0.5, 4.0
+
+
+def shot(distances: Tensor, times: Tensor) -> None:
+    angle = pyro.sample("angle", dist.Uniform(0.0, math.pi / 2.0))
+    speed = pyro.sample("speed", dist.LogNormal(math.log(SPEED), SPEED_SPREAD))
+    with pyro.plate("shots", len(distances)):
+        lands = speed**2 * (2.0 * angle).sin() / GRAVITY
+        pyro.sample("distance", dist.Normal(lands, RANGE_ERROR), obs=distances)
+        pyro.sample("time", dist.Normal(2.0 * speed * angle.sin() / GRAVITY, TIME_ERROR), obs=times)
+
+
+def shots() -> Target:
+    distances, times = torch.tensor([29.8, 30.4, 30.1]), torch.tensor([4.0, 0.5, 5.0])
+    size = 2000
+    angle = ((torch.arange(size, dtype=torch.float64) + 0.5) / size * math.pi / 2.0).unsqueeze(-1)
+    deviate = (torch.arange(size, dtype=torch.float64) + 0.5) / size * 12.0 - 6.0
+    speed = (math.log(SPEED) + SPEED_SPREAD * deviate).exp()
+    log_joint = dist.Normal(0.0, 1.0).log_prob(deviate.to(torch.float64)) + math.log(12.0 / size / size)
+    lands, flight = speed**2 * (2.0 * angle).sin() / GRAVITY, 2.0 * speed * angle.sin() / GRAVITY
+    for distance, seconds in zip(distances.tolist(), times.tolist(), strict=True):
+        for value, seen, error in ((lands, distance, RANGE_ERROR), (flight, seconds, TIME_ERROR)):
+            log_joint = (
+                log_joint - 0.5 * ((seen - value) / error) ** 2 - math.log(error * (2 * math.pi) ** 0.5)
+            )
+    evidence = float(log_joint.flatten().logsumexp(0))
+    flat = float(log_joint[angle.squeeze() < math.pi / 4.0].flatten().logsumexp(0))
+    share = math.exp(flat - evidence)
+    return Target(
+        shot,
+        (distances, times),
+        lambda sites: (sites["angle"] > math.pi / 4.0).long(),
+        (share, 1.0 - share),
+        evidence,
+        lambda sites: torch.stack([sites["angle"], sites["speed"]], -1),
+    )
+
+
+def schools() -> Target:
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    return Target(eight_schools_noncentered, (y, sigma))
+
+
+def kidiq(folder: Path) -> Target:
+    name = "kidiq-kidscore_momhsiq"
+    posterior = load(folder, [name])[name]
+    return Target(posterior.model, tuple(x.float() if x.is_floating_point() else x for x in posterior.args))
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "two even": partial(two_normals, True),
+    "two": partial(two_normals, False),
+    "nine": nine,
+    "bananas": bananas,
+    "labels": labels,
+    "shots": shots,
+    "schools": schools,
+}
+
+
+# -- fits --------------------------------------------------------------------------------------------
+
+
+def make_guide(name: str, target: Target) -> Any:
+    if name == "flow":
+        return AutoRealNVP(target.model)
+    return AutoFlowMixture(
+        target.model, 4 if name == "four" else max(1, len(target.masses)) if target.masses else 4
+    )
+
+
+def fit_one(targets: dict[str, Callable[[], Target]], key: Row) -> Row:
+    """Trains one guide and looks at its draws."""
+    target = targets[key["target"]]()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(key["seed"])
+    guide = make_guide(key["guide"], target)
+    started, busy = time.perf_counter(), time.process_time()
+    result = pyro_flowvi.fit(target.model, guide, *target.args, seed=key["seed"], progress=False)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - busy
+    density = guide.density(*target.args)
+    with torch.no_grad():
+        z, log_q = guide.get_posterior().rsample_and_log_prob((NUM_DRAWS,))
+        log_p = torch.cat([density.log_density(part) for part in z.split(4000)])
+        sites = density.constrain(z)
+    weights = (log_p - log_q).double().numpy()
+    row = {
+        "elbo": float(weights.mean()),
+        "elbo_se": float(weights.std()) / math.sqrt(NUM_DRAWS),
+        "khat": psis(weights)[1],
+        "ess": effective_sample_size(weights) / NUM_DRAWS,
+        "seconds": seconds,
+        "cpu": cpu,
+        "steps": len(result.losses),
+        "start": result.start,
+        "components": getattr(guide, "num_components", 1),
+        "evidence": target.evidence,
+    }
+    if target.mode_of is not None:
+        modes = target.mode_of(sites)
+        row["masses"] = (torch.bincount(modes, minlength=len(target.masses)) / NUM_DRAWS).tolist()
+        row["true"] = list(target.masses)
+    if target.axes is not None:
+        row["shown"] = np.round(target.axes(sites)[:SHOWN].numpy(), 3).tolist() if key["seed"] == 0 else None
+    return row
+
+
+def mass_error(row: Row) -> float:
+    """The worst relative error of a mode's mass."""
+    return max(abs(mass / true - 1.0) for mass, true in zip(row["masses"], row["true"], strict=True))
+
+
+def num_found(row: Row) -> int:
+    return sum(mass > 0.2 * true for mass, true in zip(row["masses"], row["true"], strict=True))
+
+
+def say(row: Row) -> str:
+    name = f"{row['target']} {row['guide']} seed {row['seed']}"
+    if "error" in row:
+        return f"{name}: {row['error']}"
+    masses = f"worst mass error {mass_error(row):.3f}, " if "masses" in row else ""
+    return (
+        f"{name}: ELBO {row['elbo']:.3f}, {masses}k-hat {number(row['khat'])}, ESS {row['ess']:.3f}, "
+        f"{row['steps']} steps, {row['cpu']:.1f} s of one core"
+    )
+
+
+# -- report ------------------------------------------------------------------------------------------
+
+
+def report(rows: list[Row]) -> None:
+    head = ["target", "guide", "K", "modes found", "worst mass error", "k-hat, worst", "ESS", "ELBO"]
+    head += ["log evidence", "steps", "seconds of a core", "seeds"]
+    lines = []
+    for target, guide in itertools.product([*TARGETS, "kidiq"], GUIDES):
+        group = [r for r in rows if r["target"] == target and r["guide"] == guide and "error" not in r]
+        if not group:
+            continue
+        has_modes = "masses" in group[0]
+        lines.append(
+            [
+                target,
+                guide,
+                str(group[0]["components"]),
+                f"{min(map(num_found, group))} of {len(group[0]['true'])}" if has_modes else "–",
+                f"{100.0 * max(map(mass_error, group)):.1f} %" if has_modes else "–",
+                number(max(r["khat"] if r["khat"] is not None else -math.inf for r in group)),
+                number(median([r["ess"] for r in group]), 3),
+                number(median([r["elbo"] for r in group]), 3),
+                "–" if group[0]["evidence"] is None else number(group[0]["evidence"], 3),
+                number(median([r["steps"] for r in group]), 0),
+                number(median([r.get("cpu", r["seconds"]) for r in group]), 1),
+                str(len(group)),
+            ]
+        )
+    print(markdown(head, lines))
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws of one flow and of the mixture, of the first seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {(r["target"], r["guide"]): r for r in rows if r.get("shown")}
+    names = [name for name in TARGETS if (name, "mixture") in shown and name != "two even"]
+    figure, axes = plt.subplots(2, len(names), figsize=(2.6 * len(names), 5.4), squeeze=False)
+    for column, name in zip(axes.T, names, strict=True):
+        limits = np.array(shown[name, "mixture"]["shown"])
+        for axis, guide in zip(column, ("flow", "mixture"), strict=True):
+            row = shown.get((name, guide))
+            if row is not None:
+                axis.plot(*np.array(row["shown"]).T, ".", markersize=1.5, alpha=0.4, color="tab:blue")
+                axis.set_xlabel(f"{num_found(row)} of {len(row['true'])} modes, ELBO {row['elbo']:.2f}")
+            low, high = limits.min(0), limits.max(0)
+            margin = 0.05 * (high - low)
+            axis.set_xlim(low[0] - margin[0], high[0] + margin[0])
+            axis.set_ylim(low[1] - margin[1], high[1] + margin[1])
+            axis.set_xticks([])
+            axis.set_yticks([])
+        column[0].set_title(name)
+    axes[0, 0].set_ylabel("AutoRealNVP")
+    axes[1, 0].set_ylabel("AutoFlowMixture")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="*", default=[])
+    parser.add_argument("--guides", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="the folder of posteriordb, for kidiq")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("multimodal.jsonl"))
+    parser.add_argument("--report", type=Path, help="print a table of this file and fit nothing")
+    parser.add_argument("--figure", type=Path, help="with --report: a picture of the draws")
+    options = parser.parse_args()
+    if options.report is not None:
+        rows = read(options.report)
+        report(rows)
+        if options.figure is not None:
+            plot(rows, options.figure)
+        return
+    torch.set_num_threads(options.threads)
+    targets = dict(TARGETS)
+    if options.data is not None:
+        targets["kidiq"] = partial(kidiq, options.data)
+    keys = [
+        {"target": target, "guide": guide, "seed": seed}
+        for seed, target, guide in itertools.product(
+            range(options.seeds), options.targets or targets, options.guides or GUIDES
+        )
+        # Of one mode, and of four components, there is one kind of mixture.
+        if not (guide == "four" and target in ("nine", "labels", "schools", "kidiq"))
+    ]
+    collect(keys, options.output, partial(fit_one, targets), say)
+
+
+if __name__ == "__main__":
+    main()

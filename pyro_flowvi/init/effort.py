@@ -1,0 +1,46 @@
+"""How much a search for a start may cost."""
+
+from dataclasses import dataclass
+
+__all__ = ["Effort"]
+
+LARGE_BATCH = 1_000_000
+"""Elements that a batch of points and data may have before a search is cut."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a search for a Gaussian may cost.
+
+    :param starts: L-BFGS runs.
+    :param evaluations: batches of evaluations for all of them.
+    :param ends: distinct ends of runs that become candidates.
+    :param points_on_path: points on the way that do, for each of a few runs.
+    :param draws: draws, the same for all, on which candidates are compared; a quarter sorts most of them out.
+    :param finalists: candidates that are refined.
+    :param refinements: steps of :func:`refine` on all of them, then on the best.
+
+    Example::
+
+        >>> Effort().starts > Effort.small().starts
+        True
+    """
+
+    starts: int = 64
+    evaluations: int = 400
+    ends: int = 4
+    points_on_path: int = 12
+    draws: int = 128
+    finalists: int = 4
+    refinements: tuple[int, int] = (50, 80)
+
+    @classmethod
+    def small(cls) -> "Effort":
+        """For a model that scores one point at a time, or for a short run."""
+        return cls(4, 60, 2, 0, 16, 1, (0, 30))
+
+    @classmethod
+    def within(cls, elements: int) -> "Effort":
+        """What a model of so many data at each point allows: smaller batches of fewer candidates."""
+        points = LARGE_BATCH // max(1, elements)
+        return cls() if points >= 64 else cls(16, 200, 3, 3, 32, 2, (20, 40)) if points >= 16 else cls.small()
