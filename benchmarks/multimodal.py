@@ -2,7 +2,7 @@
 
     python benchmarks/multimodal.py [--targets nine ...] [--guides mixture ...] [--seeds 3] [--output m.jsonl]
     python benchmarks/multimodal.py --report m.jsonl [--figure docs/multimodal.png]
-    python benchmarks/multimodal.py --targets kidiq --data shared/posteriordb    # needs the posteriordb files
+    python benchmarks/multimodal.py --targets kidiq --data CLONE    # needs the files of posteriordb
 
 Targets, of which the masses of the modes are known:
 

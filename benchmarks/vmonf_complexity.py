@@ -21,7 +21,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import TraceEnum_ELBO
-from scipy.optimize import linear_sum_assignment
+from vmonf import matched_accuracy
 
 from pyro_flowvi.datasets import pinwheel
 from pyro_flowvi.infer import CompiledSVI
@@ -46,13 +46,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def matched_accuracy(found: np.ndarray, true: np.ndarray) -> float:
-    """The share of rows that agree under the best one-to-one matching of components with classes."""
-    table = np.zeros((found.max() + 1, true.max() + 1))
-    np.add.at(table, (found, true), 1)
-    return float(table[linear_sum_assignment(-table)].sum() / len(true))
-
-
 def attempt(options: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -75,7 +68,7 @@ def attempt(options: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
             q = vmonf.classify(fresh)
             gap = float((q * (q.clamp_min(1e-30).log() - p.clamp_min(1e-30).log())).sum(-1).mean())
     return {
-        "accuracy": matched_accuracy(p.argmax(-1).numpy(), test[1]),
+        "accuracy": matched_accuracy(test[1], p.argmax(-1).numpy()),
         "nll": float(nll + np.log(scale).sum()),
         "alive": int((p.mean(0) > 0.02).sum()),
         "gap": gap,
