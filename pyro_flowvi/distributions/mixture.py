@@ -1,11 +1,10 @@
 """MixtureOfFlows: K normalizing flows and their weights as one distribution."""
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Size, Tensor
@@ -213,7 +212,7 @@ class MixtureOfFlows(TorchDistribution):
         with torch.no_grad():
             return self.rsample_with_component(sample_shape)[0]
 
-    def score_parts(self, x: Tensor, scale: Any = 1.0, mask: Any = None) -> ScoreParts:
+    def score_parts(self, x: Tensor) -> ScoreParts:
         """log q, log w of the drawn component, and log q: ``Trace_ELBO``'s gradient is unbiased with them.
 
         :raises ValueError: if ``x`` is not the last draw, whose component is not known then.
@@ -223,10 +222,7 @@ class MixtureOfFlows(TorchDistribution):
         log_q = self.log_prob(x)
         logits = self.logits.expand(x.shape[:-1] + (self.num_components,))
         log_weight = logits.gather(-1, self._drawn[1].unsqueeze(-1)).squeeze(-1)
-        parts = log_q, scale_and_mask(log_weight, mask=mask), log_q
-        return ScoreParts(
-            scale_and_mask(parts[0], scale, mask), parts[1], scale_and_mask(parts[2], scale, mask)
-        )
+        return ScoreParts(log_q, log_weight, log_q)
 
     def expand(self, batch_shape: Shape, _instance: Self | None = None) -> Self:
         """The same law with a larger batch shape."""
