@@ -26,13 +26,12 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import SVI, TraceEnum_ELBO
 from torch import Tensor
 from vmonf import matched_accuracy
 
 from pyro_flowvi.datasets import hide_labels, pinwheel, two_circles
 from pyro_flowvi.distributions import PolarNormal
-from pyro_flowvi.infer import CompiledSVI
 from pyro_flowvi.models import VMoNF, annihilate, class_map_by_overlap, multistart, ring_flow
 from pyro_flowvi.models.mixture_training import MixtureTrainer, Rows
 from pyro_flowvi.models.warm_starts import cluster_gaussians, warm_starts
@@ -115,7 +114,7 @@ def consistency(seed: int, labels: int, weight: float) -> dict[str, Any]:
     model = VMoNF(2, 2, "neural_spline", num_layers=4, hidden=(32,), **options)
     y = torch.as_tensor(hide_labels(data.y, labels, seed)) if labels else torch.full((len(data.x),), -1)
     optim = pyro.optim.ClippedAdam({"lr": 4e-3, "lrd": 0.998, "clip_norm": 5.0})
-    svi = CompiledSVI(model.model, model.guide, optim, TraceEnum_ELBO(max_plate_nesting=1))
+    svi = SVI(model.model, model.guide, optim, TraceEnum_ELBO(max_plate_nesting=1))
     known = torch.nonzero(y >= 0).flatten()
     for step in range(600):
         index = torch.cat([known, torch.randint(len(y), (256,))])
