@@ -8,7 +8,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from .._checks import check_dtype, check_positive_int
@@ -20,7 +19,7 @@ from ..distributions.indexed import log_mean_exp
 from ..transforms import Conditional, ConditionalCompose, ElementwiseAffine, IndexedCompose, IndexedLayer
 from ..transforms.compose import Chain
 from .posterior import AMORTIZATIONS, posterior_parts, told_dim, told_latent_dim
-from .store import announce, claim_name
+from .store import NamedModel, announce
 
 __all__ = ["FlowVAE"]
 
@@ -28,7 +27,7 @@ _MAX_ELEMENTS: Final = 2**23
 """Pixels of all draws that are decoded at once where no graph is kept."""
 
 
-class FlowVAE(PyroModule):
+class FlowVAE(NamedModel):
     r"""A variational autoencoder for binary images, with any flow of this package as its posterior.
 
     The model is z ~ N(0, I), pixels ~ Bernoulli(decoder(z)).  The posterior is
@@ -119,18 +118,7 @@ class FlowVAE(PyroModule):
         if self.num_extra and not self.indexed:
             raise ValueError(f"num_extra: expected 0 with a posterior of known density, got {num_extra}")
         self.flow = IndexedCompose(parts, self.latent_dim) if self.indexed else ConditionalCompose(parts)
-        self.__dict__["_store_name"] = claim_name(self, name, type(self).__name__)
-        self._pyro_name = self.name
-
-    @property
-    def name(self) -> str:
-        """Prefix of the parameters in the param store."""
-        return self.__dict__["_store_name"]  # type: ignore[no-any-return]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__["_store_name"] = claim_name(self, None, state["_store_name"])
-        self._pyro_name = self.name
+        self.take_name(name)
 
     # -- the Pyro pair ------------------------------------------------------------------------------
 

@@ -4,11 +4,12 @@ import gc
 import weakref
 from typing import Any
 
+from pyro.nn import PyroModule
 from torch import nn
 
 from ..autoguide.params import adopt_stored, register
 
-__all__ = ["announce", "claim_name"]
+__all__ = ["NamedModel", "announce", "claim_name"]
 
 _live: "weakref.WeakValueDictionary[str, nn.Module]" = weakref.WeakValueDictionary()
 
@@ -39,6 +40,39 @@ def claim_name(module: Any, name: str | None, default: str) -> str:
         free = f"{wanted}_{count}"
     _live[free] = module
     return free
+
+
+class NamedModel(PyroModule):
+    """A model with a name of its own in the param store; copies take names of theirs.
+
+    Example::
+
+        >>> class Model(NamedModel):
+        ...     def __init__(self, name=None):
+        ...         super().__init__()
+        ...         self.take_name(name)
+        >>> first, second = Model(), Model()
+        >>> first.name, second.name
+        ('Model', 'Model_1')
+    """
+
+    def take_name(self, name: str | None) -> None:
+        """Takes ``name``, or a free one after the class, once the modules are there.
+
+        :raises ValueError: as :func:`claim_name`.
+        """
+        self.__dict__["_store_name"] = claim_name(self, name, type(self).__name__)
+        self._pyro_name = self.name
+
+    @property
+    def name(self) -> str:
+        """Prefix of the parameters in the param store."""
+        return self.__dict__["_store_name"]  # type: ignore[no-any-return]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_store_name"] = claim_name(self, None, state["_store_name"])
+        self._pyro_name = self.name
 
 
 def announce(module: nn.Module, prefix: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Self
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -17,7 +16,7 @@ from ..nn import MLP
 from ..transforms import Compose, Stacked
 from ..transforms.recipes import check_layer_flow
 from .components import Flow, Weights, check_rows, check_weight, class_map, component_flows
-from .store import announce, claim_name
+from .store import NamedModel, announce
 
 __all__ = ["VMoNF"]
 
@@ -25,7 +24,7 @@ INFERENCES = ("exact", "amortized")
 WEIGHTS = ("learned", "fixed", "dirichlet")
 
 
-class VMoNF(PyroModule):
+class VMoNF(NamedModel):
     r"""A variational mixture of normalizing flows: clusters and a density, with any labels that there are.
 
     The model is :math:`c \sim \mathrm{Categorical}(\pi)`, :math:`x \mid c \sim \mathrm{flow}_c`.
@@ -152,18 +151,7 @@ class VMoNF(PyroModule):
         self.register_buffer("classes", class_map(classes, num))
         self.num_classes = int(self.classes.max()) + 1
         """The number C of classes, K unless ``classes`` maps several components to one."""
-        self.__dict__["_store_name"] = claim_name(self, name, type(self).__name__)
-        self._pyro_name = self.name
-
-    @property
-    def name(self) -> str:
-        """Prefix of the parameters in the param store."""
-        return self.__dict__["_store_name"]  # type: ignore[no-any-return]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__["_store_name"] = claim_name(self, None, state["_store_name"])
-        self._pyro_name = self.name
+        self.take_name(name)
 
     @property
     def num_components(self) -> int:
