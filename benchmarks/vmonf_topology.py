@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ class Data:
 
 
 def train(model: VMoNF, x: Tensor, steps: int, parts: Tensor | None = None, **options: Any) -> None:
-    allowed = torch.ones(len(x), model.num_components, dtype=torch.bool)
-    rows = Rows(x, allowed, torch.zeros(len(x), dtype=torch.long) if parts is None else parts)
+    rows = Rows.free(x, model.num_components)
+    rows = rows if parts is None else replace(rows, parts=parts)
     trainer = MixtureTrainer(model, **options)
     trainer.run(rows, steps, from_start=parts is not None)
     trainer.release()

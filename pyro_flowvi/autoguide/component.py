@@ -14,6 +14,7 @@ from torch import Size, Tensor
 
 from ..distributions import MixtureOfFlows
 from ..distributions.flow import Shape, is_scoring
+from ..distributions.mixture import pick_component
 
 __all__ = ["ComponentCall", "ComponentIndex", "LatentGivenComponent"]
 
@@ -182,9 +183,7 @@ class LatentGivenComponent(TorchDistribution):
         if getattr(self.component, "_pyro_categorical_support", None) is not None and not sample_shape:
             # Enumerated, at the leftmost dimension: as many draws of each, not K times as many.
             return mixture.rsample_components(shape[1:]).movedim(-2, 0).contiguous()
-        draws = mixture.rsample_components(shape)
-        place = self.component.expand(shape)[..., None, None].expand(*shape, 1, draws.shape[-1])
-        return draws.gather(-2, place).squeeze(-2)
+        return pick_component(mixture.rsample_components(shape), self.component.expand(shape))
 
     def log_q(self, value: Tensor) -> Tensor:
         """The log density of the mixture."""

@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-def _builder(key: str, num_layers: int | None, hidden: Sequence[int] | None = None) -> Callable[[int], Any]:
+def sized_flow(key: str, num_layers: int | None, hidden: Sequence[int] | None = None) -> Callable[[int], Any]:
     """A flow of the registry with its sizes checked now, not when the guide first sees data."""
     layers = None if num_layers is None else check_positive_int("num_layers", num_layers)
     widths = None if hidden is None else check_widths("hidden", hidden)
@@ -32,7 +32,7 @@ class _Layered(AutoFlow):
     _flow_key: ClassVar[str]
 
     def __init__(self, model: Callable[..., Any], num_layers: int | None = None, **options: Any) -> None:
-        super().__init__(model, _builder(self._flow_key, num_layers), **options)
+        super().__init__(model, sized_flow(self._flow_key, num_layers), **options)
 
 
 class _Networked(AutoFlow):
@@ -47,7 +47,7 @@ class _Networked(AutoFlow):
         hidden: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, _builder(self._flow_key, num_layers, hidden), **options)
+        super().__init__(model, sized_flow(self._flow_key, num_layers, hidden), **options)
 
 
 class AutoPlanar(_Layered):

@@ -1,22 +1,22 @@
 """AutoFlowMixture: a mixture of flows over all continuous latents of an unmodified Pyro model."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Self
 
 import pyro
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_positive, check_positive_int, check_widths
+from .._checks import check_positive, check_positive_int
 from ..distributions import MixtureOfFlows
-from ..distributions.mixture import refuse_dense_traces
+from ..distributions.mixture import pick_component, refuse_dense_traces
 from ..init import PRIOR_DRAWS, Effort, find_modes
-from ..transforms import FLOWS, Compose, Stacked
+from ..transforms import Compose, Stacked
 from ..transforms.compose import Chain
 from ..transforms.recipes import check_layer_flow
 from .base import AutoFlow
 from .component import ComponentCall, ComponentIndex, LatentGivenComponent
+from .flows import sized_flow
 from .frame import set_affine
 from .posterior import QUANTILE_DRAWS, QUANTILE_ELEMENTS, reference_normal, sample_quantiles
 
@@ -101,13 +101,11 @@ class AutoFlowMixture(AutoFlow):
         **options: Any,
     ) -> None:
         check_layer_flow(flow, hidden)
-        layers = None if num_layers is None else check_positive_int("num_layers", num_layers)
-        widths = None if hidden is None else check_widths("hidden", hidden)
         if enumerate not in ENUMERATIONS:
             raise ValueError(f"enumerate: expected one of {list(ENUMERATIONS)}, got {enumerate!r}")
-        if not isinstance(flow, str) and layers is not None:
-            raise ValueError(f"num_layers: expected None with a callable flow, got {layers}")
-        build = partial(FLOWS[flow], num_layers=layers, hidden=widths) if isinstance(flow, str) else flow
+        if not isinstance(flow, str) and num_layers is not None:
+            raise ValueError(f"num_layers: expected None with a callable flow, got {num_layers}")
+        build = sized_flow(flow, num_layers, hidden) if isinstance(flow, str) else flow
         super().__init__(model, build, **options)
         self.num_components = check_positive_int("num_components", num_components)
         self._init_spread = float(init_spread) and check_positive("init_spread", init_spread)
@@ -243,7 +241,7 @@ class AutoFlowMixture(AutoFlow):
         rows = max(1, QUANTILE_ELEMENTS // (self.latent_dim * self.num_components))
         latent = torch.cat(
             [
-                flow(x.unsqueeze(-2)).gather(-2, k[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(-2)
+                pick_component(flow(x.unsqueeze(-2)), k)
                 for x, k in zip(points[:, 1:].to(weights).split(rows), component.split(rows), strict=True)
             ]
         )

@@ -14,7 +14,7 @@ from .._checks import check_count, check_positive_int
 from .flow import FlowDistribution, Shape
 from .indexed import NUM_SAMPLES, WithNoise, index_log_ratios, log_mean_exp
 
-__all__ = ["GivenComponent", "MixtureOfFlows", "stratified_indices"]
+__all__ = ["GivenComponent", "MixtureOfFlows", "pick_component", "stratified_indices"]
 
 
 def stratified_indices(weights: Tensor, num: int) -> Tensor:
@@ -188,7 +188,7 @@ class MixtureOfFlows(TorchDistribution):
         indices = stratified_indices(weights, sample_shape.numel())
         indices = indices.reshape(sample_shape + self.batch_shape)
         draws = self.rsample_components(sample_shape)
-        return _pick(draws, indices), indices
+        return pick_component(draws, indices), indices
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Draws whose components are stratified, shape ``S + batch_shape + (D,)``.
@@ -276,7 +276,7 @@ class GivenComponent(TorchDistribution):
         shape = Size(sample_shape) + self.batch_shape
         extra = shape[: len(shape) - len(self.mixture.batch_shape)]
         draws = self.mixture.rsample_components(extra)
-        return _pick(draws, self.index.expand(shape))
+        return pick_component(draws, self.index.expand(shape))
 
     def expand(self, batch_shape: Shape, _instance: Self | None = None) -> Self:
         """The same law with a larger batch shape."""
@@ -287,7 +287,13 @@ class GivenComponent(TorchDistribution):
         return new
 
 
-def _pick(draws: Tensor, index: Tensor) -> Tensor:
-    """The vector of each index among draws of all components, ``(*, K, D)``: shape ``(*, D)``."""
+def pick_component(draws: Tensor, index: Tensor) -> Tensor:
+    """The vector of each index among draws of all components, ``(*, K, D)``: shape ``(*, D)``.
+
+    Example::
+
+        >>> pick_component(torch.tensor([[[1.0], [2.0]]]), torch.tensor([1]))
+        tensor([[2.]])
+    """
     place = index[..., None, None].expand(index.shape + (1, draws.shape[-1]))
     return draws.gather(-2, place).squeeze(-2)

@@ -308,11 +308,9 @@ class _Search:
             self._run(one, self.train[drawn], num_steps, self.lr, 0.1)
 
     def _run(self, model: VMoNF, x: Tensor, num_steps: int, lr: float, noise: float) -> None:
-        allowed = torch.ones(len(x), model.num_components, dtype=torch.bool, device=x.device)
-        rows = Rows(x, allowed, torch.zeros(len(x), dtype=torch.long, device=x.device))
         options: dict[str, Any] = {"batch_size": self.batch_size, "lr": lr, "noise": (noise, 0.0)}
         trainer = MixtureTrainer(model, seed=self.seed + len(self.steps), **options)
-        trainer.run(rows, num_steps, from_start=False)
+        trainer.run(Rows.free(x, model.num_components), num_steps, from_start=False)
         trainer.release()
 
     def _replace(self, heavy: int, light: int, one: VMoNF) -> None:

@@ -50,6 +50,12 @@ class Rows:
     allowed: Tensor
     parts: Tensor
 
+    @classmethod
+    def free(cls, x: Tensor, num: int) -> "Rows":
+        """Rows that any of ``num`` components may have made, without a start."""
+        allowed = torch.ones(len(x), num, dtype=torch.bool, device=x.device)
+        return cls(x, allowed, torch.zeros(len(x), dtype=torch.long, device=x.device))
+
     def __len__(self) -> int:
         return len(self.x)
 
