@@ -35,7 +35,7 @@ class WeightedStack(Compose):
 
     Example::
 
-        >>> parts = [Stacked(FLOWS["planar"](2) for _ in range(3))]
+        >>> parts = [Stacked(pyro_flowvi.FLOWS["planar"](2) for _ in range(3))]
         >>> WeightedStack(parts, 2, torch.nn.Parameter(torch.zeros(3))).batch_shape
         torch.Size([3])
     """
