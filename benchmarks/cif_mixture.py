@@ -44,8 +44,9 @@ from torch import Tensor, nn
 import pyro_flowvi
 from pyro_flowvi import AutoCIF, AutoFlow, CompiledSVI
 from pyro_flowvi.datasets import NINE_MODES, NormalLattice
+from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import TraceAnnealed_ELBO
-from pyro_flowvi.transforms import FLOWS, Compose, ElementwiseAffine, FlowTransform
+from pyro_flowvi.transforms import Compose, ElementwiseAffine, FlowTransform
 
 STEPS, PARTICLES, LR = 5000, 1000, 4e-3
 NUM_DRAWS = 100_000

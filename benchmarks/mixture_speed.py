@@ -16,9 +16,10 @@ import torch
 from pyro.infer import SVI, TraceEnum_ELBO
 
 from pyro_flowvi.distributions import FlowDistribution, MixtureOfFlows
+from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import CompiledSVI
 from pyro_flowvi.models import VMoNF
-from pyro_flowvi.transforms import FLOWS, Stacked
+from pyro_flowvi.transforms import Stacked
 
 SIZES = {"num_layers": 8, "hidden": (8,)}
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.nn.functional import pad
 
-from pyro_flowvi.init import prototype
+from pyro_flowvi._program.start_trace import prototype
 
 Sites = Mapping[str, Tensor]
 Array = NDArray[np.float64]

@@ -31,7 +31,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 
 import pyro_flowvi
-from pyro_flowvi.init import SafeInit
+from pyro_flowvi._program.start_trace import SafeInit
 
 Array = NDArray[np.float64]
 Row = dict[str, Any]

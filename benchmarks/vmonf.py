@@ -60,8 +60,8 @@ from pyro_flowvi.datasets import (
     two_circles_log_prob,
 )
 from pyro_flowvi.models import FlowMixture, VMoNF
-from pyro_flowvi.models.warm_starts import cluster_gaussians
-from pyro_flowvi.plotting import plot_images
+from pyro_flowvi.models.mixture._partitions import cluster_gaussians
+from pyro_flowvi.plotting.fits import plot_images
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]

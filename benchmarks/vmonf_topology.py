@@ -34,8 +34,8 @@ from vmonf import matched_accuracy
 from pyro_flowvi.datasets import hide_labels, pinwheel, two_circles
 from pyro_flowvi.distributions import PolarNormal
 from pyro_flowvi.models import VMoNF, annihilate, class_map_by_overlap, multistart, ring_flow
-from pyro_flowvi.models.mixture_training import MixtureTrainer, Rows
-from pyro_flowvi.models.warm_starts import cluster_gaussians, warm_starts
+from pyro_flowvi.models.mixture._partitions import cluster_gaussians, warm_starts
+from pyro_flowvi.models.mixture._training import MixtureTrainer, TrainingRows
 
 
 class Data:
@@ -58,7 +58,7 @@ class Data:
 
 
 def train(model: VMoNF, x: Tensor, steps: int, parts: Tensor | None = None, **options: Any) -> None:
-    rows = Rows.free(x, model.num_components)
+    rows = TrainingRows.free(x, model.num_components)
     rows = rows if parts is None else replace(rows, parts=parts)
     trainer = MixtureTrainer(model, **options)
     trainer.run(rows, steps, from_start=parts is not None)

@@ -13,9 +13,9 @@ from .autoguide import (
     AutoSylvester,
 )
 from .diagnostics import Comparison, Diagnosis, compare, diagnose, to_arviz
+from .flows import FLOWS
 from .infer import CompiledSVI, FitDiverged, FitResult, fit
 from .models import FlowVAE, VMoNF
-from .transforms import FLOWS
 
 __version__ = "0.1.0"
 

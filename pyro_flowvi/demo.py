@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
+from ._program.log_weights import LogWeights
 from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
 from .diagnostics import Diagnosis, diagnose
 from .infer import fit
-from .infer.particles import Particles
-from .plotting import pair_panels
+from .plotting.fits import pair_panels
 
 __all__ = ["GUIDES", "Row", "eight_schools", "load_data", "load_model", "run_demo", "table"]
 
@@ -178,7 +178,7 @@ def run_demo(
             fit(model, guide, num_steps=num_steps, model_kwargs=kwargs, seed=seed, progress=progress)
             seconds = time.perf_counter() - started
             diagnosis = diagnose(model, guide, model_kwargs=kwargs, seed=seed)
-            draws = _scalars(Particles(model, guide, (), kwargs).draws(NUM_DRAWS))
+            draws = _scalars(LogWeights(model, guide, (), kwargs).draws(NUM_DRAWS))
         error = None if reference is None else _worst_error(draws, reference)
         rows.append(Row(name, diagnosis, error, seconds, draws))
     return rows

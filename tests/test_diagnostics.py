@@ -10,8 +10,8 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_flowvi import AutoPlanar, AutoRadial, fit
+from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.diagnostics import compare, diagnose
-from pyro_flowvi.infer.particles import Particles
 from pyro_flowvi.psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis, resample
 from tests import zoo
 
@@ -155,7 +155,7 @@ class TestDiagnose:
     def test_enumerated_weights_equal_pyros_one_by_one(self):
         """The batched contraction against TraceEnum_ELBO of single draws, on a plate of mixtures."""
         model, args = zoo.make_zoo()["enumerated"]
-        particles = Particles(model, AutoPlanar(model), args)
+        particles = LogWeights(model, AutoPlanar(model), args)
         assert particles.vectorized
         batched = particles.log_weights(20_000)
         particles.vectorized = False

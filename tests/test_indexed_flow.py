@@ -13,18 +13,17 @@ from pyro.infer import SVI, Trace_ELBO
 from scipy.interpolate import CubicSpline
 from scipy.stats import norm
 
+from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.distributions import FlowDistribution, IndexedFlow
+from pyro_flowvi.flows import FLOWS, indexed_layers
 from pyro_flowvi.infer import TraceSTL_ELBO, fit
-from pyro_flowvi.infer.particles import Particles
 from pyro_flowvi.transforms import (
-    FLOWS,
     Compose,
     Conditional,
     ElementwiseAffine,
     IndexedCompose,
     IndexedLayer,
     Planar,
-    indexed_layers,
 )
 
 ORDERS = ("after", "before")
@@ -398,7 +397,7 @@ def test_chunks_with_a_graph_have_the_same_gradient(monkeypatch):
     z = torch.randn(6, 2)
     values = []
     for limit in (2**16, 50):
-        monkeypatch.setattr("pyro_flowvi.distributions.indexed._MAX_ELEMENTS_WITH_GRAPH", limit)
+        monkeypatch.setattr("pyro_flowvi.distributions.indexed_flow._MAX_ELEMENTS_WITH_GRAPH", limit)
         torch.manual_seed(0)
         bound = q.log_prob_bound(z, 30)
         values.append((bound, torch.autograd.grad(bound.sum(), list(layers.parameters()))))
@@ -429,7 +428,7 @@ def test_the_sum_over_a_guide_that_is_written_by_hand():
         z, bound = IndexedFlow(None, layers).rsample_and_log_prob((50_000,))
         weights = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) - bound
     assert found == pytest.approx(float(weights.mean()), abs=4 * float(weights.std()) / math.sqrt(3000))
-    assert Particles(model, guide).vectorized
+    assert LogWeights(model, guide).vectorized
     with pytest.raises(ValueError, match="site 'z': expected a tractable density for path gradients"):
         SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceSTL_ELBO()).step()
 

@@ -7,8 +7,9 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_flowvi.distributions import FlowDistribution, MixtureOfFlows
-from pyro_flowvi.distributions.mixture import stratified_indices
-from pyro_flowvi.transforms import FLOWS, Compose, ElementwiseAffine, LowerAffine, Planar, Stacked
+from pyro_flowvi.distributions.mixture_of_flows import stratified_indices
+from pyro_flowvi.flows import FLOWS
+from pyro_flowvi.transforms import Compose, ElementwiseAffine, LowerAffine, Planar, Stacked
 
 
 @pytest.fixture(autouse=True)

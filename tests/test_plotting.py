@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_flowvi.diagnostics import Diagnosis, diagnose
-from pyro_flowvi.plotting import plot_khat, plot_pairs, plot_trace
+from pyro_flowvi.plotting.fits import plot_khat, plot_pairs, plot_trace
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")

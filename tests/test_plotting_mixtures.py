@@ -9,8 +9,9 @@ import torch
 
 from pyro_flowvi.datasets import NINE_MODES, hide_labels, nine_modes
 from pyro_flowvi.distributions import MixtureOfFlows
-from pyro_flowvi.plotting_mixtures import animate_mixture, plot_mixture
-from pyro_flowvi.transforms import FLOWS, Compose, LowerAffine, Stacked
+from pyro_flowvi.flows import FLOWS
+from pyro_flowvi.plotting.mixtures import animate_mixture, plot_mixture
+from pyro_flowvi.transforms import Compose, LowerAffine, Stacked
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")

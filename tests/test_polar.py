@@ -10,7 +10,8 @@ import torch
 from scipy.integrate import quad
 
 from pyro_flowvi.distributions import FlowDistribution, MixtureOfFlows, PolarNormal
-from pyro_flowvi.transforms import FLOWS, Compose, LowerAffine, RadialPower, Stacked
+from pyro_flowvi.flows import FLOWS
+from pyro_flowvi.transforms import Compose, LowerAffine, RadialPower, Stacked
 
 
 class TestPolarNormal:

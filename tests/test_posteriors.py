@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 from pyro import poutine
 
-from pyro_flowvi.init import UnconstrainedModel
+from pyro_flowvi._program.log_density import UnconstrainedModel
 
 FOLDER = os.environ.get("PYRO_FLOWVI_POSTERIORDB")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

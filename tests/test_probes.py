@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from pyro_flowvi.diagnostics import diagnose
-from pyro_flowvi.diagnostics.chains import Whitening, guarded, run_chains
+from pyro_flowvi.diagnostics._chains import Whitening, guarded, run_chains
 from pyro_flowvi.diagnostics.probes import LOCATION_UNIT, SCALE_UNIT, _gap
 from tests import zoo
 

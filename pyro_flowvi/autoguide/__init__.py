@@ -1,7 +1,9 @@
 """Guides that replace a Pyro autoguide on an unmodified model."""
 
-from .base import AutoFlow
-from .flows import (
+from .continuously_indexed import AutoCIF
+from .flow import AutoFlow
+from .flow_mixture import AutoFlowMixture
+from .named import (
     AutoIAF,
     AutoNeuralSpline,
     AutoNICE,
@@ -10,8 +12,6 @@ from .flows import (
     AutoRealNVP,
     AutoSylvester,
 )
-from .indexed import AutoCIF
-from .mixture import AutoFlowMixture
 
 __all__ = [
     "AutoCIF",

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..init import UnconstrainedModel
+from .._program.log_density import UnconstrainedModel
 from ..psis import psis, resample
 
 __all__ = ["importance_resample"]
@@ -34,7 +34,7 @@ def importance_resample(
 
     Example::
 
-        >>> density = pyro_flowvi.init.UnconstrainedModel(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> density = UnconstrainedModel(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
         >>> wide = dist.Normal(torch.zeros(1), 2.0).to_event(1)
         >>> draw = lambda size: (z := wide.sample((size,)), wide.log_prob(z))
         >>> abs(importance_resample(draw, density, 4000).std() - 1.0) < 0.1

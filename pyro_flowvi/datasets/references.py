@@ -51,6 +51,6 @@ def eight_schools_reference() -> Reference:
         >>> reference.names[:3], reference.draws.shape
         (('mu', 'tau', 'theta[0]'), (2000, 10))
     """
-    with files("pyro_flowvi").joinpath("data/eight_schools_reference.npz").open("rb") as file:
+    with files("pyro_flowvi.datasets").joinpath("eight_schools_reference.npz").open("rb") as file:
         stored: Any = np.load(file)
         return Reference(tuple(map(str, stored["names"])), stored["mean"], stored["sd"], stored["draws"])

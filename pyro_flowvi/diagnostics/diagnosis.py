@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from .._checks import check_positive_int
-from ..infer.density import traced
+from .._compile.log_density import traced
 from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis
-from .draws import WeightedDraws, weighted_draws
+from ._verdict import Figures, judge, shifts
+from ._weighted_draws import WeightedDraws, weighted_draws
 from .probes import Probes, probe
-from .verdict import Figures, judge, shifts
 
 __all__ = ["Diagnosis", "diagnose"]
 

@@ -15,8 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 from ..psis import generalized_pareto_shape
-from .chains import Chains, ValueAndGrad, Whitening, guarded, run_chains
-from .regions import Regions, find_regions
+from ._chains import Chains, ValueAndGrad, Whitening, guarded, run_chains
+from ._regions import Regions, find_regions
 
 __all__ = ["Probes", "probe"]
 
@@ -29,15 +29,15 @@ FEW_EVALUATIONS: Final = 100
 WARMUP: Final = 12
 ANNEALED: Final = 0.35
 """Share of the gradients in which the far chains come to the temperature of the posterior."""
-HOTTEST: Final = 20.0
+HOTTEST_START: Final = 20.0
 """Temperature at which far chains start."""
-COLDEST: Final = 0.1
+COLDEST_START: Final = 0.1
 """Temperature at which a third of the other half starts: to fall into narrow regions of high density."""
 EVALUATIONS: Final = 280
 """Gradients for each chain."""
 SCALES: Final = (2.0, 3.0, 4.5, 7.0, 11.0, 18.0, 30.0)
 """Multiples of the guide's spread at which far chains start."""
-SHRUNK: Final = (0.1, 0.3, 0.6, 1.0)
+SHRUNK_SCALES: Final = (0.1, 0.3, 0.6, 1.0)
 """Multiples at which cold chains start."""
 CANDIDATES: Final = 4
 """Points drawn for each far start, of which the likelier ones are taken."""
@@ -47,7 +47,7 @@ SCALE_UNIT: Final = 0.5 / math.pi
 """d E|rank - 1/2| / d(log sd) of a normal at 1: the integral of |x| phi(x)^2."""
 LEVEL: Final = 0.005
 """Chance that chains of an exact guide show a significant difference in any latent."""
-UNSURE: Final = 0.25
+UNSURE_SE: Final = 0.25
 """Standard error, in the units of a difference, from which on the chains decide nothing."""
 MEMORY: Final = 0.95
 """Most of its start that a chain may be taken to remember: beyond, nothing is known of where it goes."""
@@ -135,7 +135,9 @@ def probe(
     far = _far_starts(density, draws, whitening, count - len(near))
     groups = (torch.arange(len(near) + len(far)) >= len(near)).long().to(z.device)
     cold = _cold(len(far)).to(z.device)
-    first = torch.cat([torch.ones(len(near)).to(draws), torch.where(cold, COLDEST, HOTTEST).to(draws)])
+    first = torch.cat(
+        [torch.ones(len(near)).to(draws), torch.where(cold, COLDEST_START, HOTTEST_START).to(draws)]
+    )
 
     def temperature(used: float) -> Tensor:
         left = max(0.0, 1.0 - used / ANNEALED)
@@ -162,7 +164,7 @@ def _far_starts(density: ValueAndGrad, draws: Tensor, whitening: Whitening, coun
     turn = group // 3
     scale = torch.where(
         _cold(count)[group],
-        torch.tensor(SHRUNK)[turn % len(SHRUNK)],
+        torch.tensor(SHRUNK_SCALES)[turn % len(SHRUNK_SCALES)],
         torch.tensor(SCALES)[turn % len(SCALES)],
     )
     points = scale.to(draws).unsqueeze(-1) * draws[torch.randint(len(draws), (total,))]
@@ -236,7 +238,7 @@ def _compare(
         differs = differs or bool(((np.abs(gap) > 0.1) & (np.abs(gap) > bar * se)).any())
         significant = np.where(np.abs(weighted) > bar * se, weighted, 0.0)
         resampled = max(resampled, float(np.abs(significant).max()))
-        conclusive = conclusive and bool((se < UNSURE).all())
+        conclusive = conclusive and bool((se < UNSURE_SE).all())
     (location, location_se, location_name), (scale, scale_se, scale_name) = results
     settled = torch.from_numpy(from_guide) | regions.settled.cpu()
     return Probes(

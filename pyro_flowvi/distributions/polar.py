@@ -43,7 +43,7 @@ class PolarNormal(TorchDistribution):
         >>> x = base.sample((1000,))
         >>> 0.5 < x.norm(dim=-1).min() < x.norm(dim=-1).max() < 1.6
         tensor(True)
-        >>> from pyro_flowvi.transforms import FLOWS
+        >>> from pyro_flowvi import FLOWS
         >>> ring = pyro_flowvi.distributions.FlowDistribution(FLOWS["realnvp"](2), base)
         >>> ring.log_prob(x).shape
         torch.Size([1000])

@@ -1,10 +1,17 @@
-"""Fitting a guide."""
+"""Fitting a guide, the compiled SVI, and the objectives."""
 
-from .cause import CannotCompile, CompileWarning
-from .compiled import CompiledSVI
-from .corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
-from .elbo import TraceAnnealed_ELBO, TraceEnumSTL_ELBO, TraceIW_ELBO, TraceSTL_ELBO
-from .fit import FitDiverged, FitResult, fit
+from .._compile.errors import CannotCompile, CompileWarning
+from .._compile.svi import CompiledSVI
+from ..objectives import (
+    TraceAnnealed_ELBO,
+    TraceAuxiliary_ELBO,
+    TraceEnumSTL_ELBO,
+    TraceIW_ELBO,
+    TraceMeanFieldJacobian_ELBO,
+    TraceSTL_ELBO,
+)
+from ._fit import fit
+from ._result import FitDiverged, FitResult
 
 __all__ = [
     "CannotCompile",

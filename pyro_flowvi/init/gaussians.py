@@ -7,20 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .ascent import Ascent, ValueAndGrad, ascend
 from .effort import Effort
+from .lbfgs import Ascent, ValueAndGrad, ascend
 
-__all__ = [
-    "MAX_DENSE_DIM",
-    "Gaussian",
-    "apart",
-    "distinct",
-    "elbos",
-    "find_gaussian",
-    "peaks",
-    "refine",
-    "spread_starts",
-]
+__all__ = ["MAX_DENSE_DIM", "Gaussian", "find_gaussian"]
 
 MAX_DENSE_DIM = 200
 """Up to this many dimensions Gaussians, and the affine maps of guides, have full Cholesky factors."""

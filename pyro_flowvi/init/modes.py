@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ascent import ValueAndGrad, ascend
 from .effort import Effort
 from .gaussians import (
     MAX_DENSE_DIM,
@@ -20,6 +19,7 @@ from .gaussians import (
     refine,
     spread_starts,
 )
+from .lbfgs import ValueAndGrad, ascend
 
 __all__ = ["PRIOR_DRAWS", "Modes", "find_modes"]
 
@@ -29,13 +29,13 @@ RUNS_FOR_EACH = 6
 """Runs for each component, at least."""
 PRIOR_DRAWS = 32
 """Draws of the prior from which runs may start."""
-WIDE = (4.0, 20.0)
+WIDE_SCALES = (4.0, 20.0)
 """Multiples of the spread of the usual starts from which runs start too, to come from all sides."""
 LEAST_SHARE = 1e-3
 """Share of the masses below which a mode is left out."""
 DRAWS = 256
 """Draws of each Gaussian by which their weights are found."""
-ENOUGH = 0.02
+LEAST_ESS_SHARE = 0.02
 """Effective sample size, as a fraction of the draws, from which these are trusted."""
 ROUNDS = 100
 SPARE_WEIGHT = 0.1
@@ -71,7 +71,7 @@ def _all_starts(start: Tensor, prior: Tensor, num: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     left = max(0, num - len(near) - len(drawn))
     spread = torch.rand(left, len(start), generator=generator, dtype=torch.float64) * 4.0 - 2.0
-    scale = torch.tensor(WIDE, dtype=torch.float64)[torch.arange(left) % len(WIDE)]
+    scale = torch.tensor(WIDE_SCALES, dtype=torch.float64)[torch.arange(left) % len(WIDE_SCALES)]
     return torch.cat([near, drawn, start + (scale.unsqueeze(-1) * spread).to(start)])
 
 
@@ -103,7 +103,7 @@ def _weigh(value_and_grad: ValueAndGrad, gaussian: Gaussian, bounds: Tensor) -> 
     ratios = torch.where(ratios.isfinite(), ratios, -torch.inf)
     shares = ratios.softmax(0)
     by_bounds = bounds.softmax(0)
-    if not bool(shares.isfinite().all()) or float(shares.square().sum()) * ENOUGH * len(z) > 1.0:
+    if not bool(shares.isfinite().all()) or float(shares.square().sum()) * LEAST_ESS_SHARE * len(z) > 1.0:
         return by_bounds
     weights = torch.full_like(by_bounds, 1.0 / len(by_bounds))
     for _ in range(ROUNDS):

@@ -2,15 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .annihilation import Annihilation, annihilate
-from .flow_vae import FlowVAE
-from .images import ConvDecoder, ConvEncoder, Minibatches, MLPDecoder, MLPEncoder, binarize
-from .multistart import multistart, ring_flow
-from .overlap import class_map_by_overlap, component_overlap
-from .vmonf import VMoNF
+from .mixture import (
+    Annihilation,
+    VMoNF,
+    annihilate,
+    class_map_by_overlap,
+    component_overlap,
+    multistart,
+    ring_flow,
+)
+from .vae import ConvDecoder, ConvEncoder, FlowVAE, Minibatches, MLPDecoder, MLPEncoder, binarize
 
 if TYPE_CHECKING:
-    from .estimators import FlowMixture
+    from .mixture.estimator import FlowMixture
 
 __all__ = [
     "Annihilation",
@@ -34,7 +38,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The estimator, when it is first asked for: its base class is scikit-learn's."""
     if name == "FlowMixture":
-        from .estimators import FlowMixture
+        from .mixture.estimator import FlowMixture
 
         return FlowMixture
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,13 +2,13 @@
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import (
-    Conditional,
     FlowTransform,
     ParametricTransform,
     forward_and_log_det,
     inverse_and_log_det,
 )
-from .compose import Compose, ConditionalCompose
+from .compose import Compose, ConditionalCompose, Inverse
+from .conditional import Conditional
 from .coupling import (
     AdditiveCoupling,
     AffineCoupling,
@@ -17,11 +17,9 @@ from .coupling import (
     SplineCoupling,
     coupling_mask,
 )
-from .defaults import DEFAULTS, Defaults, FlowDefaults, defaults_for
-from .dequantize import Logit, bits_per_dim, dequantize
+from .heavy_tails import HeavyTails
 from .image import Conv1x1, Partial, Squeeze2d, channel_mask, checkerboard_mask, multiscale_realnvp
 from .indexed import IndexedCompose, IndexedLayer
-from .inverse import Inverse
 from .linear import (
     ActNorm,
     ElementwiseAffine,
@@ -31,16 +29,13 @@ from .linear import (
     LULinear,
     Permute,
 )
+from .pixels import Logit, bits_per_dim, dequantize
 from .planar import ConditionalPlanar, Planar
 from .radial import ConditionalRadial, Radial, RadialPower
-from .recipes import FLOWS, Recipe, indexed_layers, recipe_name
 from .stacked import Stacked
 from .sylvester import Sylvester
-from .tails import HeavyTails
 
 __all__ = [
-    "DEFAULTS",
-    "FLOWS",
     "ActNorm",
     "AdditiveCoupling",
     "AffineAutoregressive",
@@ -53,9 +48,7 @@ __all__ = [
     "ConditionalRadial",
     "Conv1x1",
     "Coupling",
-    "Defaults",
     "ElementwiseAffine",
-    "FlowDefaults",
     "FlowTransform",
     "HeavyTails",
     "Householder",
@@ -73,7 +66,6 @@ __all__ = [
     "Planar",
     "Radial",
     "RadialPower",
-    "Recipe",
     "SplineAutoregressive",
     "SplineCoupling",
     "Squeeze2d",
@@ -83,11 +75,8 @@ __all__ = [
     "channel_mask",
     "checkerboard_mask",
     "coupling_mask",
-    "defaults_for",
     "dequantize",
     "forward_and_log_det",
-    "indexed_layers",
     "inverse_and_log_det",
     "multiscale_realnvp",
-    "recipe_name",
 ]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedMLP
+from ._autoregressive_inverse import solve_autoregressive
 from .base import ParametricTransform, Raw
 from .coupling import BOUND, LOG_SCALE_LIMIT, NUM_BINS, spline
-from .substitution import solve_autoregressive
 from .univariate import Affine, Transformer, transformer_of
 
 __all__ = ["AffineAutoregressive", "Autoregressive", "SplineAutoregressive"]
@@ -23,8 +23,8 @@ class Autoregressive(ParametricTransform):
     """An autoregressive layer of one of the package's univariate transformers, with a masked network.
 
     :math:`y_i = g(x_i; h_i(x_1, ..., x_{i-1}))`.  The forward pass is parallel.  The inverse solves for one
-    coordinate after another, inside one operator that does the arithmetic of a single forward pass; it is
-    differentiable, once, by the implicit function theorem (:mod:`pyro_flowvi.transforms.substitution`).
+    coordinate after another, inside one operator that does the arithmetic of a single forward pass, and is
+    differentiable, once, by the implicit function theorem.
     A context moves the offset of the transformer's parameters and the biases of the network.
 
     :param dim: the length D of the vectors.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
 from ..nn import ConvResNet, check_image_shape
-from .base import Conditional, FlowTransform, ParametricTransform, Raw
+from .base import FlowTransform, ParametricTransform, Raw
 from .compose import Compose, ConditionalCompose
+from .conditional import Conditional
 from .coupling import LOG_SCALE_LIMIT, Coupling, coupling_mask
 from .linear import finite_scale
 from .univariate import Affine

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
+from ..numerics import safe_norm
 from .base import FlowTransform, ParametricTransform, Raw
-from .functional import reflect
 
 __all__ = [
     "ActNorm",
@@ -19,6 +19,8 @@ __all__ = [
     "LowRankAffine",
     "LowerAffine",
     "Permute",
+    "reflect",
+    "times",
 ]
 
 MAX_REFLECTIONS = 16
@@ -49,6 +51,42 @@ def _solve(matrix: Tensor, x: Tensor, *, upper: bool, unit: bool) -> Tensor:
     )
     solved = solved if rows else solved.squeeze(-2)
     return solved
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix for row vectors; one matrix for the whole batch is one product.
+
+    Example::
+
+        >>> times(torch.ones(5, 2), torch.eye(2)).shape
+        torch.Size([5, 2])
+    """
+    return x @ matrix if matrix.dim() == 2 else (x.unsqueeze(-2) @ matrix).squeeze(-2)
+
+
+def reflect(x: Tensor, vectors: Tensor) -> Tensor:
+    """Householder reflections x - 2 (v·x) v / |v|², one after another.
+
+    :param x: shape ``(*, D)``.
+    :param vectors: shape ``(*, K, D)``, of any length; a zero vector reflects nothing.
+    :return: shape ``(*, D)``.
+
+    Example::
+
+        >>> reflect(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist()
+        [-1.0, -2.0]
+    """
+    # A unit vector does not depend on the length: brought near 1 first, so that none is too short.
+    longest = vectors.detach().abs().amax(-1, keepdim=True)
+    near = vectors / torch.where(longest > 0, longest, 1.0)
+    units = near / safe_norm(near).unsqueeze(-1)
+    # The product of all is I - Uᵀ W, U the units as rows, with (I + 2 triu(U Uᵀ, 1)) W = 2 U (Schreiber and
+    # Van Loan, *A storage-efficient WY representation*, 1989): two products with the batch in place of K
+    # passes.  The system is small, and ill-conditioned where vectors are nearly parallel: in float64.
+    wide = units.to(torch.float64)
+    gram = 2.0 * wide @ wide.mT
+    weights = torch.linalg.solve_triangular(gram, 2.0 * wide, upper=True, unitriangular=True).to(units.dtype)
+    return x - times(times(x, units.mT), weights)
 
 
 class ElementwiseAffine(ParametricTransform):

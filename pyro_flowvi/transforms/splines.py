@@ -31,12 +31,24 @@ MIN_DERIVATIVE = 1e-3
 
 
 def spline_size(num_bins: int) -> int:
-    """How many raw parameters a coordinate has: K widths, K heights, K - 1 inner derivatives."""
+    """How many raw parameters a coordinate has: K widths, K heights, K - 1 inner derivatives.
+
+    Example::
+
+        >>> spline_size(8)
+        23
+    """
     return 3 * num_bins - 1
 
 
 def num_bins_of(size: int) -> int:
-    """The inverse of :func:`spline_size`."""
+    """The inverse of :func:`spline_size`.
+
+    Example::
+
+        >>> num_bins_of(23)
+        8
+    """
     return (size + 1) // 3
 
 
@@ -81,6 +93,12 @@ def spline_forward(x: Tensor, raw: Tensor, bound: float) -> tuple[Tensor, Tensor
     :param raw: any real values, shape ``(*, 3 K - 1, N)``: widths, heights, inner derivatives of K bins.
     :param bound: half the side of the box.
     :return: y and log dy/dx, each of shape ``(*, N)``.
+
+    Example::
+
+        >>> y, log_slope = spline_forward(torch.tensor([0.5, 9.0]), torch.zeros(spline_size(8), 2), bound=5.0)
+        >>> y.tolist(), bool(log_slope.abs().max() < 1e-6)
+        ([0.5, 9.0], True)
     """
     knots, derivatives = _knots(raw, bound)
     inside = (x >= -bound) & (x <= bound)
@@ -95,7 +113,15 @@ def spline_forward(x: Tensor, raw: Tensor, bound: float) -> tuple[Tensor, Tensor
 
 
 def spline_inverse(y: Tensor, raw: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Inverse of :func:`spline_forward`, with the log-derivative of the inverse."""
+    """Inverse of :func:`spline_forward`, with the log-derivative of the inverse.
+
+    Example::
+
+        >>> raw = torch.randn(spline_size(8), 1)
+        >>> y, _ = spline_forward(torch.tensor([0.5]), raw, bound=5.0)
+        >>> bool((spline_inverse(y, raw, bound=5.0)[0] - 0.5).abs() < 1e-5)
+        True
+    """
     knots, derivatives = _knots(raw, bound)
     inside = (y >= -bound) & (y <= bound)
     clamped = y.clamp(-bound, bound)

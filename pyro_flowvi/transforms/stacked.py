@@ -54,7 +54,7 @@ class Stacked(FlowTransform):
 
     Example::
 
-        >>> from pyro_flowvi.transforms import FLOWS
+        >>> from pyro_flowvi import FLOWS
         >>> flows = Stacked(FLOWS["realnvp"](2) for _ in range(3))
         >>> y, log_det = flows.forward_and_log_det(torch.zeros(100, 1, 2))
         >>> y.shape, log_det.shape

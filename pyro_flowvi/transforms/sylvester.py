@@ -1,4 +1,20 @@
-"""Sylvester flows, with the inverse that the published ones lack."""
+r"""Sylvester flows, with the inverse that the published ones lack.
+
+Functions here take ``x`` of shape ``(*, D)`` and parameters whose leading dimensions broadcast with ``*``,
+and return the image and the log-determinant of its Jacobian, shape ``(*,)``; inverses that *of the inverse*.
+Parameters are raw: any real number is valid.  The inverse is derived here because no paper has it.
+
+**Sylvester** :math:`y = x + Q R \tanh(\tilde R Q^T x + b)`, Q with orthonormal columns, R and
+:math:`\tilde R` upper triangular.  Multiplied by :math:`Q^T`, with :math:`v = Q^T x, w = Q^T y`, it is
+:math:`w = v + R \tanh(\tilde R v + b)`, whose row i has the unknowns i ... M alone: from the last row up,
+with
+:math:`s_i = (\tilde R v + b)_i` and :math:`\tilde R_{ii}` times the row,
+
+.. math:: s_i + R_{ii} \tilde R_{ii} \tanh s_i = \tilde R_{ii} (w_i - \sum_{j>i} R_{ij} \tanh s_j)
+    + \sum_{j>i} \tilde R_{ij} v_j + b_i ,
+
+the scalar equation of the planar flow.
+"""
 
 import math
 
@@ -7,13 +23,87 @@ from torch import Tensor, nn
 
 from .._checks import check_positive_int
 from .base import ParametricTransform, Raw
-from .functional import orthonormal_frame, sylvester_forward, sylvester_inverse
+from .linear import reflect, times
+from .planar import _planar_log_det, _solve_planar
 
-__all__ = ["Sylvester"]
+__all__ = ["Sylvester", "orthonormal_frame", "sylvester_forward", "sylvester_inverse"]
 
 DIAGONAL_LIMIT = math.sqrt(1.0 - 1e-3)
 """The product of two diagonal entries stays above -1 + 1e-3, and with it the slope above 0."""
 MAX_UNITS = 8
+
+
+def orthonormal_frame(vectors: Tensor) -> Tensor:
+    """M orthonormal rows: the first M unit vectors after M Householder reflections.
+
+    :param vectors: shape ``(*, M, D)``, M at most D.
+    :return: shape ``(*, M, D)``.
+
+    Example::
+
+        >>> frame = orthonormal_frame(torch.randn(2, 3))
+        >>> torch.allclose(frame @ frame.mT, torch.eye(2), atol=1e-6)
+        True
+    """
+    num, dim = vectors.shape[-2:]
+    rows = torch.eye(num, dim, dtype=vectors.dtype, device=vectors.device)
+    return reflect(rows, vectors.unsqueeze(-3))
+
+
+def sylvester_forward(
+    x: Tensor, frame: Tensor, outer: Tensor, inner: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A Sylvester layer (van den Berg et al. 2018, equations 13 and 14).
+
+    :param x: shape ``(*, D)``.
+    :param frame: the transposed Q, shape ``(*, M, D)``, from :func:`orthonormal_frame`.
+    :param outer: R, upper triangular, shape ``(*, M, M)``.
+    :param inner: the other triangular matrix; products of the two diagonals are above -1.
+    :param b: shape ``(*, M)``.
+    :return: y of shape ``(*, D)`` and the log-determinant, shape ``(*,)``.
+
+    Example::
+
+        >>> frame, none = torch.eye(2, 3), torch.zeros(2, 2)
+        >>> sylvester_forward(torch.ones(4, 3), frame, none, none, torch.zeros(2))[1].tolist()
+        [0.0, 0.0, 0.0, 0.0]
+    """
+    act = torch.tanh(times(times(x, frame.mT), inner.mT) + b)
+    y = x + times(times(act, outer.mT), frame)
+    return y, _planar_log_det(act, _diagonal_product(outer, inner)).sum(-1)
+
+
+def _diagonal_product(outer: Tensor, inner: Tensor) -> Tensor:
+    return outer.diagonal(dim1=-2, dim2=-1) * inner.diagonal(dim1=-2, dim2=-1)
+
+
+def sylvester_inverse(
+    y: Tensor, frame: Tensor, outer: Tensor, inner: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Inverse of :func:`sylvester_forward`, with the log-determinant of the inverse.
+
+    Example::
+
+        >>> frame, r = torch.eye(2, 3), torch.eye(2)
+        >>> y, _ = sylvester_forward(torch.ones(4, 3), frame, r, r, torch.zeros(2))
+        >>> torch.allclose(sylvester_inverse(y, frame, r, r, torch.zeros(2))[0], torch.ones(4, 3))
+        True
+    """
+    w = times(y, frame.mT)
+    c = _diagonal_product(outer, inner)
+    acts: list[Tensor] = []
+    inputs: list[Tensor] = []
+    for i in reversed(range(w.shape[-1])):
+        known = w[..., i]
+        drive = b[..., i]
+        if acts:
+            known = known - (outer[..., i, i + 1 :] * torch.stack(acts, -1)).sum(-1)
+            drive = drive + (inner[..., i, i + 1 :] * torch.stack(inputs, -1)).sum(-1)
+        act = torch.tanh(_solve_planar(inner[..., i, i] * known + drive, c[..., i]))
+        acts.insert(0, act)
+        inputs.insert(0, known - outer[..., i, i] * act)
+    act = torch.stack(acts, -1)
+    return y - times(times(act, outer.mT), frame), -_planar_log_det(act, c).sum(-1)
 
 
 class Sylvester(ParametricTransform):
@@ -22,7 +112,7 @@ class Sylvester(ParametricTransform):
     van den Berg, Hasenclever, Tomczak and Welling, *Sylvester Normalizing Flows for Variational Inference*,
     2018, equation 13, with Q a product of Householder reflections (their section 3.2).  The inverse, which
     they do not have, is exact: M scalar equations one after another, each of the kind of
-    :class:`~pyro_flowvi.transforms.Planar` (derivation in :mod:`pyro_flowvi.transforms.functional`).
+    :class:`~pyro_flowvi.transforms.Planar` (derivation at the head of this module).
     Starts as the identity (R = 0).
 
     :param dim: the length D of the vectors.

@@ -20,7 +20,14 @@ __all__ = ["Additive", "Affine", "Multiplicative", "RationalQuadratic", "Transfo
 
 
 class Transformer(Protocol):
-    """An increasing map of one variable; ``kind`` and ``limit`` say which."""
+    """An increasing map of one variable; ``kind`` and ``limit`` say which.
+
+    Example::
+
+        >>> transformer: Transformer = Affine(limit=2.0)
+        >>> transformer.num_params
+        2
+    """
 
     kind: ClassVar[str]
     bends: ClassVar[bool]
@@ -57,7 +64,13 @@ def _log_scale(h: Tensor | None, offset: Tensor, limit: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Additive:
-    """y = x + t."""
+    """y = x + t.
+
+    Example::
+
+        >>> Additive().forward(torch.ones(3), None, torch.full((1, 3), 2.0))[0].tolist()
+        [3.0, 3.0, 3.0]
+    """
 
     limit: float = 0.0
     kind: ClassVar[str] = "additive"
@@ -75,7 +88,13 @@ class Additive:
 
 @dataclass(frozen=True)
 class Multiplicative:
-    """y = exp(s) x, with s = b + k tanh(h / k)."""
+    """y = exp(s) x, with s = b + k tanh(h / k).
+
+    Example::
+
+        >>> Multiplicative(limit=2.0).forward(torch.ones(3), None, torch.zeros(1, 3))[0].tolist()
+        [1.0, 1.0, 1.0]
+    """
 
     limit: float
     kind: ClassVar[str] = "multiplicative"
@@ -98,7 +117,13 @@ class Multiplicative:
 
 @dataclass(frozen=True)
 class Affine:
-    """y = exp(s) x + t, with s = b + k tanh(h / k); first s, then t in the parameters."""
+    """y = exp(s) x + t, with s = b + k tanh(h / k); first s, then t in the parameters.
+
+    Example::
+
+        >>> Affine(limit=2.0).forward(torch.ones(3), None, torch.zeros(2, 3))[0].tolist()
+        [1.0, 1.0, 1.0]
+    """
 
     limit: float
     kind: ClassVar[str] = "affine"
@@ -128,7 +153,13 @@ class Affine:
 
 @dataclass(frozen=True)
 class RationalQuadratic:
-    """A rational-quadratic spline on [-limit, limit], the identity outside."""
+    """A rational-quadratic spline on [-limit, limit], the identity outside.
+
+    Example::
+
+        >>> RationalQuadratic(limit=5.0, num_bins=8).num_params
+        23
+    """
 
     limit: float
     num_bins: int
@@ -147,7 +178,13 @@ class RationalQuadratic:
 
 
 def transformer_of(kind: str, limit: float, num_params: int) -> Transformer:
-    """The transformer of a kind, from what an operator can be given: text and numbers."""
+    """The transformer of a kind, from what an operator can be given: text and numbers.
+
+    Example::
+
+        >>> transformer_of("affine", 2.0, 2)
+        Affine(limit=2.0)
+    """
     if kind == RationalQuadratic.kind:
         return RationalQuadratic(limit, num_bins_of(num_params))
     plain: dict[str, Callable[[float], Transformer]]

@@ -12,12 +12,12 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from scipy.stats import multivariate_normal, norm
 
 from pyro_flowvi import AutoCIF, diagnose, fit
+from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.distributions.flow import standard_normal_log_prob
 from pyro_flowvi.infer import TraceAnnealed_ELBO, TraceIW_ELBO, TraceSTL_ELBO
-from pyro_flowvi.infer.particles import Particles
 from pyro_flowvi.init import find_gaussian
-from pyro_flowvi.init.ascent import Ascent
 from pyro_flowvi.init.gaussians import _cover
+from pyro_flowvi.init.lbfgs import Ascent
 from pyro_flowvi.transforms import Planar
 from tests import zoo
 
@@ -75,7 +75,7 @@ def test_weights_are_unbiased_for_the_evidence(num_extra):
     """E[p(x, z) r(u | z) / q(z, u)] = p(x), also of the bound with more index draws."""
     guide = make(conjugate, Y, num_extra=num_extra, scale=0.15, init_scale=1.0)  # wider than the posterior
     torch.manual_seed(0)
-    weights = (Particles(conjugate, guide, (Y,)).log_weights(40_000) - LOG_EVIDENCE).exp()
+    weights = (LogWeights(conjugate, guide, (Y,)).log_weights(40_000) - LOG_EVIDENCE).exp()
     assert weights.mean() == pytest.approx(1.0, abs=4.0 * float(weights.std()) / 200.0)
     renyi = RenyiELBO(alpha=0.0, num_particles=20_000, vectorize_particles=True)
     assert -renyi.loss(conjugate, guide, Y) == pytest.approx(LOG_EVIDENCE, abs=0.1)
@@ -87,7 +87,7 @@ def test_more_index_draws_make_a_tighter_bound():
     for num_extra in (0, 1, 8, 64):
         guide = make(conjugate, Y, num_extra=num_extra, scale=0.5)
         torch.manual_seed(1)
-        weights = Particles(conjugate, guide, (Y,)).log_weights(20_000)
+        weights = LogWeights(conjugate, guide, (Y,)).log_weights(20_000)
         elbos[num_extra] = float(weights.mean()), float(weights.std()) / math.sqrt(20_000)
     for less, more in ((0, 1), (1, 8), (8, 64)):
         assert elbos[more][0] > elbos[less][0] - 2.0 * elbos[more][1]

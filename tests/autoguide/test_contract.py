@@ -37,7 +37,7 @@ from pyro_flowvi import (
     AutoRealNVP,
     AutoSylvester,
 )
-from pyro_flowvi.infer.particles import Particles
+from pyro_flowvi._program.log_weights import LogWeights
 from tests import zoo
 
 GUIDES = {
@@ -141,7 +141,7 @@ class TestZoo:
     def test_particles_vectorize(self, kind, name):
         model, args = case(name)
         guide = GUIDES[kind](model).materialize(*args)
-        assert Particles(model, guide, args).vectorized == (name != "not_for_batches")
+        assert LogWeights(model, guide, args).vectorized == (name != "not_for_batches")
 
 
 @pytest.mark.parametrize("name", BASIC)

@@ -9,15 +9,7 @@ import scipy.stats
 import torch
 from pyro.distributions import constraints
 
-from pyro_flowvi import (
-    AutoIAF,
-    AutoNeuralSpline,
-    AutoNICE,
-    AutoRealNVP,
-    AutoSylvester,
-    diagnose,
-    fit,
-)
+from pyro_flowvi import AutoIAF, AutoNeuralSpline, AutoNICE, AutoRealNVP, AutoSylvester, diagnose, fit
 from tests import zoo
 from tests.autoguide.test_truth import check, conjugate_normal, fitted
 

@@ -16,10 +16,11 @@ from pyro.infer import SVI, Predictive, TraceEnum_ELBO
 from pyro.optim import Adam
 
 from pyro_flowvi import AutoFlowMixture, AutoRealNVP, compare, diagnose, fit, to_arviz
-from pyro_flowvi.autoguide.frame import enter_frame, leave_frame
-from pyro_flowvi.infer.checkpoint import Checkpoint
-from pyro_flowvi.infer.particles import Particles
-from pyro_flowvi.init import UnconstrainedModel, find_modes
+from pyro_flowvi._program.log_density import UnconstrainedModel
+from pyro_flowvi._program.log_weights import LogWeights
+from pyro_flowvi.autoguide._affine import enter_frame, leave_frame
+from pyro_flowvi.infer._checkpoint import Checkpoint
+from pyro_flowvi.init import find_modes
 from pyro_flowvi.transforms import Planar
 from tests import zoo
 
@@ -190,7 +191,7 @@ class TestFit:
         model, args = zoo.make_zoo()["enumerated"]
         guide = AutoFlowMixture(model, 2, "planar", 1)
         fit(model, guide, *args, num_steps=30, seed=0, progress=False)
-        weights = Particles(model, guide, args).log_weights(500)
+        weights = LogWeights(model, guide, args).log_weights(500)
         assert weights.std() < 2.0
 
     def test_around_a_fit(self):
@@ -218,7 +219,7 @@ class TestFit:
             if self.path.name == "stopped" and next(written) == 3:
                 raise Stop
 
-        monkeypatch.setattr(sys.modules["pyro_flowvi.infer.fit"], "CHECKPOINT_SECONDS", 0.0)
+        monkeypatch.setattr(sys.modules["pyro_flowvi.infer._fit"], "CHECKPOINT_SECONDS", 0.0)
         monkeypatch.setattr(Checkpoint, "write", stopping)
         states = {}
         for name in ("whole", "stopped", "stopped"):

@@ -16,11 +16,12 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.optim import Adam
 
 from pyro_flowvi import AutoFlowMixture, CompiledSVI
-from pyro_flowvi.autoguide.component import LatentGivenComponent
+from pyro_flowvi._program.log_weights import LogWeights
+from pyro_flowvi.autoguide._mixture_sites import LatentGivenComponent
 from pyro_flowvi.distributions import MixtureOfFlows
+from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import TraceEnumSTL_ELBO
-from pyro_flowvi.infer.particles import Particles
-from pyro_flowvi.transforms import FLOWS, Stacked
+from pyro_flowvi.transforms import Stacked
 from tests import zoo
 from tests.autoguide.test_mixture import SMALL, Y, log_density, square_root, two_modes
 
@@ -254,7 +255,7 @@ class TestEnumeration:
             options = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 2}
             means.append(TraceEnum_ELBO(**options).loss(model, guide, *args))
         guide._enumerate = "parallel"
-        weights = Particles(model, guide, args).log_weights(6000)
+        weights = LogWeights(model, guide, args).log_weights(6000)
         error = float(weights.std()) / math.sqrt(2000)
         assert means[0] == pytest.approx(means[1], abs=5.0 * error)
         assert -means[0] == pytest.approx(float(weights.mean()), abs=5.0 * error)

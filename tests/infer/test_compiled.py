@@ -16,9 +16,10 @@ from pyro.optim import Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
 from pyro_flowvi import CompiledSVI
-from pyro_flowvi.infer import CannotCompile, CompileWarning, compiled
-from pyro_flowvi.infer.forms import tensor_loss
-from pyro_flowvi.infer.fused import Bucket, make_buckets, meet
+from pyro_flowvi._compile import svi as compiled
+from pyro_flowvi._compile.optimizers import FlatParameters, make_buckets, meet
+from pyro_flowvi._compile.tensor_objectives import tensor_loss
+from pyro_flowvi.infer import CannotCompile, CompileWarning
 
 Y = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
 HERE = __file__
@@ -657,7 +658,7 @@ def test_fused_rules_equal_the_optimizers(kind, options):
     wrapper, other = (pyro.optim.PyroOptim(kind, options) for _ in range(2))
     meet(other, fused)
     (bucket,) = make_buckets(fused, other)
-    assert isinstance(bucket, Bucket)
+    assert isinstance(bucket, FlatParameters)
     for step in range(12):
         grads = [torch.randn(shape) for shape in shapes]
         for param, grad in zip(eager, grads, strict=True):

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flowvi import CompiledSVI
-from pyro_flowvi.infer import CompileWarning, compiled
+from pyro_flowvi._compile import svi as compiled
+from pyro_flowvi.infer import CompileWarning
 
 HERE = __file__
 

@@ -17,9 +17,9 @@ import torch
 from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from pyro_flowvi import AutoPlanar, AutoRealNVP, FitDiverged, fit
-from pyro_flowvi.infer.driver import PATIENCE
-from pyro_flowvi.infer.particles import Particles
-from pyro_flowvi.infer.state import SMALL_BATCH, Run
+from pyro_flowvi._program.log_weights import LogWeights
+from pyro_flowvi.infer._run_state import SMALL_BATCH, Run
+from pyro_flowvi.infer._training_loop import PATIENCE
 from tests import zoo
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +173,7 @@ class TestGuards:
         pyro.set_rng_seed(0)
         guide = AutoNormal(model, init_loc_fn=init_to_value(values={"x": torch.tensor(0.0)}), init_scale=1.0)
         guide()
-        judge = Particles(model, guide)
+        judge = LogWeights(model, guide)
         assert judge.vectorized
         weights = Run(model, guide, {}, None, judge, None, True).evaluate()
         # The guide is the prior: weights are one, but in the batches of which a draw was refused.
@@ -264,10 +264,10 @@ SCRIPT = """
 import hashlib, importlib, sys
 import pyro, pyro.distributions as dist, torch
 import pyro_flowvi
-from pyro_flowvi.infer.checkpoint import Checkpoint
+from pyro_flowvi.infer._checkpoint import Checkpoint
 
 torch.set_num_threads(1)
-importlib.import_module("pyro_flowvi.infer.fit").CHECKPOINT_SECONDS = 0.0
+importlib.import_module("pyro_flowvi.infer._fit").CHECKPOINT_SECONDS = 0.0
 write = Checkpoint.write
 
 def told(self, driver, identity):
@@ -376,7 +376,7 @@ class TestCheckpoint:
             file.write(b"half")
             raise OSError("no space left")
 
-        checkpoint = importlib.import_module("pyro_flowvi.infer.checkpoint")
+        checkpoint = importlib.import_module("pyro_flowvi.infer._checkpoint")
         monkeypatch.setattr(checkpoint.torch, "save", broken)
         found = checkpoint.Checkpoint(path)
         driver = type("Driver", (), {})()

@@ -16,8 +16,10 @@ from pyro.optim import Adam
 from torch.distributions import constraints, kl_divergence
 
 from pyro_flowvi import FLOWS, AutoFlow, CompiledSVI
-from pyro_flowvi.infer.corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
-from pyro_flowvi.infer.elbo import TraceAnnealed_ELBO, TraceIW_ELBO, TraceSTL_ELBO
+from pyro_flowvi.objectives.annealed import TraceAnnealed_ELBO
+from pyro_flowvi.objectives.importance_weighted import TraceIW_ELBO
+from pyro_flowvi.objectives.path_gradient import TraceSTL_ELBO
+from pyro_flowvi.objectives.pyro_corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
 from pyro_flowvi.transforms import LowerAffine, Planar, autoregressive
 
 MEAN = torch.tensor([1.0, -2.0], dtype=torch.float64)

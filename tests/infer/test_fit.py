@@ -13,8 +13,9 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import ExponentialLR
 
 from pyro_flowvi import AutoPlanar, FitDiverged, fit
+from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.infer import CannotCompile
-from pyro_flowvi.infer.particles import Particles
+from pyro_flowvi.objectives._choice import objective_for
 from tests import zoo
 
 SCHEDULE = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
@@ -44,7 +45,7 @@ def test_best_loss_is_the_guides():
     model, args = case("hierarchy")
     guide = AutoPlanar(model, num_layers=2)
     result = fit(model, guide, *args, num_steps=200, seed=0, progress=False)
-    weights = Particles(model, guide, args).log_weights(4000)
+    weights = LogWeights(model, guide, args).log_weights(4000)
     assert result.best_loss == pytest.approx(-weights.mean().item(), abs=0.2)
 
 
@@ -114,12 +115,12 @@ def test_chooses_the_objective():
     for name, kind in (("hierarchy", Trace_ELBO), ("enumerated", TraceEnum_ELBO)):
         model, args = case(name)
         guide = AutoPlanar(model).materialize(*args)
-        elbo = Particles(model, guide, args).elbo(8)
+        elbo = objective_for(LogWeights(model, guide, args), 8)
         assert type(elbo) is kind
         assert elbo.vectorize_particles
     model, args = case("not_for_batches")
     guide = AutoPlanar(model).materialize(*args)
-    assert not Particles(model, guide, args).elbo(8).vectorize_particles
+    assert not objective_for(LogWeights(model, guide, args), 8).vectorize_particles
 
 
 def test_vectorization_that_runs_but_is_wrong_is_found():
@@ -130,7 +131,7 @@ def test_vectorization_that_runs_but_is_wrong_is_found():
         pyro.sample("y", dist.Normal(mu[0].sum(), 1.0), obs=torch.tensor(1.0))
 
     guide = AutoPlanar(model).materialize()
-    assert not Particles(model, guide).vectorized
+    assert not LogWeights(model, guide).vectorized
 
 
 def test_parameters_of_the_model_are_trained_and_kept():

@@ -7,7 +7,7 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 
 from pyro_flowvi import AutoPlanar, diagnose, fit
-from pyro_flowvi.infer.particles import Particles
+from pyro_flowvi._program.log_weights import LogWeights
 
 
 def test_a_small_wrong_term_is_not_hidden_by_a_large_right_one():
@@ -21,7 +21,7 @@ def test_a_small_wrong_term_is_not_hidden_by_a_large_right_one():
             pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
 
     guide = AutoPlanar(model).materialize()
-    assert not Particles(model, guide).vectorized
+    assert not LogWeights(model, guide).vectorized
 
 
 def test_large_data_in_float32_vectorizes():
@@ -33,7 +33,7 @@ def test_large_data_in_float32_vectorizes():
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal((beta * design).sum(-1), 1.0), obs=y)
 
-    assert Particles(model, AutoPlanar(model).materialize()).vectorized
+    assert LogWeights(model, AutoPlanar(model).materialize()).vectorized
 
 
 def summing_model():
@@ -47,7 +47,7 @@ def test_a_guide_that_is_not_written_for_batches(wrong):
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("w", dist.Normal(wrong(x), 1.0))
 
-    particles = Particles(summing_model, guide)
+    particles = LogWeights(summing_model, guide)
     assert not particles.vectorized
     assert particles.log_weights(200).mean() > -2.0
 
@@ -57,7 +57,7 @@ def test_a_guide_written_for_batches():
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("w", dist.Normal(0.3 * x.sum(-1), 1.0))
 
-    assert Particles(summing_model, guide).vectorized
+    assert LogWeights(summing_model, guide).vectorized
 
 
 def test_a_discrete_site_enumerated_in_the_guide():
@@ -70,7 +70,7 @@ def test_a_discrete_site_enumerated_in_the_guide():
         z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])), infer=infer)
         pyro.sample("x", dist.Normal(2.0 * z, 1.1))
 
-    weights = Particles(model, guide).log_weights(400)
+    weights = LogWeights(model, guide).log_weights(400)
     truth = -TraceEnum_ELBO(num_particles=20_000, max_plate_nesting=0, vectorize_particles=True).loss(
         model, guide
     )
@@ -83,7 +83,7 @@ def test_batches_of_any_length():
         z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
         pyro.sample("y", dist.Normal(x + z, 1.0), obs=torch.tensor(1.0))
 
-    particles = Particles(model, AutoPlanar(model).materialize())
+    particles = LogWeights(model, AutoPlanar(model).materialize())
     for size in (1, 7, 8, 9):
         assert particles.log_weights(size, max_batch=8).shape == (size,)
 

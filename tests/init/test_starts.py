@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_flowvi.infer.density import traced
-from pyro_flowvi.init import Effort, UnconstrainedModel, find_gaussian
-from pyro_flowvi.init.ascent import ascend
+from pyro_flowvi._compile.log_density import traced
+from pyro_flowvi._program.log_density import UnconstrainedModel
+from pyro_flowvi.init import Effort, find_gaussian
 from pyro_flowvi.init.gaussians import Gaussian, elbos, normal_noise, refine
+from pyro_flowvi.init.lbfgs import ascend
 from tests import zoo
 
 

@@ -7,8 +7,8 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 
 from pyro_flowvi.models import VMoNF
-from pyro_flowvi.models.annihilation import Step, annihilate
-from pyro_flowvi.models.overlap import class_map_by_overlap, component_overlap
+from pyro_flowvi.models.mixture.merging import Step, annihilate
+from pyro_flowvi.models.mixture.overlap import class_map_by_overlap, component_overlap
 
 LOCS = [[-6.0, 0.0], [6.0, 0.0], [0.0, 8.0]]
 

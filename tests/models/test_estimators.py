@@ -18,11 +18,12 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from pyro_flowvi.datasets import hide_labels, pinwheel, two_circles
-from pyro_flowvi.models import FlowMixture, mixture_search
-from pyro_flowvi.models.mixture_training import MixtureTrainer, Rows
-from pyro_flowvi.models.target_labels import Targets
-from pyro_flowvi.models.vmonf import VMoNF
-from pyro_flowvi.models.warm_starts import STARTS, cluster_gaussians, warm_starts
+from pyro_flowvi.models import FlowMixture
+from pyro_flowvi.models.mixture import _search as mixture_search
+from pyro_flowvi.models.mixture._labels import Targets
+from pyro_flowvi.models.mixture._partitions import STARTS, cluster_gaussians, warm_starts
+from pyro_flowvi.models.mixture._training import MixtureTrainer, TrainingRows
+from pyro_flowvi.models.mixture.vmonf import VMoNF
 
 QUICK = {"flow": "realnvp", "init": "kmeans", "num_layers": 2, "hidden": (4,), "max_iter": 40}
 
@@ -250,7 +251,7 @@ def test_objective_is_the_exact_one():
         loss, *found = trainer._program(args, steps)(*args)
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(list(grads), found)
-    torch.testing.assert_close(trainer.nll(Rows(x, allowed, y)), expected.item())
+    torch.testing.assert_close(trainer.nll(TrainingRows(x, allowed, y)), expected.item())
 
 
 def test_best_state_is_a_copy_that_was_scored():
@@ -258,7 +259,9 @@ def test_best_state_is_a_copy_that_was_scored():
     torch.manual_seed(0)
     trainer = MixtureTrainer(VMoNF(2, 2, num_layers=2, hidden=(4,)), lr=0.1)
     free = torch.ones(60, 2, dtype=torch.bool)
-    train, held_out = (Rows(torch.as_tensor(part), free, torch.arange(60) % 2) for part in (x[::2], x[1::2]))
+    train, held_out = (
+        TrainingRows(torch.as_tensor(part), free, torch.arange(60) % 2) for part in (x[::2], x[1::2])
+    )
     outcome = trainer.run(train, 60, held_out)
     assert outcome.nll == pytest.approx(min(outcome.checks))
     assert trainer.nll(held_out) == outcome.nll

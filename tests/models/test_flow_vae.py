@@ -18,6 +18,7 @@ from torch import nn
 from pyro_flowvi import FLOWS, fit
 from pyro_flowvi.datasets import idx_images, read_idx
 from pyro_flowvi.distributions import FlowDistribution, IndexedFlow
+from pyro_flowvi.flows import indexed_layers
 from pyro_flowvi.infer import TraceAnnealed_ELBO, TraceIW_ELBO, TraceSTL_ELBO
 from pyro_flowvi.models import (
     ConvDecoder,
@@ -28,14 +29,8 @@ from pyro_flowvi.models import (
     MLPEncoder,
     binarize,
 )
-from pyro_flowvi.plotting import plot_images
-from pyro_flowvi.transforms import (
-    IndexedCompose,
-    LULinear,
-    Planar,
-    SplineAutoregressive,
-    indexed_layers,
-)
+from pyro_flowvi.plotting.fits import plot_images
+from pyro_flowvi.transforms import IndexedCompose, LULinear, Planar, SplineAutoregressive
 
 SHAPE, DIM, FEATURES = (1, 4, 4), 2, 6
 
@@ -264,7 +259,7 @@ def test_chunks_do_not_matter(monkeypatch):
     vae, x = build("planar"), images(7)
     shake(vae)
     whole = vae.log_weights(x, 2000)
-    monkeypatch.setattr("pyro_flowvi.models.flow_vae._MAX_ELEMENTS", 16 * 100)
+    monkeypatch.setattr("pyro_flowvi.models.vae.flow_vae._MAX_ELEMENTS", 16 * 100)
     parts = vae.log_weights(x, 2000)
     assert parts.shape == whole.shape == (2000, 7)
     error = (whole.var(0) + parts.var(0)).div(2000).sqrt()
@@ -294,7 +289,7 @@ def fitted(path=None, *, stop=None, kind="indexed list", name="resumed"):
 
 
 def test_resumed_fit_is_identical(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("pyro_flowvi.infer.fit"), "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(importlib.import_module("pyro_flowvi.infer._fit"), "CHECKPOINT_SECONDS", 0.0)
     _, losses, state = fitted()
     assert fitted(tmp_path / "run.pt", stop=9)[0] == "interrupted"
     reason, losses_resumed, state_resumed = fitted(tmp_path / "run.pt")

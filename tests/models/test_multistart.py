@@ -6,7 +6,7 @@ import torch
 from pyro_flowvi.datasets import two_circles, two_circles_log_prob
 from pyro_flowvi.distributions import PolarNormal
 from pyro_flowvi.models import VMoNF
-from pyro_flowvi.models.multistart import multistart, ring_flow
+from pyro_flowvi.models.mixture.random_starts import multistart, ring_flow
 
 LOCS = [[-6.0, 0.0], [6.0, 0.0], [0.0, 8.0]]
 

@@ -14,9 +14,10 @@ from pyro.infer import SVI, TraceEnum_ELBO, infer_discrete
 
 import pyro_flowvi
 from pyro_flowvi.distributions import FlowDistribution, IndexedFlow
+from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import CompiledSVI
 from pyro_flowvi.models import VMoNF
-from pyro_flowvi.transforms import FLOWS, Compose, ElementwiseAffine
+from pyro_flowvi.transforms import Compose, ElementwiseAffine
 
 
 @pytest.fixture(autouse=True)

@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from pyro_flowvi.distributions import FlowDistribution
+from pyro_flowvi.flows import FLOWS, indexed_layers
 from pyro_flowvi.testing import check_transform
 from pyro_flowvi.transforms import (
-    FLOWS,
     Compose,
     ElementwiseAffine,
     IndexedCompose,
     IndexedLayer,
     Planar,
     SplineAutoregressive,
-    indexed_layers,
 )
 
 ORDERS = ("after", "before")

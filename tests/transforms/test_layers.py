@@ -8,8 +8,8 @@ import torch
 
 from pyro_flowvi import FLOWS
 from pyro_flowvi.distributions import FlowDistribution
+from pyro_flowvi.flows import DEFAULTS, defaults_for, recipe_name
 from pyro_flowvi.transforms import (
-    DEFAULTS,
     ActNorm,
     AdditiveCoupling,
     AffineAutoregressive,
@@ -27,10 +27,8 @@ from pyro_flowvi.transforms import (
     Planar,
     Sylvester,
     coupling_mask,
-    defaults_for,
 )
-from pyro_flowvi.transforms.functional import orthonormal_frame
-from pyro_flowvi.transforms.recipes import recipe_name
+from pyro_flowvi.transforms.sylvester import orthonormal_frame
 from pyro_flowvi.transforms.univariate import Affine
 from tests.transforms.test_properties import randomized
 

@@ -7,7 +7,8 @@ import torch
 
 from pyro_flowvi.numerics import newton_root, safe_norm, shifted_softplus
 from pyro_flowvi.transforms import ConditionalPlanar, ConditionalRadial, Planar, Radial
-from pyro_flowvi.transforms.functional import planar_params, radial_params
+from pyro_flowvi.transforms.planar import planar_params
+from pyro_flowvi.transforms.radial import radial_params
 
 DTYPES = [torch.float32, torch.float64]
 EXTREMES = [0.0, 1e-30, 1e-10, 1e-3, 1.0, 1e3]

@@ -10,7 +10,7 @@ from torch.distributions import transforms as T
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flowvi import FLOWS
-from pyro_flowvi.autoguide.frame import Frame
+from pyro_flowvi.autoguide._affine import Frame
 from pyro_flowvi.distributions import FlowDistribution
 from pyro_flowvi.transforms import (
     ActNorm,

@@ -7,17 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.testing import check_transform
-from pyro_flowvi.transforms import (
-    FLOWS,
-    Compose,
-    FlowTransform,
-    Householder,
-    LowerAffine,
-    Permute,
-    Planar,
-    Stacked,
-)
+from pyro_flowvi.transforms import Compose, FlowTransform, Householder, LowerAffine, Permute, Planar, Stacked
 
 
 def moved(transforms, scale=0.1):

@@ -1,0 +1,182 @@
+"""Lowering a graph to machine code."""
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .._types import Program
+from .errors import CannotCompile, brief
+from .inductor_cuda_graph import cuda_graph
+from .inductor_fixed_memory import with_fixed_memory
+from .trace import _RANDOM, aten
+
+__all__ = ["lower", "warm_up"]
+
+PARALLEL_FROM = 2**15
+"""A graph without a tensor of that many elements runs on one thread: a second costs more than it does."""
+SMALL_PRODUCT = 2**14
+"""Matrix products of fewer multiplications are written as sums, which fuse with their reached."""
+
+
+def _product(left: Tensor, right: Tensor) -> Any:
+    """mm and bmm as a sum of products."""
+    if left.numel() * right.shape[-1] > SMALL_PRODUCT:
+        return NotImplemented
+    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+
+
+def _product_vector(left: Tensor, right: Tensor) -> Any:
+    return (left * right).sum(-1)
+
+
+def _add_product(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    product = _product(left, right)
+    return product if product is NotImplemented else beta * bias + alpha * product
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table; random draws stay what they are eagerly, so that a seed means the same."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = {op: rule for op, rule in select_decomp_table().items() if _RANDOM not in getattr(op, "tags", ())}
+    table |= dict.fromkeys((aten.mm.default, aten.bmm.default), _product)
+    table |= dict.fromkeys((aten.mv.default, aten.dot.default), _product_vector)
+    table |= dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _add_product)
+    return table
+
+
+def _functional_graph(function: Callable[..., Any], inputs: Sequence[Tensor], fake: Any) -> fx.GraphModule:
+    """The function in Inductor's operations, free of mutation but for copies into its inputs at the end."""
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    stand_ins = [fake.from_tensor(value, static_shapes=True) for value in inputs]
+    with torch.no_grad():
+        graph = make_fx(torch.func.functionalize(function), _decompositions(), tracing_mode="fake")(
+            *stand_ins
+        )
+    graph.graph.eliminate_dead_code()
+    _keep_draws(graph.graph)
+    return fx.GraphModule(graph, fx_graph_cse(graph.graph))
+
+
+def _keep_draws(nodes: fx.Graph) -> None:
+    """Lets Inductor call random operations as they are, on memory laid out as it is eagerly.
+
+    The order in which entries are drawn is that of memory.
+    """
+    from torch._inductor import lowering
+
+    for node in nodes.nodes:
+        if _RANDOM in getattr(node.target, "tags", ()):
+            if node.target not in lowering.lowerings:
+                lowering.make_fallback(node.target, warn=False, override_decomp=True)
+            lowering.add_layout_constraint(node.target, lowering.constrain_to_fx_strides)
+
+
+def _largest(graph: fx.GraphModule) -> int:
+    """Number of elements of the largest tensor in a graph."""
+    values = (node.meta.get("val") for node in graph.graph.nodes)
+    return max((value.numel() for value in values if isinstance(value, Tensor)), default=0)
+
+
+_FAST = {"cpp.vec_isa_ok": True, "pattern_matcher": False}
+"""Options of Inductor that save seconds: the vector instructions that the processor reports are taken for
+good, where it would compile and load a probe for each; and none of its patterns is in these graphs."""
+
+
+@functools.cache
+def warm_up() -> threading.Thread:
+    """Compiles an empty kernel in the background, and with it, once a machine, what all kernels include."""
+
+    def compile_nothing() -> None:
+        from torch._inductor import config
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        source = """#include <torch/csrc/inductor/cpp_prefix.h>
+        extern "C" void kernel(float* x) { x[0] = 0.0f; }"""
+        # A failure here is met again, and reported, by the first kernel.
+        with contextlib.suppress(Exception), config.patch(_FAST):
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
+
+    thread = threading.Thread(target=compile_nothing, name="pyro_flowvi-warm-up", daemon=True)
+    thread.start()
+    return thread
+
+
+def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: int) -> Program:
+    """Machine code for a function of tensors that may change its inputs in place.
+
+    :param function: from tensors to a tuple of tensors, free of Python that depends on values.
+    :param inputs: example inputs, all distinct.
+    :param num_static: how many inputs, from the first, are these very tensors at every call.
+    :return: a callable of the remaining inputs, in the shapes, strides and dtypes of the examples.  Its
+        outputs may be overwritten by the next call.  Random draws come from torch's own generators, in the
+        order in which the function makes them.
+    :raises CannotCompile: where Inductor or the compiler fail, or there is no compiler.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value
+    from torch._inductor.fx_passes.post_grad import remove_noop_ops
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    _check_compiler(inputs)
+    # Without a ShapeEnv, Inductor's disk cache is bypassed.
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    errors = []
+    # Once more without what may have gone wrong: assumed instructions, a header that was deleted meanwhile.
+    for options in (_FAST, {"cpp_cache_precompile_headers": False}):
+        patched = config.patch({"fallback_random": True, **options})
+        try:
+            with patched, tracing(TracingContext(fake)), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about itself
+                graph = _functional_graph(function, inputs, fake)
+                stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+                threads = 1 if _largest(graph) < PARALLEL_FROM else -1
+                with V.set_fake_mode(fake), config.patch({"cpp.threads": threads}):
+                    remove_noop_ops(graph.graph)
+                    constant_fold_uniform_value(graph)
+                    compiled = compile_fx_inner(graph, stand_ins, is_inference=True)
+            return _callable(compiled, inputs, num_static)
+        except Exception as error:
+            errors.append(error)
+    raise CannotCompile(f"Inductor failed with {brief(errors[-1])}") from errors[-1]
+
+
+def _callable(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Program:
+    """The compiled code as a function of the inputs that vary, with as little work around it as possible."""
+    static = list(inputs[:num_static])
+    devices = {value.device.type for value in inputs}
+    step: Program | None = None
+    if devices == {"cpu"}:
+        with contextlib.suppress(SyntaxError, AttributeError, NameError):
+            call = getattr(compiled.current_callable, "__func__", compiled.current_callable)
+            step = with_fixed_memory(compiled.source_code, call.__globals__, inputs, num_static)
+    elif devices == {"cuda"}:
+        with contextlib.suppress(RuntimeError):
+            step = cuda_graph(compiled, inputs, num_static)
+    return step or (lambda *arguments: compiled([*static, *arguments]))
+
+
+def _check_compiler(inputs: Sequence[Tensor]) -> None:
+    if all(value.device.type == "cpu" for value in inputs):
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise CannotCompile(
+                "no C++ compiler was found: install g++ (Debian: apt install g++) or clang++ (macOS: "
+                "xcode-select --install), or name one in the environment variable CXX"
+            ) from error

@@ -1,0 +1,170 @@
+"""One gradient step as a graph: model, guide, gradient and optimizer, as machine code or as it is."""
+
+import math
+import weakref
+from collections.abc import Sequence
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from .._types import Program
+from .inductor import lower
+from .optimizers import FlatParameters, flatten
+from .run_by_operation import by_operation
+from .trace import Traced, trace
+
+__all__ = ["CompiledStep"]
+
+
+class CompiledStep:
+    """The step of one model and guide for one combination of shapes.
+
+    :param objective: ``(model, guide, args, kwargs) -> (loss, surrogate)``, tensors.
+    :param model: a Pyro model.
+    :param guide: a guide.
+    :param params: the parameters that the surrogate depends on.
+    :param tensors: example tensor arguments.
+    :param rebuild: from tensor arguments to the model's ``(args, kwargs)``.
+    :raises CannotCompile: if the step cannot be traced.
+    """
+
+    def __init__(
+        self,
+        objective: Program,
+        model: Program,
+        guide: Program,
+        params: list[Tensor],
+        tensors: Sequence[Tensor],
+        rebuild: Program,
+    ) -> None:
+        def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+            args, kwargs = rebuild(inputs)
+            loss, surrogate, *dropped = objective(model, guide, args, kwargs)
+            grads = torch.autograd.grad(surrogate, params, allow_unused=True)
+            zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
+            loss = loss.detach().clone()
+            return loss, dropped[0].to(loss) if dropped else torch.zeros_like(loss), *zeros
+
+        with pyro.validation_enabled(False):
+            self.traced: Traced = trace(gradients, params, tensors)
+        self.params, self._examples = params, [weakref.ref(tensor) for tensor in tensors]
+        self.buckets: list[FlatParameters] = []
+        self.limits: Tensor | None = None
+        self.machine_code = True
+        self.calls, self.next_audit = 0, 1
+
+    def lower(
+        self,
+        buckets: list[FlatParameters],
+        tensors: Sequence[Tensor],
+        limits: Tensor | None,
+        machine_code: bool,
+    ) -> None:
+        """Makes one function of the graph and the optimizers' steps.
+
+        :param buckets: the parameters, all of them, with their optimizers.
+        :param limits: a tensor of two norms: a gradient above the first is scaled down to it, one above the
+            second, or not finite, leaves everything as it was; what is not finite makes the loss NaN.
+        :param machine_code: compiles it; otherwise the graph's operations are called one by one.
+        """
+        self.buckets, self.limits, self.machine_code = buckets, limits, machine_code
+        order = {id(p): i for i, p in enumerate(self.params)}
+        positions = [[order[id(p)] for p in bucket.params] for bucket in buckets]
+        static = [bucket.state for bucket in buckets]
+        ends = [sum(map(len, static[: i + 1])) for i in range(len(static))]
+
+        def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+            states = [inputs[end - len(own) : end] for end, own in zip(ends, static, strict=True)]
+            values: dict[int, Tensor] = {}
+            for state, where in zip(states, positions, strict=True):
+                values.update(zip(where, state, strict=False))
+            rest = inputs[ends[-1] :]
+            bounds, rest = (rest[0], rest[1:]) if limits is not None else (None, rest)
+            loss, dropped, *grads = self.traced.graph(*(values[i] for i in range(len(order))), *rest)
+            flat = [flatten(grads[i] for i in where) for where in positions]
+            norm, good = torch.zeros_like(loss), None
+            if bounds is not None:
+                norm = torch.stack([g.double().square().sum() for g in flat]).sum().sqrt()
+                good = loss.isfinite() & (norm <= bounds[1])
+                shrink = (bounds[0] / norm.clamp(min=1e-300)).clamp(max=1.0)
+                flat = [g * shrink.to(g.dtype) for g in flat]
+                loss = torch.where(norm.isfinite(), loss, torch.nan)
+            for bucket, state, grad in zip(buckets, states, flat, strict=True):
+                if bucket.rule is not None:
+                    for old, new in zip(state, bucket.stepped(state, grad), strict=True):
+                        old.copy_(new if good is None else torch.where(good, new, old))
+            outputs = (grad for bucket, grad in zip(buckets, flat, strict=True) if bucket.rule is None)
+            stats = torch.stack([loss.double(), dropped.double(), norm.double()])
+            return stats, *outputs
+
+        held = [value for state in static for value in state]
+        held += ([] if limits is None else [limits]) + self.traced.constants
+        if machine_code:
+            self.run = lower(step, [*held, *tensors], len(held))
+        else:
+            self.run = self._operation_by_operation(positions)
+
+    def _operation_by_operation(self, positions: list[list[int]]) -> Program:
+        """The same step without a compiler, the optimizers' part in place."""
+        graph = by_operation(self.traced.graph, [*(p.detach() for p in self.params), *self.traced.constants])
+        buckets, limits = self.buckets, self.limits
+
+        @torch.no_grad()
+        def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+            loss, dropped, *grads = graph(*tensors)
+            flat = [flatten(grads[i] for i in where) for where in positions]
+            norm = torch.zeros_like(loss)
+            moves = True
+            if limits is not None:
+                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in flat]))
+                size, clip, skip = norm.item(), *limits.tolist()
+                moves = math.isfinite(loss.item()) and size <= skip
+                if size > clip:
+                    flat = [g.mul_(clip / size) for g in flat]
+                if not math.isfinite(size):
+                    loss = torch.full_like(loss, math.nan)
+            for bucket, grad in zip(buckets, flat, strict=True):
+                if bucket.rule is not None and moves:
+                    bucket.step_in_place(grad)
+            outputs = (grad for bucket, grad in zip(buckets, flat, strict=True) if bucket.rule is None)
+            return torch.stack([loss.double(), dropped.double(), norm.double()]), *outputs
+
+        return step
+
+    def is_new_to(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the first arguments that are others than those it was traced with; once."""
+        if self._examples and any(ref() is not t for ref, t in zip(self._examples, tensors, strict=True)):
+            self._examples = []
+            return True
+        return False
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether what the trace has read from tensors is still the same."""
+        return all(value._version == version for value, version in self.traced.pinned) and all(
+            tensors[index] is value and value._version == version
+            for index, value, version in self.traced.pinned_args
+        )
+
+    def __call__(self, optim: PyroOptim, tensors: Sequence[Tensor]) -> Tensor:
+        """Takes the step.
+
+        :return: loss, number of dropped particles, norm of the gradient (zero without limits), in memory
+            that the next step overwrites.
+        """
+        stats, *grads = self.run(*tensors)
+        self.calls += 1
+        if grads:
+            self._step_outside(optim, grads)
+        return stats  # type: ignore[no-any-return]
+
+    def _step_outside(self, optim: PyroOptim, grads: Sequence[Tensor]) -> None:
+        plain = [bucket for bucket in self.buckets if bucket.rule is None]
+        params = [param for bucket in plain for param in bucket.params]
+        views = [view for bucket, grad in zip(plain, grads, strict=True) for view in bucket.split(grad)]
+        for param, view in zip(params, views, strict=True):
+            param.grad = view
+        optim(params)
+        for param in params:
+            param.grad = None

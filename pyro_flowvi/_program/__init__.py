@@ -1,0 +1,1 @@
+"""What a Pyro program is, found once: sites, plates, enumeration, densities, names of parameters."""

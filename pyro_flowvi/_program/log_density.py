@@ -1,0 +1,231 @@
+"""The model as a density over one packed vector of unconstrained latents, for many vectors at once."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, Final
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.traceenum_elbo import _compute_model_factors
+from pyro.ops.contract import contract_to_tensor
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .._types import Program, Site, Trace
+from .batching import sum_apart
+from .enumeration import enumerated_log_weights
+from .packing import _Latent
+from .sites import latent_sites
+from .start_trace import prototype
+
+__all__ = ["REFUSALS", "UnconstrainedModel"]
+
+_PLATE = "_points"
+_PROBES = 3
+"""Points in the test of batching: not two, so that an event of size two is not taken for them."""
+REFUSALS: Final[tuple[type[Exception], ...]] = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What a model raises where it has no density: validation, a matrix that is not positive definite."""
+_ROUNDING = 1e4
+"""Multiples of eps by which a log density may depend on being one of a batch."""
+
+
+class UnconstrainedModel:
+    """A model as a density over one packed vector of unconstrained latents.
+
+    :param model: a Pyro model.
+    :param args: the model's positional arguments.
+    :param kwargs: the model's keyword arguments.
+    :param init_loc_fn: where each latent site starts.
+    :raises ValueError: as :func:`prototype`.
+
+    Example::
+
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> density = UnconstrainedModel(model)
+        >>> density.dim, density.log_density(torch.zeros(2, 1))
+        (1, tensor([-0.9189, -0.9189]))
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        init_loc_fn: Callable[[Site], Tensor] = init_to_median,
+    ) -> None:
+        self._model, self._args, self._kwargs = model, args, dict(kwargs or {})
+        trace = prototype(model, args, kwargs, init_loc_fn)
+        self._latents: dict[str, _Latent] = {}
+        start = []
+        for name, site in latent_sites(trace):
+            free = biject_to(site["fn"].support).inv(site["value"])
+            self._latents[name] = _Latent(site["fn"], site["value"].shape, free.shape)
+            start.append(free.reshape(-1))
+        self.start: Tensor = torch.cat(start).nan_to_num(0.0, 0.0, 0.0)
+        """The starting point, shape ``(D,)``."""
+        self.dim: int = len(self.start)
+        """The number D of unconstrained coordinates."""
+        sites = list(trace.nodes.values())
+        frames = [frame for site in sites for frame in site.get("cond_indep_stack", ())]
+        self._nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+        self._enumerated = self._has_discrete(sites)
+        self.subsampled: bool = any(frame.full_size not in (None, frame.size) for frame in frames)
+        """Whether the model sees a random part of its data; here it is the same part at every call."""
+        self.batched: bool = self._runs_batched()
+        """Whether the model scores many points in one run."""
+
+    @staticmethod
+    def _has_discrete(sites: list[Site]) -> bool:
+        return any(
+            site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete
+            for site in sites
+        )
+
+    def split(self, z: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values by site, each ``batch + site shape``, of ``z`` ``(*batch, D)``."""
+        sizes = [latent.free_shape.numel() for latent in self._latents.values()]
+        return {
+            name: part.reshape(z.shape[:-1] + latent.free_shape)
+            for (name, latent), part in zip(self._latents.items(), z.split(sizes, -1), strict=True)
+        }
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """The sites' values at ``z`` of shape ``(*batch, D)``, each ``batch + site shape``."""
+        return {name: self._latents[name].constrain(free)[0] for name, free in self.split(z).items()}
+
+    def unconstrain(self, sites: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`constrain`, and log |dx/dz|.
+
+        :param sites: name -> ``(S,) + site shape``.
+        :return: shapes ``(S, D)`` and ``(S,)``.
+        """
+        parts, log_dets = [], []
+        for name, latent in self._latents.items():
+            value = sites[name]
+            free = latent.bijection.inv(value)
+            log_det = latent.bijection.log_abs_det_jacobian(free, value)
+            log_dets.append(log_det.reshape(len(value), -1).sum(-1))
+            parts.append(free.reshape(len(value), -1))
+        return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
+
+    @torch.no_grad()
+    def prior_draws(self, num: int) -> Tensor:
+        """Draws of the latents as the model makes them, data or not, the same at every call.
+
+        :return: shape ``(num, D)``, or ``(0, D)`` where a site cannot be drawn from.
+        """
+        rows = []
+        with torch.random.fork_rng(), poutine.block(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            try:
+                for _ in range(num):
+                    trace: Trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+                    sites = {name: trace.nodes[name]["value"].unsqueeze(0) for name in self._latents}
+                    rows.append(self.unconstrain(sites)[0])
+            except Exception:  # whatever a program raises at values that it does not expect
+                rows = []
+        return torch.cat(rows).to(self.start) if rows else self.start.new_zeros(0, self.dim)
+
+    def _values(self, z: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, value with the points at dimension ``-1 - nesting``, log |det J| for each point."""
+        for name, free in self.split(z).items():
+            latent = self._latents[name]
+            if z.dim() == 2:
+                event = free.dim() - 1 - (len(latent.shape) - latent.fn.event_dim)
+                batch = free.shape[1 : free.dim() - event]
+                ones = (1,) * (self._nesting - len(batch))
+                free = free.reshape(free.shape[:1] + ones + free.shape[1:])
+            value, log_det = latent.constrain(free)
+            yield name, value, log_det.reshape(z.shape[:-1] + (-1,)).sum(-1)
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """log p(data, x(z)) + log |det dx/dz|, with gradient.
+
+        :param z: shape ``(D,)`` or ``(P, D)``.
+        :return: a scalar, or shape ``(P,)``; for many points in one run of the model where it allows.
+        """
+        if z.dim() == 2 and not self.batched:
+            return torch.stack([self.log_density(row) for row in z])
+        rows = z if z.dim() == 2 else z.unsqueeze(0)
+        size = len(rows)
+        if size == 1:  # as any other program sees the model, without a plate
+            rows = rows[0]
+        values, log_dets = {}, []
+        for name, value, log_det in self._values(rows):
+            values[name] = value
+            log_dets.append(log_det)
+        model = poutine.condition(self._model, data=values)
+        fixed = torch.random.fork_rng() if self.subsampled else ExitStack()
+        with fixed, poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
+            if self.subsampled:
+                torch.manual_seed(0)
+            warnings.filterwarnings("ignore", "Encountered NaN")
+            if self._enumerated:
+                density = self._sum_out(model, size)
+            else:
+                with pyro.plate(_PLATE, size, dim=-1 - self._nesting) if size > 1 else poutine.block():
+                    trace: Trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+                trace = prune_subsample_sites(trace)
+                trace.compute_log_prob()
+                parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"]
+                if size > 1:
+                    parts = [sum_apart(part, size, self._nesting) for part in parts]
+                density = torch.stack([part if size > 1 else part.sum() for part in parts]).sum(0)
+        density = density + torch.stack(log_dets).sum(0)
+        return density.reshape(z.shape[:-1])
+
+    def _sum_out(self, model: Program, size: int) -> Tensor:
+        def nothing(*args: Any, **kwargs: Any) -> None:
+            """A guide without latents."""
+
+        if size > 1:
+            return enumerated_log_weights(model, nothing, self._args, self._kwargs, size, self._nesting)
+        elbo = TraceEnum_ELBO(strict_enumeration_warning=False, max_plate_nesting=self._nesting)
+        trace = next(iter(elbo._get_traces(model, nothing, self._args, self._kwargs)))
+        costs, factors, _, sum_dims, scale = _compute_model_factors(*trace)
+        terms = [cost.sum() for group in costs.values() for cost in group]
+        if factors:
+            terms.append(scale * contract_to_tensor(factors, sum_dims, frozenset()))
+        return torch.stack([torch.as_tensor(term) for term in terms]).sum(0)
+
+    @torch.no_grad()
+    def _runs_batched(self) -> bool:
+        """Whether a batch of points has the densities that they have one by one."""
+        step = torch.linspace(-0.1, 0.1, _PROBES).unsqueeze(-1).to(self.start)
+        points = self.start + step * torch.cos(torch.arange(self.dim)).to(self.start)
+        self.batched = True
+        try:
+            together = self.log_density(points)
+            if together.shape != (_PROBES,):
+                return False
+            alone = torch.stack([self.log_density(point) for point in points])
+        except Exception:  # whatever a program raises that was not written for batches
+            return False
+        allowed = _ROUNDING * torch.finfo(alone.dtype).eps
+        return torch.allclose(together, alone, rtol=allowed, atol=allowed, equal_nan=True)
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities and their gradients, neither with a graph.
+
+        :param z: shape ``(P, D)``.
+        :return: shapes ``(P,)`` and ``(P, D)``; minus infinity and zero at a point that the model refuses.
+        """
+        try:
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                value = self.log_density(z)
+                (gradient,) = torch.autograd.grad(value.sum(), z)
+            return value.detach(), gradient
+        except REFUSALS:
+            if len(z) == 1:
+                return z.new_full((1,), -torch.inf), torch.zeros_like(z)
+            halves = [self.value_and_grad(half) for half in z.split(-(-len(z) // 2))]
+            values, gradients = zip(*halves, strict=True)
+            return torch.cat(values), torch.cat(gradients)

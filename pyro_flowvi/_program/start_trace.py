@@ -1,0 +1,170 @@
+"""A trace of the model at its starting point, checked for what continuous VI cannot serve.
+
+Names of Pyro: a *site* is a ``pyro.sample`` statement; the *prototype* is a trace of the
+model at a starting point.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .._types import Site, Trace
+from .sites import _bounds, latent_sites
+
+__all__ = ["SafeInit", "prototype"]
+
+
+class SafeInit:
+    """A Pyro ``init_loc_fn`` that also starts sites without a sampler, such as flat priors.
+
+    :param init_loc_fn: any of ``pyro.infer.autoguide.initialization``, or a callable of a site.
+    :param jitter: standard deviation of normal noise added in the unconstrained space.
+    :raises ValueError: if ``init_loc_fn`` is not callable.
+
+    Example::
+
+        >>> site = {"name": "b", "fn": dist.ImproperUniform(constraints.positive, (), ())}
+        >>> SafeInit(init_to_median)(site)
+        tensor(1.)
+    """
+
+    def __init__(self, init_loc_fn: Callable[[Site], Tensor], jitter: float = 0.0) -> None:
+        if not callable(init_loc_fn):
+            raise ValueError(
+                "init_loc_fn: expected a function of pyro.infer.autoguide.initialization or a "
+                f"callable of a site, got {init_loc_fn!r}"
+            )
+        self.init_loc_fn = init_loc_fn
+        self.jitter = jitter
+
+    def __call__(self, site: Site) -> Tensor:
+        fn = site["fn"]
+        if fn.support.is_discrete:
+            drawn: Tensor = fn.sample()
+            return drawn
+        try:
+            value = self.init_loc_fn(site)
+        except NotImplementedError:
+            bijection = biject_to(fn.support)
+            value = bijection(torch.zeros(bijection.inverse_shape(fn.batch_shape + fn.event_shape)))
+            value._pyro_custom_init = False  # as Pyro's own functions mark a generated value
+        if self.jitter:
+            bijection = biject_to(fn.support)
+            free = bijection.inv(value)
+            value = bijection(free + self.jitter * torch.randn_like(free))
+        return value
+
+
+def prototype(
+    model: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    init_loc_fn: Callable[[Site], Tensor] = init_to_median,
+    before_run: Callable[[], None] = lambda: None,
+) -> Trace:
+    """A trace of the model at its starting point, checked for what continuous VI cannot serve.
+
+    :param model: a Pyro model.
+    :param args: the model's positional arguments.
+    :param kwargs: the model's keyword arguments.
+    :param init_loc_fn: where each latent site starts.
+    :param before_run: called before each run of the model, to drop what a run may have cached.
+    :raises ValueError: naming the site, for a model without continuous latent sites, a discrete site
+        that is not enumerated, a local latent under a subsampled plate, a support that depends on
+        another latent, or NaN in the data.
+
+    Example::
+
+        >>> trace = prototype(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> trace.nodes["x"]["value"].shape
+        torch.Size([])
+    """
+    kwargs = kwargs or {}
+
+    def run(jitter: float = 0.0) -> Trace:
+        before_run()
+        started = InitMessenger(SafeInit(init_loc_fn, jitter))(model)
+        return prune_subsample_sites(poutine.trace(started).get_trace(*args, **kwargs))
+
+    with poutine.block(), torch.no_grad():
+        trace = run()
+        latents = dict(latent_sites(trace))
+        _check_latents(latents)
+        _check_data(trace)
+        bounds = {name: list(_bounds(site["fn"].support)) for name, site in latents.items()}
+        if any(bounds.values()):
+            for jitter in (0.5, 0.05):
+                try:
+                    moved = dict(latent_sites(run(jitter)))
+                except (ValueError, RuntimeError):  # the model does not run everywhere: try closer by
+                    continue
+                _check_static_supports(bounds, moved)
+                break
+    return trace
+
+
+def _check_latents(latents: Mapping[str, Site]) -> None:
+    for name, site in latents.items():
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"site {name!r}: expected a continuous latent or a discrete one that the model "
+                f"enumerates, got {type(site['fn']).__name__}; mark it with "
+                'infer={"enumerate": "parallel"} or wrap the model in config_enumerate and use '
+                f"TraceEnum_ELBO, or hide it with poutine.block(model, hide=[{name!r}])"
+            )
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized and frame.full_size is not None and frame.size != frame.full_size:
+                raise ValueError(
+                    f"site {name!r}: local latents under the subsampled plate {frame.name!r} "
+                    f"({frame.size} of {frame.full_size}) have no fixed dimension, which a flow over "
+                    "all latents needs; use AutoGuideList with a flow for the global sites and "
+                    f"AutoNormal for the local ones: guide = AutoGuideList(model); "
+                    f"guide.append(AutoPlanar(poutine.block(model, hide=[{name!r}]))); "
+                    f"guide.append(AutoNormal(poutine.block(model, expose=[{name!r}])))"
+                )
+    if not latents:
+        raise ValueError("model: expected at least one continuous latent site, got none")
+
+
+def _check_data(trace: Trace) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"]:
+            continue
+        value = site["value"]
+        has_nan = isinstance(value, Tensor) and bool(value.isnan().any())
+        cause: ValueError | None = None
+        try:
+            bad = has_nan and _log_prob_is_nan(site)
+        except ValueError as error:  # Pyro's validation; without NaN its own message is the best
+            bad, cause = has_nan, error
+        if bad:
+            raise ValueError(
+                f"site {name!r}: expected observed data without NaN, got "
+                f"{int(value.isnan().sum())} NaN in {value.numel()} values"
+            ) from cause
+
+
+def _log_prob_is_nan(site: Site) -> bool:
+    log_prob = site["fn"].log_prob(site["value"])
+    if isinstance(site["mask"], Tensor):
+        log_prob = torch.where(site["mask"], log_prob, 0.0)
+    return site["mask"] is not False and bool(log_prob.isnan().any())
+
+
+def _check_static_supports(bounds: Mapping[str, list[Tensor]], moved: Mapping[str, Site]) -> None:
+    for name, before in bounds.items():
+        after = list(_bounds(moved[name]["fn"].support)) if name in moved else before
+        same = len(before) == len(after) and all(map(torch.equal, before, after))
+        if not same:
+            raise ValueError(
+                f"site {name!r}: expected a fixed support, got one that depends on another latent; "
+                "sample it on a fixed support and rescale it in the model, for example "
+                f"{name} = low + (high - low) * pyro.sample('{name}_unit', dist.Uniform(0, 1)), or "
+                "a Dirichlet for parts of a whole"
+            )

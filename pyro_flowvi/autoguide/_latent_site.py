@@ -1,0 +1,37 @@
+"""The latent of one guide call."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..distributions.flow import FlowDistribution, Shape, is_scoring
+
+__all__ = ["CallPosterior"]
+
+
+class CallPosterior(FlowDistribution):
+    """The latent of one guide call: answers from memory for the very tensor that it drew.
+
+    That saves the inverse pass, and serves transforms that have none.
+    """
+
+    _drawn: tuple[Tensor, ...] | None = None
+
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        draw = self.rsample_with_score if is_scoring() else self.rsample_and_log_prob
+        self._drawn = draw(sample_shape)
+        return self._drawn[0]
+
+    def drawn_score(self, value: Tensor) -> Tensor | None:
+        """∇ log q at the very tensor that was drawn within :func:`scoring`; None for any other."""
+        if self._drawn is None or value is not self._drawn[0] or len(self._drawn) < 3:
+            return None
+        return self._drawn[2]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._drawn is not None and value is self._drawn[0]:
+            return self._drawn[1]
+        return super().log_prob(value)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "CallPosterior":
+        return super().expand(batch_shape, self._get_checked_instance(CallPosterior, _instance))

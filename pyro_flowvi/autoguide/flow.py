@@ -1,0 +1,404 @@
+"""AutoFlow: a normalizing flow over all continuous latents of an unmodified Pyro model."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral
+from typing import Any, ClassVar, Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn.module import _is_module_local_param_enabled
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from .._checks import check_dtype, check_positive
+from .._program.log_density import UnconstrainedModel
+from .._program.packing import pack
+from .._program.sites import is_enumerated
+from .._program.start_trace import SafeInit, prototype
+from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
+from ..distributions.flow import Shape
+from ..flows import FLOWS, recipe_name
+from ..transforms import Compose, HeavyTails
+from ..transforms.compose import Chain
+from ._affine import AFFINES, affine_layer
+from ._latent_site import CallPosterior
+from ._lifecycle import PROTOTYPE_STATE, NamedGuide, signature
+from ._summaries import marginal_quantiles
+from .resample import importance_resample
+
+__all__ = ["AutoFlow"]
+
+_MAX_SIGNATURES = 100
+
+
+class AutoFlow(NamedGuide):
+    """A guide whose posterior is a normalizing flow over all continuous latents of the model.
+
+    Posterior = flow(standard normal) followed by a trainable affine map that starts from
+    ``init_loc_fn`` and ``init_scale``, so that the flow works at unit scale wherever the posterior is.
+    A drop-in for Pyro's autoguides: constrained supports, plates, flat priors (``ImproperUniform``)
+    and latent mixtures included.  Discrete sites that the model enumerates are left to it.
+
+    :param model: a Pyro model.
+    :param build: a key of :data:`pyro_flowvi.FLOWS`, or a callable from the number of latents to a
+        transform of vectors, Pyro's own included.
+    :param name: prefix of the guide's parameters in the param store; by default the class name, with
+        _1, _2, ... while another live guide holds it.  A guide adopts the values of a restored store; one
+        that is given a name also adopts what an earlier guide of that name left in the store.
+    :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
+    :param init_scale: standard deviation, in unconstrained units, to start from.
+    :param affine: "lower" (location and Cholesky factor), "low_rank" (diagonal and low rank),
+        "elementwise", None for no affine map, or "auto": "lower" up to 200 latents, "low_rank" above.
+    :param tails: adds a trainable tail index for each latent (:class:`pyro_flowvi.transforms.HeavyTails`)
+        before the affine map, for posteriors with tails heavier than a Gaussian's.
+    :raises ValueError: if an argument is not of the described kind, or ``name`` belongs to a live guide;
+        at set-up as :func:`pyro_flowvi._program.sites`.
+
+    Parameters exist after :meth:`materialize` or the first call.  Reference: Rezende and Mohamed,
+    *Variational Inference with Normalizing Flows*, 2015.
+
+    Example::
+
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape).to_event(1), obs=y)
+        >>> y = torch.tensor([9.0, 10.0, 11.0])
+        >>> guide = AutoFlow(model, "planar_radial").materialize(y)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(y)
+        >>> guide.sample_posterior(100)["mu"].shape
+        torch.Size([100])
+    """
+
+    lower_bound: ClassVar[bool] = False
+    """Whether :meth:`log_prob` is an estimate from below."""
+    covers_modes: ClassVar[bool] = False
+    """Whether ``fit`` starts from a normal over all modes that it finds, and not from the best at one."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        build: str | Callable[[int], Any],
+        *,
+        name: str | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+        affine: str | None = "auto",
+        tails: bool = False,
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model: expected a callable, got {model!r}")
+        if isinstance(build, str) and build not in FLOWS:
+            raise ValueError(f"build: expected one of {sorted(FLOWS)}, got {build!r}")
+        if (not callable(build) and not isinstance(build, str)) or isinstance(build, Transform):
+            raise ValueError(f"build: expected a key of FLOWS or a callable dim -> Transform, got {build!r}")
+        if affine not in ("auto", None, *AFFINES):
+            raise ValueError(f"affine: expected 'auto', None or {list(AFFINES)}, got {affine!r}")
+        if not isinstance(tails, bool):
+            raise ValueError(f"tails: expected True or False, got {tails!r}")
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError(f"name: expected a non-empty string, got {name!r}")
+        super().__init__(model, SafeInit(init_loc_fn), name)
+        self._build = build
+        self._init_scale = check_positive("init_scale", init_scale)
+        self._affine = affine
+        self._tails = tails
+        self.flow_name = build if isinstance(build, str) else recipe_name(build)
+        self._signatures: set[Any] = set()
+        self._data: tuple[Any, Any] | None = None
+
+    # -- set-up --------------------------------------------------------------------------------
+
+    def materialize(self, *args: Any, **kwargs: Any) -> Self:
+        """Sets the guide up with the model's arguments, so that its parameters exist; returns it.
+
+        :raises RuntimeError: if the guide lost its model in a copy or a pickle.
+        :raises ValueError: as the class says.
+        """
+        if self.prototype_trace is None:
+            with self._pyro_context:
+                self._setup_prototype(*args, **kwargs)
+        elif self._stale:
+            self._require_model()
+            self._reset_prototype(args, kwargs)
+        self._data = args, kwargs
+        return self
+
+    _prototype_hide_fn = staticmethod(lambda msg: _hidden(msg))
+
+    def _require_model(self) -> Callable[..., Any]:
+        if self._raw_model[0] is None:
+            raise RuntimeError(
+                f"{self.name}: the guide lost its model, which could not be pickled; build the guide "
+                "from the model again and load its state_dict"
+            )
+        return self._raw_model[0]
+
+    @contextmanager
+    def _apart(self) -> Iterator[Callable[[], None]]:
+        """Runs of the model that are no part of the step that happens to be under way.
+
+        No handler sees them, and what a PyroModule caches in a call is neither used nor lost.  Gives the
+        function that empties that cache, to be called between runs.
+        """
+        cache = self._pyro_context.cache
+        kept = dict(cache)
+        cache.clear()
+        try:
+            with poutine.block(), torch.no_grad():
+                yield cache.clear
+        finally:
+            cache.clear()
+            cache.update(kept)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        model = self._require_model()
+        with self._apart() as clear:
+            prototype(model, args, kwargs, self._init_fn.init_loc_fn, before_run=clear)
+            try:
+                clear()
+                super()._setup_prototype(*args, **kwargs)
+                if self.master is None:
+                    self._create_plates(*args, **kwargs)
+                self._build_flow()
+            except BaseException:
+                self.prototype_trace = None
+                raise
+        self._signatures = {signature((args, kwargs))}
+
+    def _layers(self) -> list[Any]:
+        """The flow's parts, first one first."""
+        build = FLOWS[self._build] if isinstance(self._build, str) else self._build
+        transform = build(self.latent_dim)
+        if not isinstance(transform, Transform):
+            raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
+        return [transform]
+
+    def _parts(self) -> list[Any]:
+        """All parts of the guide's transform, the affine map last if there is one."""
+        parts = self._layers()
+        if self._tails:
+            parts.append(HeavyTails(self.latent_dim))
+        if self._affine is not None:
+            parts.append(affine_layer(self._affine, self.latent_dim, self._init_scale))
+        return parts
+
+    def _compose(self, parts: list[Any]) -> Chain:
+        return Compose(parts, dim=self.latent_dim)
+
+    def _start_at(self, affine: Any, loc: Tensor) -> None:
+        """Puts the affine map where the guide starts."""
+        affine.loc.data.copy_(loc)
+
+    def _build_flow(self) -> None:
+        loc = self._init_loc()
+        device, dtype = self._placement
+        loc = loc.to(device=device, dtype=dtype).nan_to_num(0.0, 0.0, 0.0)
+        check_dtype("dtype of the latents", loc.dtype)
+        parts = self._parts()
+        self._affine_place = len(parts) - 1
+        flow = self._compose(parts).to(device=loc.device, dtype=loc.dtype)
+        for param in flow.parameters():
+            param.data = param.data.contiguous()
+        self._modules["flow"] = flow  # not as an attribute: PyroModule would register it as well
+        if self._affine is not None:
+            self._start_at(parts[-1], loc)
+        if self._pending_state:
+            state, self._pending_state = self._pending_state, {}
+            flow.load_state_dict(state)
+
+    def _reset_prototype(self, args: Any, kwargs: Any) -> None:
+        """Traces the model again; the latents must be those that the flow was built for."""
+        before = dict(self._unconstrained_shapes)
+        saved = {key: self.__dict__[key] for key in PROTOTYPE_STATE}
+        # Sites that were observed at set-up and now are not (a prediction) are the model's to draw.
+        self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in before
+        try:
+            # What the model draws here is no part of the user's stream of random numbers.
+            with torch.random.fork_rng(), self._apart():
+                super()._setup_prototype(*args, **kwargs)
+        except BaseException:
+            self.__dict__.update(saved)
+            raise
+        finally:
+            del self.__dict__["_prototype_hide_fn"]
+        after = self._unconstrained_shapes
+        if after != before:
+            self.__dict__.update(saved)
+            for name in {**before, **after}:
+                old, new = before.get(name), after.get(name)
+                if old != new:
+                    raise ValueError(
+                        f"site {name!r}: expected unconstrained shape "
+                        f"{None if old is None else tuple(old)}, which the guide was set up with, "
+                        f"got {None if new is None else tuple(new)}; build a guide for this data"
+                    )
+        self._stale = False
+
+    def _ready(self, args: Any, kwargs: Any) -> None:
+        """Sets the guide up, or checks that the latents are still the same."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+            return
+        if torch._C._get_tracing_state():  # of torch.jit: sizes are tensors then
+            return
+        seen = signature((args, kwargs))
+        known = seen in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
+        if (self._stale or not known) and self._raw_model[0] is not None:
+            self._reset_prototype(args, kwargs)
+        self._signatures.add(seen)
+
+    @property
+    def _flow(self) -> Chain:
+        """The whole transform, in step with the param store."""
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                f"{self.name}: the guide has not seen data yet; call materialize(*args, **kwargs) "
+                "with the model's arguments first"
+            )
+        flow: Any = self._modules["flow"]
+        if not _is_module_local_param_enabled():
+            self._adopt_store(flow)
+        whole: Chain = flow
+        return whole
+
+    def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
+        """The log density of the guide's model over the latents as the guide packs them.
+
+        :raises RuntimeError: if the guide lost its model in a copy or a pickle.
+        """
+        return UnconstrainedModel(self._require_model(), args, kwargs, self._init_fn.init_loc_fn)
+
+    # -- posterior -----------------------------------------------------------------------------
+
+    @property
+    def affine(self) -> Any:
+        """The trainable affine map after the flow, with ``loc`` and ``log_scale``; None without one."""
+        return None if self._affine is None else self._flow[self._affine_place]
+
+    def get_base_dist(self) -> Any:
+        """The standard normal over the latents."""
+        like = next(self._flow.parameters(), torch.zeros(()))
+        return dist.Normal(like.new_zeros(self.latent_dim), 1.0).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Chain:
+        """The flow with the affine map: from the standard normal to the unconstrained latents."""
+        return self._flow
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution | IndexedFlow | MixtureOfFlows:
+        """The distribution over the packed unconstrained latents; scores any value."""
+        return FlowDistribution(self._flow, dim=self.latent_dim)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws the packed unconstrained latents as an auxiliary site."""
+        posterior = CallPosterior(self._flow, dim=self.latent_dim)
+        latent: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        return latent
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every latent site, in the model's plates; the arguments are the model's."""
+        self._ready(args, kwargs)
+        self._announce_params()
+        drawn: dict[str, Tensor] = super().forward(*args, **kwargs)
+        return drawn
+
+    def _split(self, latent: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values by site, each ``batch + site shape``, of ``latent`` ``(*batch, D)``."""
+        sizes = [shape.numel() for shape in self._unconstrained_shapes.values()]
+        parts = latent.split(sizes, -1)
+        return {
+            name: part.reshape(latent.shape[:-1] + shape)
+            for (name, shape), part in zip(self._unconstrained_shapes.items(), parts, strict=True)
+        }
+
+    def _site(self, name: str) -> Any:
+        trace: Any = self.prototype_trace
+        return trace.nodes[name]
+
+    def _bijection(self, name: str) -> Any:
+        return biject_to(self._site(name)["fn"].support)
+
+    @torch.no_grad()
+    def sample_posterior(self, num_samples: int | Shape = (), resample: bool = False) -> dict[str, Tensor]:
+        """Independent draws of every latent site, in its constrained space.
+
+        :param num_samples: number of draws, or a sample shape.
+        :param resample: whether to correct the draws by Pareto-smoothed importance weights, with the model
+            and the data that the guide was last materialized or fitted with: four times as many draws are
+            scored, and of them these are kept, some more than once.
+        :return: site name -> tensor of shape ``sample shape + site shape``.
+        :raises RuntimeError: with ``resample``, if the guide does not know all of its data.
+        """
+        single = isinstance(num_samples, Integral)
+        shape: Any = (int(num_samples),) if single else tuple(num_samples)  # type: ignore[arg-type]
+        posterior = self.get_posterior()
+        if resample:
+            if self._data is None:
+                raise RuntimeError(
+                    f"{self.name}: call materialize(*args, **kwargs) with all data to resample"
+                )
+            density = self.density(*self._data[0], **self._data[1])
+            if density.subsampled:
+                raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
+            latent = importance_resample(
+                lambda size: posterior.rsample_and_log_prob((size,)), density, math.prod(shape)
+            ).reshape(*shape, self.latent_dim)
+        else:
+            latent = posterior.sample(shape)
+        return {name: self._bijection(name)(free) for name, free in self._split(latent).items()}
+
+    def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
+        """Log density of values of all latent sites, in their constrained space.
+
+        :param samples: site name -> tensor of shape ``S + site shape``, as of :meth:`sample_posterior`.
+        :return: shape ``S``; -inf outside the support.
+        :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
+        """
+        like = next(self._flow.parameters(), torch.zeros(()))
+        latent, log_det, inside = pack(samples, {n: self._site(n) for n in self._unconstrained_shapes}, like)
+        log_prob = self.get_posterior().log_prob(latent) - log_det
+        return torch.where(inside, log_prob, -torch.inf)
+
+    # -- summaries -----------------------------------------------------------------------------
+
+    def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
+        def split(latent: Tensor) -> dict[str, Tensor]:
+            return self._split(latent[..., : self.latent_dim])
+
+        return marginal_quantiles(self._flow, probs, split, self._bijection)
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The marginal posterior median of every site; the arguments, if any, are the model's.
+
+        Of vector supports such as the simplex: the image of the median in the unconstrained space.
+        """
+        if args or kwargs:
+            self.materialize(*args, **kwargs)
+        return self._quantile(torch.tensor(0.5))
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: list[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal posterior quantiles of every site.
+
+        :param quantiles: probabilities, n of them.
+        :return: site name -> tensor of shape ``(n,) + site shape``.
+        :raises ValueError: if a probability is outside [0, 1].
+        """
+        if args or kwargs:
+            self.materialize(*args, **kwargs)
+        probs = torch.as_tensor(quantiles, dtype=torch.float64)
+        if bool(((probs < 0) | (probs > 1)).any()):
+            raise ValueError(f"quantiles: expected probabilities in [0, 1], got {quantiles}")
+        return self._quantile(probs)
+
+
+def _hidden(msg: dict[str, Any]) -> bool:
+    """What the prototype leaves out: all but latents, and of those what the model enumerates."""
+    return bool(AutoContinuous._prototype_hide_fn(msg)) or is_enumerated(msg)

@@ -1,0 +1,248 @@
+"""AutoFlowMixture: a mixture of flows over all continuous latents of an unmodified Pyro model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_positive, check_positive_int
+from ..distributions import MixtureOfFlows
+from ..distributions.mixture_of_flows import pick_component, refuse_dense_traces
+from ..flows import check_layer_flow
+from ..init import PRIOR_DRAWS, Effort, find_modes
+from ..transforms import Compose, Stacked
+from ..transforms.compose import Chain
+from ._affine import set_affine
+from ._mixture_sites import ComponentCall, ComponentIndex, LatentGivenComponent
+from ._summaries import QUANTILE_DRAWS, QUANTILE_ELEMENTS, reference_normal, sample_quantiles
+from .flow import AutoFlow
+from .named import sized_flow
+
+__all__ = ["AutoFlowMixture", "WeightedStack"]
+
+ENUMERATIONS = ("auto", "parallel", "sequential")
+_NO_PLACE = "affine: expected an affine map, by which a component has its place, got None"
+
+
+class WeightedStack(Compose):
+    """K transforms in one, and the logarithms of their weights up to a constant.
+
+    :param parts: transforms with the batch shape ``(K,)``.
+    :param dim: the length of the vectors.
+    :param logits: shape ``(K,)``.
+
+    Example::
+
+        >>> parts = [Stacked(pyro_flowvi.FLOWS["planar"](2) for _ in range(3))]
+        >>> WeightedStack(parts, 2, torch.nn.Parameter(torch.zeros(3))).batch_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, parts: Sequence[Any], dim: int, logits: nn.Parameter) -> None:
+        super().__init__(parts, dim)
+        self.logits = logits
+
+
+class AutoFlowMixture(AutoFlow):
+    r"""A mixture of K flows over all continuous latents, for posteriors with several modes.
+
+    :math:`q(z) = \sum_k w_k q_k(z)`, where each component is a flow of a standard normal and then a trainable
+    affine map of its own.  The component is a discrete site of the guide, which ``TraceEnum_ELBO`` sums out:
+    the bound is exact in the weights, at K times the model's cost a step.  ``fit`` takes it, with the path
+    gradient of :class:`pyro_flowvi.infer.TraceEnumSTL_ELBO`.  A value is scored by the whole mixture.
+
+    ``fit`` starts with a component at each mode that it finds; for stock ``SVI`` :meth:`find_modes` does so.
+    Otherwise the components start apart by ``init_spread``, and may all end at the same mode.
+
+    Under ``Trace_ELBO`` and ``RenyiELBO`` (from two particles on) the component is drawn, and gradients are
+    unbiased, but noisier.  ``TraceGraph_ELBO`` and :class:`pyro_flowvi.infer.TraceSTL_ELBO` refuse the guide.
+
+    :param model: a Pyro model.
+    :param num_components: the number K of components.
+    :param flow: a key of :data:`pyro_flowvi.FLOWS`, or a callable from the number of latents to a module that
+        is a transform.
+    :param num_layers: layers of a named flow; by default of :data:`pyro_flowvi.flows.DEFAULTS`.
+    :param hidden: widths of the hidden layers of a named flow's networks; by default of the same table.
+    :param enumerate: "parallel" runs the model once for all components, which gives it values with one more
+        dimension at the left; "sequential" once for each; "auto" tests at set-up whether the model gives the
+        former the densities that it gives single values.
+    :param init_spread: standard deviation, in unconstrained units, of where the components but the first
+        start, around ``init_loc_fn``.
+    :param options: keyword options of :class:`AutoFlow`; ``affine`` None leaves nothing to start apart.
+    :raises ValueError: if an argument is not of the described kind.
+    :raises NotImplementedError: at a call under ``TraceGraph_ELBO``.
+
+    Reference: Pires and Figueiredo, *Variational Mixture of Normalizing Flows*, 2020, and for the bound
+    Morningstar, Vikram, Ham, Gallagher and Dillon, *Automatic Differentiation Variational Inference with
+    Mixtures*, 2021.
+
+    Example::
+
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 3.0))
+        ...     pyro.sample("y", dist.Normal(x.abs(), 0.5), obs=torch.tensor(4.0))
+        >>> guide = AutoFlowMixture(model, num_components=2).materialize().find_modes()
+        >>> guide.weights.tolist(), guide.sample_posterior(100)["x"].sign().sum().abs() < 2
+        ([0.5, 0.5], tensor(True))
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_components: int = 4,
+        flow: str | Callable[[int], nn.Module] = "realnvp",
+        num_layers: int | None = None,
+        hidden: Sequence[int] | None = None,
+        *,
+        enumerate: str = "auto",
+        init_spread: float = 1.0,
+        **options: Any,
+    ) -> None:
+        check_layer_flow(flow, hidden)
+        if enumerate not in ENUMERATIONS:
+            raise ValueError(f"enumerate: expected one of {list(ENUMERATIONS)}, got {enumerate!r}")
+        if not isinstance(flow, str) and num_layers is not None:
+            raise ValueError(f"num_layers: expected None with a callable flow, got {num_layers}")
+        build = sized_flow(flow, num_layers, hidden) if isinstance(flow, str) else flow
+        super().__init__(model, build, **options)
+        self.num_components = check_positive_int("num_components", num_components)
+        self._init_spread = float(init_spread) and check_positive("init_spread", init_spread)
+        self._enumerate = enumerate
+        self._counter = [0]
+
+    # -- set-up --------------------------------------------------------------------------------
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        if self._enumerate == "auto":
+            with torch.random.fork_rng(), self._apart():
+                batched = self.density(*args, **kwargs).batched
+            self._enumerate = "parallel" if batched else "sequential"
+
+    def _parts(self) -> list[Any]:
+        each = [super(AutoFlowMixture, self)._parts() for _ in range(self.num_components)]
+        parts = [Stacked(column, self.latent_dim) for column in zip(*each, strict=True)]
+        if not all(part.exact_inverse for part in parts):
+            raise ValueError(
+                "flow: expected a transform with an exact inverse, by which every component scores the "
+                f"others' draws, got {parts[0].each!r}"
+            )
+        return parts
+
+    def _compose(self, parts: list[Any]) -> Chain:
+        before = self._modules.get("flow")
+        if isinstance(before, WeightedStack):
+            logits = before.logits
+        else:
+            logits = nn.Parameter(torch.zeros(self.num_components), requires_grad=self.num_components > 1)
+        return WeightedStack(parts, self.latent_dim, logits)
+
+    def _start_at(self, affine: Any, loc: Tensor) -> None:
+        spread = self._init_spread * torch.randn(self.num_components, len(loc)).to(loc)
+        spread[0] = 0.0
+        affine.each.loc.data.copy_(loc + spread)
+
+    def find_modes(self, *args: Any, **kwargs: Any) -> Self:
+        """Searches for the posterior's modes and starts a component at each; returns the guide.
+
+        The heaviest modes get a component each, and weights by their masses; components that are left over
+        double these.  ``fit`` does so by itself.
+
+        :param args: the model's arguments, as the keyword ones; by default those of :meth:`materialize`.
+        :raises RuntimeError: if the guide does not know its data.
+        :raises ValueError: if it has no trainable affine maps.
+        """
+        if args or kwargs or self._data is None:
+            self.materialize(*args, **kwargs)
+        if self.affine is None:
+            raise ValueError(_NO_PLACE)
+        args, kwargs = self._data or ((), {})
+        with self._apart():
+            density = self.density(*args, **kwargs)
+            effort = Effort() if density.batched else Effort.small()
+            prior = density.prior_draws(PRIOR_DRAWS)
+            modes = find_modes(density.value_and_grad, density.start, self.num_components, effort, prior)
+        self.place(modes.gaussian.loc, modes.gaussian.scale, modes.weights)
+        return self
+
+    @torch.no_grad()
+    def place(self, loc: Tensor, scale: Tensor, weights: Tensor) -> None:
+        """Moves the components to Gaussians, as far as their flows are the identity.
+
+        :param loc: shape ``(K, D)``.
+        :param scale: lower factors of the covariances, ``(K, D, D)``, or standard deviations ``(K, D)``.
+        :param weights: shape ``(K,)``.
+        :raises ValueError: if a shape is another, or the guide has no affine maps.
+        """
+        flow: Any = self._flow
+        shape = self.num_components, self.latent_dim
+        if self.affine is None:
+            raise ValueError(_NO_PLACE)
+        if loc.shape != shape:
+            raise ValueError(f"loc: expected shape {shape}, got {tuple(loc.shape)}")
+        if scale.shape not in (shape, (*shape, self.latent_dim)):
+            raise ValueError(f"scale: expected shape {(*shape, self.latent_dim)}, got {tuple(scale.shape)}")
+        if weights.shape != shape[:1]:
+            raise ValueError(f"weights: expected shape {shape[:1]}, got {tuple(weights.shape)}")
+        set_affine(self.affine, loc.to(flow.logits), scale.to(flow.logits))
+        flow.logits.copy_(weights.log())
+
+    # -- posterior -----------------------------------------------------------------------------
+
+    @property
+    def affine(self) -> Any:
+        """The trainable affine maps, with ``loc`` and ``log_scale`` of shape ``(K, D)``; None without one."""
+        stacked = super().affine
+        return None if stacked is None else stacked.each
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of the components, shape ``(K,)``."""
+        flow: Any = self._flow
+        weights: Tensor = flow.logits.detach().softmax(-1)
+        return weights
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Chain:
+        """There is none.
+
+        :raises NotImplementedError: always: what takes a standard normal to the latents is no function.
+        """
+        raise NotImplementedError(
+            f"{self.name}: a mixture of flows is no bijection of the latents, since its component is random, "
+            "so that NeuTraReparam cannot use it; take AutoRealNVP or another flow guide"
+        )
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> MixtureOfFlows:
+        """The distribution over the packed unconstrained latents; scores any value."""
+        flow: Any = self._flow
+        return MixtureOfFlows(flow, flow.logits, validate_args=False)
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws the component and, given it, the packed unconstrained latents, as auxiliary sites."""
+        refuse_dense_traces(self.name)
+        call = ComponentCall(self.get_posterior(), self._counter)
+        infer: Any = {"enumerate": self._enumerate, "is_auxiliary": True, "marginal": True}
+        name = f"_{self._pyro_name}_component"
+        component: Tensor = pyro.sample(name, ComponentIndex.of(call), infer=infer)
+        given = LatentGivenComponent(call, component)
+        latent: Tensor = pyro.sample(f"_{self._pyro_name}_latent", given, infer={"is_auxiliary": True})
+        return latent
+
+    # -- summaries -----------------------------------------------------------------------------
+
+    def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
+        flow, weights = self._flow, self.weights
+        points = reference_normal(QUANTILE_DRAWS, self.latent_dim + 1)
+        share = torch.special.ndtr(points[:, 0]).to(weights)
+        component = torch.searchsorted(weights.cumsum(0)[:-1].contiguous(), share, right=True)
+        # In parts: a spline has 23 parameters for each latent of each point.
+        rows = max(1, QUANTILE_ELEMENTS // (self.latent_dim * self.num_components))
+        latent = torch.cat(
+            [
+                pick_component(flow(x.unsqueeze(-2)), k)
+                for x, k in zip(points[:, 1:].to(weights).split(rows), component.split(rows), strict=True)
+            ]
+        )
+        return sample_quantiles(self._split(latent), probs.to(weights), self._bijection)

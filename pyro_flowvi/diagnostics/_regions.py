@@ -1,0 +1,181 @@
+"""Regions in which chains settle and a guide does not draw, and their share of the mass."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import Tensor
+
+from ._chains import ValueAndGrad
+
+__all__ = ["Regions", "find_regions"]
+
+MARGIN: Final = 1.0
+"""Distance beyond the usual one to the nearest draw, in sd of the guide, that makes a point a far one."""
+BEYOND_SD: Final = 0.5
+"""Distance beyond all draws along one direction, in sd of the guide, that makes a point a far one."""
+WIDER_RADIUS: Final = 0.3
+"""Squared distance, for each latent, that is left to a guide that is somewhat too narrow everywhere."""
+NUM_REFERENCES: Final = 2000
+NUM_DIRECTIONS: Final = 3
+MOST_SHARE: Final = 0.6
+"""Share of far states that makes a chain a far one."""
+NUM_POINTS: Final = 512
+"""Points by which a region's mass is measured."""
+NUM_STATES: Final = 256
+"""States by which its slopes are measured."""
+MAX_SPREAD_DIM: Final = 20
+"""Up to this many latents the states of short chains measure a region's width."""
+MIN_CHAINS: Final = 3
+"""Chains that must have found a region of more latents than that: a single one says little about its mass."""
+UNSETTLED_MASS: Final = 0.05
+"""Nats, for each of more latents than that, that chains from afar may lack: better to warn than to miss."""
+NUM_USUAL: Final = 5
+LEAST_ESS: Final = 8.0
+MAX_REGIONS: Final = 6
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What lies outside the region where a guide draws.
+
+    :param share: of the posterior mass.
+    :param distance: of the heaviest region from the guide's mean, in sd of the guide.
+    :param left: share of far states of the chains that started at the guide's draws.
+    :param settled: chains that ended up among the guide's draws, ``(P,)``.
+    """
+
+    share: float
+    distance: float
+    left: float
+    settled: Tensor
+
+
+class _Reach:
+    """Whether points are far from all draws of a guide, whitened."""
+
+    def __init__(self, draws: Tensor, directions: Tensor) -> None:
+        order = torch.randperm(len(draws))
+        self.references = draws[order[:NUM_REFERENCES]]
+        distances = torch.cdist(self.references[:500], self.references)
+        distances[torch.arange(len(distances)), torch.arange(len(distances))] = torch.inf
+        usual = distances.amin(-1).quantile(0.99)
+        self.reach = (usual.square() + max(MARGIN**2, WIDER_RADIUS * draws.shape[-1])).sqrt()
+        self.directions = directions
+        projected = self._project(draws)
+        beyond = BEYOND_SD if draws.shape[-1] <= MAX_SPREAD_DIM else 3.0 * BEYOND_SD
+        self.low = projected.amin(0) - beyond
+        self.high = projected.amax(0) + beyond
+
+    def _project(self, points: Tensor) -> Tensor:
+        along = points @ self.directions
+        # Of very many latents some are always beyond the draws.
+        return torch.cat([points, along], -1) if points.shape[-1] <= MAX_SPREAD_DIM else along
+
+    def far(self, points: Tensor) -> Tensor:
+        """Whether each of ``(*, D)`` is far from all draws."""
+        flat = points.reshape(-1, points.shape[-1])
+        nearest = torch.cat([torch.cdist(part, self.references).amin(-1) for part in flat.split(1024)])
+        projected = self._project(flat)
+        outside = ((projected < self.low) | (projected > self.high)).any(-1)
+        return ((nearest > self.reach) | outside).reshape(points.shape[:-1])
+
+
+def find_regions(
+    density: ValueAndGrad, draws: Tensor, states: Tensor, log_p: Tensor, groups: Tensor, log_z: float
+) -> Regions:
+    """Clusters the chains that settled away from a guide's draws, and weighs them.
+
+    :param density: of whitened points.
+    :param draws: whitened draws of the guide, ``(S, D)``.
+    :param states: whitened states of the chains, ``(T, P, D)``.
+    :param log_p: their log densities, ``(T, P)``.
+    :param groups: 0 of the chains that started at the guide's draws, ``(P,)``.
+    :param log_z: log of the mass where the guide draws, in whitened coordinates.
+    """
+    means = states.mean(0)
+    # Two modes far apart in many dimensions differ along one direction only: that of the chains' means.
+    _, _, axes = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+    reach = _Reach(draws, axes[:NUM_DIRECTIONS].T)
+    far = reach.far(states)
+    often = far.double().mean(0)
+    left = float(often[groups == 0].mean()) - float(reach.far(draws[:NUM_REFERENCES]).double().mean())
+    lost = (often >= MOST_SHARE) & log_p.isfinite().all(0)
+    settled = (often < 0.1) & ~lost
+    masses: list[tuple[float, float]] = []
+    if bool(lost.any()):
+        for members in _clusters(means, lost, log_p):
+            region = states[:, members].reshape(-1, states.shape[-1])
+            mass = _log_mass(density, region, log_p[:, members].reshape(-1), reach)
+            if states.shape[-1] > MAX_SPREAD_DIM:
+                mass += log_z - _usual_mass(density, states, log_p, groups, len(members), reach)
+                mass += UNSETTLED_MASS * states.shape[-1]
+            masses.append((mass, float(region.mean(0).norm())))
+    total = torch.logsumexp(torch.tensor([log_z, *(mass for mass, _ in masses)], dtype=torch.float64), 0)
+    share = float(sum(math.exp(mass - float(total)) for mass, _ in masses))
+    return Regions(share, max(masses)[1] if masses else 0.0, max(left, 0.0), settled)
+
+
+def _clusters(means: Tensor, lost: Tensor, log_p: Tensor) -> list[Tensor]:
+    """The chains of each group of ``lost`` ones within a few sd of one another, the densest first."""
+    indices = torch.nonzero(lost).squeeze(-1)
+    labels = torch.zeros(1, dtype=torch.long)
+    if len(indices) > 1:
+        dim = means.shape[-1]
+        links = linkage(means[indices].cpu().numpy(), "average")
+        labels = torch.from_numpy(fcluster(links, 4.0 + dim**0.5, "distance")).long()
+    groups = [indices[(labels == label).to(indices.device)] for label in labels.unique()]
+    if means.shape[-1] > MAX_SPREAD_DIM:
+        groups = [group for group in groups if len(group) >= MIN_CHAINS]
+    return sorted(groups, key=lambda group: -float(log_p[:, group].mean()))[:MAX_REGIONS]
+
+
+def _usual_mass(
+    density: ValueAndGrad, states: Tensor, log_p: Tensor, groups: Tensor, count: int, reach: _Reach
+) -> float:
+    """What :func:`_log_mass` says of as many chains from the guide's draws: its bias is alike."""
+    near = torch.nonzero(groups == 0).squeeze(-1)
+    masses = []
+    for _ in range(NUM_USUAL):
+        some = near[torch.randperm(len(near))[:count]]
+        region = states[:, some].reshape(-1, states.shape[-1])
+        masses.append(_log_mass(density, region, log_p[:, some].reshape(-1), reach))
+    return float(torch.tensor(masses).median())
+
+
+def _by_entropy(log_p: Tensor, scale: Tensor) -> float:
+    """E log p + H: the log mass of a region that is normal with these sds."""
+    entropy = scale.log().sum() + 0.5 * len(scale) * (1.0 + math.log(2 * math.pi))
+    return float(log_p.mean() + entropy)
+
+
+def _log_mass(density: ValueAndGrad, region: Tensor, log_p: Tensor, reach: _Reach) -> float:
+    """log of the integral of p over the far points around chains' states ``(n, D)``.
+
+    By importance sampling from a normal with the states' means and variances; where too few of its draws
+    carry weight, by its entropy.  In many dimensions by the entropy alone, of one width for all latents: that
+    of the states, which short chains take for too small, averaged with D / E|grad log p|^2, which is the same
+    for a normal region and needs no spread.
+    """
+    size, dim = region.shape
+    loc, scale = region.mean(0), region.std(0).clamp_min(1e-3)
+    if dim > MAX_SPREAD_DIM:
+        some = region[torch.randperm(size)[:NUM_STATES]]
+        slopes = torch.cat([density(part)[1] for part in some.split(NUM_STATES // 2)])
+        by_slope = 1.0 / slopes.square().mean().clamp_min(0.25)
+        return _by_entropy(log_p, (by_slope * scale.square().mean()).pow(0.25).expand(dim))
+    wider = (1.0 + 0.7 / dim**0.5) ** 0.5
+    noise = torch.randn(NUM_POINTS, dim).to(region)
+    points = loc + wider * scale * noise
+    value = torch.cat([density(part)[0] for part in points.split(NUM_POINTS // 4)])
+    log_q = -0.5 * noise.square().sum(-1) - (wider * scale).log().sum() - 0.5 * dim * math.log(2 * math.pi)
+    log_w = torch.where(reach.far(points), value - log_q, -torch.inf)
+    top = log_w.max()
+    if not bool(top.isfinite()):
+        return _by_entropy(log_p, scale)
+    weights = (log_w - top).exp()
+    if float(weights.sum().square() / weights.square().sum()) < LEAST_ESS:
+        return _by_entropy(log_p, scale)
+    return float(top + weights.mean().log())

@@ -1,0 +1,132 @@
+"""Draws of a guide with their log weights, as points of the model's unconstrained latent space."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from pyro import poutine
+from torch import Tensor
+
+from .._program.log_density import UnconstrainedModel
+from .._program.log_weights import LogWeights
+from .._types import Program
+from ..autoguide import AutoFlow
+
+__all__ = ["WeightedDraws", "weighted_draws"]
+
+MAX_BATCH = 4096
+"""Draws that the model scores in one run."""
+
+
+@dataclass(frozen=True)
+class WeightedDraws:
+    """Independent draws of a guide.
+
+    :param log_weights: log p(x, z) - log q(z), shape ``(S,)``, float64.
+    :param sites: name -> values of a latent, ``(S,) + site shape``; None where only weights could be had.
+    :param z: the packed unconstrained latents, ``(S, D)``; None as ``sites``.
+    :param log_p: their unnormalised log density, ``(S,)``, in the unconstrained coordinates.
+    :param density: the model over ``z``.
+    :param particles: the pair of model and guide.
+    :param why: why ``z`` is None, in words.
+    """
+
+    log_weights: NDArray[np.float64]
+    particles: LogWeights
+    sites: dict[str, Tensor] | None = None
+    z: Tensor | None = None
+    log_p: Tensor | None = None
+    density: UnconstrainedModel | None = None
+    why: str = ""
+
+    def names(self) -> list[str]:
+        """A name for each of the D coordinates of ``z``, such as ``theta[2]``."""
+        if self.density is None:
+            return []
+        names = []
+        for site, index in self.density.split(torch.arange(self.density.dim)).items():
+            for place in np.ndindex(tuple(index.shape)):
+                names.append(site + (f"[{','.join(map(str, place))}]" if place else ""))
+        return names
+
+
+def _score_draws(particles: LogWeights, size: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Values by site and log q of ``size`` runs of the guide."""
+    args, kwargs, shapes = particles.args, particles.kwargs, particles._shapes
+    with poutine.block(), torch.no_grad():
+        if particles.vectorized:
+            guide = particles._batched(particles.guide, size)
+            trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)
+            values = {k: trace.nodes[k]["value"].reshape((size,) + shape) for k, shape in shapes.items()}
+            return values, particles._score(trace, size)
+        traces: list[Any] = [poutine.trace(particles.guide).get_trace(*args, **kwargs) for _ in range(size)]
+        values = {k: torch.stack([trace.nodes[k]["value"] for trace in traces]) for k in shapes}
+        return values, torch.stack([torch.as_tensor(trace.log_prob_sum()) for trace in traces])
+
+
+def _density(model: Program, guide: Program, args: Any, kwargs: Any) -> UnconstrainedModel:
+    if isinstance(guide, AutoFlow):
+        return guide.density(*args, **kwargs)
+    return UnconstrainedModel(model, args, kwargs)
+
+
+def weighted_draws(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    num_samples: int,
+) -> WeightedDraws:
+    """Draws from any guide with their log weights, located in the unconstrained space where that exists.
+
+    Example::
+
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> draws = weighted_draws(model, model, (), None, 100)
+        >>> draws.z.shape, round(float(abs(draws.log_weights).max()), 3)
+        (torch.Size([100, 1]), 0.0)
+    """
+    if isinstance(guide, AutoFlow):
+        guide.materialize(*args, **(kwargs or {}))
+    particles = LogWeights(model, guide, args, kwargs)
+    try:
+        density = _density(model, guide, particles.args, particles.kwargs)
+        missing = sorted(set(density._latents) ^ set(particles._shapes))
+        why = f"model and guide differ in the sites {missing}" if missing else ""
+    except (ValueError, NotImplementedError) as error:  # the latents are no vector of fixed support
+        why = str(error).partition(";")[0]
+    if particles._guide_enumerates:
+        why = "the guide has discrete sites that are summed out"
+    if why:
+        return WeightedDraws(_array(particles.log_weights(num_samples)), particles, why=why)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    values: list[dict[str, Tensor]] = []
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for size in _sizes(num_samples):
+            if isinstance(guide, AutoFlow):
+                z, log_q = guide.get_posterior().rsample_and_log_prob((size,))
+                sites = density.constrain(z)
+            else:
+                sites, log_q = _score_draws(particles, size)
+                z, log_det = density.unconstrain(sites)
+                log_q = log_q + log_det
+            parts.append((z, density.log_density(z), log_q))
+            values.append(sites)
+        z, log_p, log_q = (torch.cat([part[i] for part in parts]) for i in range(3))
+        sites = {name: torch.cat([part[name] for part in values]) for name in density._latents}
+    return WeightedDraws(_array(log_p - log_q), particles, sites, z, log_p, density)
+
+
+def _sizes(total: int) -> list[int]:
+    count = -(-total // MAX_BATCH)
+    return [total // count + (i < total % count) for i in range(count)]
+
+
+def _array(value: Tensor) -> NDArray[np.float64]:
+    array: NDArray[np.float64] = value.detach().double().cpu().numpy()
+    return array

@@ -1,0 +1,227 @@
+"""to_arviz: a guide's draws as ArviZ data."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from .._checks import check_positive_int
+from .._program.log_weights import LogWeights
+from ..psis import psis
+from ..psis import resample as resampled
+from ._weighted_draws import WeightedDraws, weighted_draws
+
+__all__ = ["to_arviz"]
+
+Array = NDArray[Any]
+Group = dict[str, Array]
+_PLATE = "_draws"
+
+
+def to_arviz(
+    guide: Callable[..., Any],
+    model: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 4000,
+    resample: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> Any:
+    """A guide's draws, what they predict and how likely they make the data, as ArviZ data of one chain.
+
+    Groups: ``posterior`` (all latent sites, constrained, and those computed from them, as of
+    ``pyro.deterministic``), ``posterior_predictive`` (the observed sites drawn anew), ``log_likelihood`` (of
+    each observed value, nats), ``observed_data``, and ``sample_stats`` with ``log_p`` and ``log_q``, the
+    unnormalised log density of model and guide at the draw in the unconstrained coordinates, and
+    ``log_weight``, their difference, nats.  What a model has not, such as pointwise likelihoods where
+    discrete sites are summed out, is left out; ``log_p`` and ``log_q`` where the latents are no vector of
+    fixed support.
+
+    The draws are independent.  They are the guide's: unless :func:`diagnose` finds the guide good, pass
+    ``resample=True`` for draws resampled by Pareto-smoothed weights.
+
+    :param guide: any fitted Pyro guide.
+    :param model: the model.
+    :param args: the model's positional arguments.
+    :param num_samples: number S of draws.
+    :param resample: whether to resample the draws by their smoothed weights, with replacement.
+    :param model_kwargs: the model's keyword arguments.
+    :param seed: sets Pyro's seed first.
+    :return: an ``arviz.InferenceData`` (ArviZ before 1.0) or an ``xarray.DataTree`` (from 1.0), every group
+        with the dimensions ``(chain, draw, ...)`` of sizes ``(1, S, ...)``.
+    :raises ImportError: without ArviZ.
+    :raises ValueError: if ``num_samples`` is no positive integer, if the guide draws no value of a site that
+        the model needs, or with ``resample=True`` where a draw has no finite density.
+
+    Example::
+
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide = pyro_flowvi.AutoPlanar(model, num_layers=1)
+        >>> data = to_arviz(guide, model, torch.tensor([0.5, 1.5]), num_samples=100)
+        >>> data.posterior["mu"].shape, data.log_likelihood["y"].shape
+        ((1, 100), (1, 100, 2))
+    """
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError("to_arviz needs ArviZ: install pyro-flowvi with the extra 'arviz'") from error
+    check_positive_int("num_samples", num_samples)
+    if not isinstance(resample, bool):
+        raise ValueError(f"resample: expected True or False, got {resample!r}")
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    draws = weighted_draws(model, guide, args, model_kwargs, num_samples)
+    if draws.sites is None or draws.z is None or draws.log_p is None:
+        sites, stats = _sites_alone(draws, num_samples, resample)
+    else:
+        log_p = draws.log_p.detach().double().cpu().numpy()
+        stats = {"log_p": log_p, "log_q": log_p - draws.log_weights, "log_weight": draws.log_weights}
+        sites = draws.sites
+    if resample:
+        chosen = _resampled(draws.log_weights, num_samples)
+        sites = {name: value[torch.from_numpy(chosen).to(value.device)] for name, value in sites.items()}
+        stats = {name: value[chosen] for name, value in stats.items()}
+    groups = {"sample_stats": stats, **_data_groups(draws.particles, sites)}
+    groups["posterior"] = {k: _numpy(value) for k, value in sites.items()} | groups.pop("computed", {})
+    data: Any = {
+        name: {key: value if name == "observed_data" else value[None] for key, value in group.items()}
+        for name, group in groups.items()
+        if group
+    }
+    if hasattr(arviz, "InferenceData"):
+        return arviz.from_dict(**data)
+    return arviz.from_dict(data)
+
+
+def _sites_alone(draws: WeightedDraws, size: int, resample: bool) -> tuple[dict[str, Tensor], Group]:
+    """Draws apart from the weights that were had, where a site is not to be located."""
+    if resample:
+        raise ValueError(f"resample: expected False, since {draws.why}; got True")
+    return draws.particles.draws(size), {}
+
+
+def _resampled(log_weights: Array, size: int) -> NDArray[np.int64]:
+    if not np.isfinite(log_weights).all():
+        raise ValueError("resample: expected draws with finite densities, got some without; see diagnose")
+    smoothed, _ = psis(log_weights)
+    return resampled(smoothed, size, seed=int(torch.randint(2**31, ())))
+
+
+def _numpy(value: Tensor) -> Array:
+    return value.detach().cpu().numpy()
+
+
+def _run(particles: LogWeights, sites: Mapping[str, Tensor], model: Callable[..., Any], shapes: Any) -> Any:
+    """A trace of a model with all draws at once, conditioned on them.
+
+    :param shapes: name -> event dimensions of the site.
+    """
+    nesting, size = particles.max_plate_nesting, len(next(iter(sites.values())))
+    values = {}
+    for name, value in sites.items():
+        batch = value.dim() - 1 - shapes[name]
+        values[name] = value.reshape(value.shape[:1] + (1,) * (nesting - batch) + value.shape[1:])
+    with pyro.plate(_PLATE, size, dim=-1 - nesting):
+        return poutine.trace(poutine.condition(model, data=values)).get_trace(
+            *particles.args, **particles.kwargs
+        )
+
+
+def _traces(
+    particles: LogWeights, sites: Mapping[str, Tensor], model: Callable[..., Any], shapes: Any
+) -> list[Any]:
+    """One trace of all draws, or one of each where the model does not run for many at once."""
+    with pyro.validation_enabled(False):
+        if particles.vectorized:
+            return [_run(particles, sites, model, shapes)]
+        return [
+            poutine.trace(poutine.condition(model, data={k: v[i] for k, v in sites.items()})).get_trace(
+                *particles.args, **particles.kwargs
+            )
+            for i in range(len(next(iter(sites.values()))))
+        ]
+
+
+def _is_computed(site: Any) -> bool:
+    """Whether the value follows from other sites, as of ``pyro.deterministic``."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def _observed(trace: Any) -> dict[str, Any]:
+    """Sites with data or computed: observed, and neither a factor nor a subsample."""
+    nodes: dict[str, Any] = dict(prune_subsample_sites(trace).nodes)
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and isinstance(site["value"], Tensor)
+        and site["value"].numel()
+    }
+
+
+@torch.no_grad()
+def _data_groups(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str, Group]:
+    """Log density of each observed value at each draw, new values at each draw, and the observed ones."""
+    size = len(next(iter(sites.values())))
+    with poutine.block(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = poutine.condition(particles.model, data={name: value[0] for name, value in sites.items()})
+        one: Any = poutine.trace(first).get_trace(*particles.args, **particles.kwargs)
+        fixed = {name: site for name, site in _observed(one).items() if name not in sites}
+        if not fixed:
+            return {}
+        data = {name: site for name, site in fixed.items() if not _is_computed(site)}
+        computed = fixed.keys() - data.keys()
+        shapes = {name: one.nodes[name]["fn"].event_dim for name in sites}
+        groups: dict[str, Group] = {
+            "observed_data": {name: _numpy(site["value"]) for name, site in data.items()}
+        }
+        # A value that depends on a site that is summed out, or is subsampled, has no density of its own.
+        if not (particles.sums_out or particles.subsampled):
+            traces = _traces(particles, sites, particles.model, shapes)
+            for trace in traces:
+                trace.compute_log_prob()
+            one.compute_log_prob()
+            groups["log_likelihood"] = {
+                name: _stack(traces, name, "log_prob", one.nodes[name]["log_prob"].shape, size)
+                for name in data
+            }
+        try:
+            traces = _traces(particles, sites, poutine.uncondition(particles.model), shapes)
+        except NotImplementedError:  # a site that can be scored, not sampled
+            return groups
+        groups["posterior_predictive"] = {
+            name: _stack(traces, name, "value", site["value"].shape, size) for name, site in data.items()
+        }
+        groups["computed"] = {
+            k: _stack(traces, k, "value", fixed[k].get("value").shape, size) for k in computed
+        }
+    return groups
+
+
+def _stack(traces: list[Any], name: str, key: str, shape: Any, size: int) -> Array:
+    """One entry of a site for all draws, shape ``(S,) + shape``."""
+    if len(traces) < size:
+        value = traces[0].nodes[name][key]
+        lead = value.dim() - len(shape)
+        if lead <= 0:  # the same for all draws
+            return _numpy(value.expand((size,) + tuple(shape)))
+        padded = value.reshape((value.shape[0], *value.shape[lead:]))
+        return _numpy(padded.expand((size,) + tuple(shape)))
+    return _numpy(torch.stack([trace.nodes[name][key].expand(shape) for trace in traces]))

@@ -1,0 +1,323 @@
+"""The one table of default choices, by dimension and flow.
+
+Measured with ``fit`` at 3,000 steps on targets whose normaliser is known (divergence in nats; the scripts are
+``benchmarks/dimensions.py`` and ``benchmarks/energies.py``; without the present search for a start):
+
+- *Learning rate.*  RealNVP at 1e-3 / 3e-3 / 1e-2: funnel in 2 dimensions .027 / .011 / .067, five curved
+valleys in 10
+  dimensions 2.1 / .95 / 4.3.  In 1,000 dimensions 1e-2 diverges from the start, and 3e-3 is worse than 1e-3.
+- *Particles.*  RealNVP, the five valleys: 16 / 64 / 256 give .95 / .39 / .10, at a cost a step that grows
+less
+  than in proportion.
+- *Layers.*  The same with 4 / 8 / 16 couplings and 64 particles: .53 / .39 / .23.  On eight real posteriors
+  of 4 to 13 dimensions (``benchmarks/posteriordb.py``) 8 couplings are as good as 12, for two thirds of the
+  cost.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from torch import nn
+from torch.distributions import Transform
+
+from ._checks import check_positive_int, check_widths
+from .transforms.autoregressive import AffineAutoregressive, SplineAutoregressive
+from .transforms.base import ParametricTransform
+from .transforms.compose import Compose, ConditionalCompose, Inverse
+from .transforms.conditional import Conditional
+from .transforms.coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
+from .transforms.indexed import HIDDEN, IndexedLayer
+from .transforms.linear import ElementwiseAffine
+from .transforms.planar import Planar
+from .transforms.radial import Radial
+from .transforms.sylvester import Sylvester
+
+__all__ = [
+    "DEFAULTS",
+    "FLOWS",
+    "Builder",
+    "Defaults",
+    "FlowDefaults",
+    "Recipe",
+    "defaults_for",
+    "indexed_layers",
+    "recipe_name",
+]
+
+
+@dataclass(frozen=True)
+class FlowDefaults:
+    """What is chosen for one flow.
+
+    :param num_layers: layers, for couplings half-layers.
+    :param num_particles: draws a step.
+    :param lr: Adam's learning rate to start from.
+
+    Example::
+
+        >>> defaults_for(10).flows["planar"]
+        FlowDefaults(num_layers=16, num_particles=16, lr=0.01)
+    """
+
+    num_layers: int
+    num_particles: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is chosen for targets of up to ``max_dim`` dimensions.
+
+    :param max_dim: the largest dimension D of the row.
+    :param hidden: widths of every network.
+    :param flows: by the flow's key in the registry.
+
+    Example::
+
+        >>> defaults_for(10).hidden
+        (32, 32)
+    """
+
+    max_dim: float
+    hidden: tuple[int, ...]
+    flows: Mapping[str, FlowDefaults]
+
+
+def _flows(
+    coupling: int, spline: int, autoregressive: int, particles: int, lr: float
+) -> dict[str, FlowDefaults]:
+    return {
+        **dict.fromkeys(("planar", "radial", "planar_radial"), FlowDefaults(16, 16, 1e-2)),
+        "sylvester": FlowDefaults(8, 16, 1e-2),
+        **dict.fromkeys(("nice", "realnvp"), FlowDefaults(coupling, particles, lr)),
+        **dict.fromkeys(("neural_spline", "neural_spline_ar"), FlowDefaults(spline, particles, lr)),
+        **dict.fromkeys(("iaf", "maf"), FlowDefaults(autoregressive, particles, lr)),
+    }
+
+
+DEFAULTS: Final = (
+    Defaults(4, (32, 32), _flows(8, 4, 4, 64, 3e-3)),
+    Defaults(32, (32, 32), _flows(8, 4, 4, 64, 3e-3)),
+    Defaults(200, (64, 64), _flows(12, 4, 4, 64, 3e-3)),
+    Defaults(float("inf"), (100, 100), _flows(8, 4, 4, 32, 1e-3)),
+)
+"""Rows by increasing dimension."""
+
+
+def defaults_for(dim: int) -> Defaults:
+    """The row of :data:`DEFAULTS` for targets of ``dim`` dimensions.
+
+    Example::
+
+        >>> defaults_for(2).flows["realnvp"].num_layers
+        8
+    """
+    return next(row for row in DEFAULTS if dim <= row.max_dim)
+
+
+Builder = Callable[..., nn.Module]
+"""``builder(dim, *, num_layers=None, hidden=None, context_dim=None)`` -> transform module."""
+NUM_INDEXED: Final = 5
+Layers = Callable[[int, int, Sequence[int]], list[ParametricTransform]]
+MASKS: Final = ("first", "second", "even", "odd")
+"""The masks of successive coupling layers: halves, then every second one, so that all places mix."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named flow: how its layers follow from dimension, number of layers and widths of networks.
+
+    :param name: the key in :data:`pyro_flowvi.FLOWS`.
+    :param layers: ``(dim, num_layers, hidden)`` -> the layers, first one first.
+
+    Example::
+
+        >>> flow = FLOWS["planar"](3, num_layers=4)
+        >>> flow
+        Planar(dim=3, num_layers=4)
+        >>> FLOWS["realnvp"](3, context_dim=2).condition(torch.zeros(5, 2)).batch_shape
+        torch.Size([5])
+    """
+
+    name: str
+    layers: Layers
+
+    def __call__(
+        self,
+        dim: int,
+        *,
+        num_layers: int | None = None,
+        hidden: Sequence[int] | None = None,
+        context_dim: int | None = None,
+    ) -> nn.Module:
+        """Builds the flow.
+
+        :param dim: the length of the vectors.
+        :param num_layers: the number of layers; by default that of :data:`~pyro_flowvi.flows.DEFAULTS`.
+        :param hidden: widths of every network, likewise; planar, radial and Sylvester flows have one with
+            a context only.
+        :param context_dim: the length of the context vectors, for a conditional flow.
+        :return: a transform, or with a context a module with a ``condition`` method.
+        :raises ValueError: if an argument is not of the described kind.
+        """
+        num, widths = self._sizes(dim, num_layers, hidden)
+        layers = self.layers(dim, num, widths)
+        if context_dim is not None:
+            conditional = [Conditional(layer, context_dim, widths) for layer in layers]
+            return conditional[0] if len(conditional) == 1 else ConditionalCompose(conditional)
+        return layers[0] if len(layers) == 1 else Compose(layers)
+
+    def _sizes(
+        self, dim: int, num_layers: int | None, hidden: Sequence[int] | None
+    ) -> tuple[int, Sequence[int]]:
+        row = defaults_for(check_positive_int("dim", dim))
+        num = row.flows[self.name].num_layers if num_layers is None else num_layers
+        widths = row.hidden if hidden is None else check_widths("hidden", hidden)
+        return check_positive_int("num_layers", num), widths
+
+    def single_layers(
+        self, dim: int, *, num_layers: int | None = None, hidden: Sequence[int] | None = None
+    ) -> list[ParametricTransform]:
+        """The layers one by one, ``num_layers`` of them, without what follows the last."""
+        num, widths = self._sizes(dim, num_layers, hidden)
+        layers = self.layers(dim, num, widths)
+        if len(layers) < num:  # several are stacked in one
+            layers = [self.layers(dim, 1, widths)[0] for _ in range(num)]
+        return layers[:num]
+
+
+def recipe_name(build: object) -> str | None:
+    """The key of the named flow that a builder builds, also through ``functools.partial``; None for others.
+
+    Example::
+
+        >>> import functools
+        >>> recipe_name(functools.partial(FLOWS["nice"], num_layers=2))
+        'nice'
+    """
+    while isinstance(build, functools.partial):
+        build = build.func
+    return build.name if isinstance(build, Recipe) else None
+
+
+def check_layer_flow(flow: Any, hidden: Sequence[int] | None) -> None:
+    """ValueError unless ``flow`` is a key of the registry, or a callable and ``hidden`` None."""
+    if isinstance(flow, str):
+        if flow not in FLOWS:
+            raise ValueError(f"flow: expected one of {sorted(FLOWS)}, got {flow!r}")
+    elif not callable(flow) or isinstance(flow, Transform):
+        raise ValueError(f"flow: expected a key of FLOWS or a callable dim -> Transform, got {flow!r}")
+    elif hidden is not None:
+        raise ValueError(f"hidden: expected None with a callable flow, got {hidden!r}")
+
+
+def indexed_layers(
+    flow: str | Callable[[int], nn.Module],
+    dim: int,
+    *,
+    num_layers: int | None = None,
+    hidden: Sequence[int] | None = None,
+    index_dim: int = 1,
+    index_hidden: Sequence[int] = HIDDEN,
+    order: str = "after",
+    context_dim: int | None = None,
+    index_scale: float = 0.0,
+) -> list[IndexedLayer]:
+    """The layers of a named flow, each made continuously indexed.
+
+    :param flow: a key of :data:`pyro_flowvi.FLOWS`, or a callable from ``dim`` to one layer's transform.
+    :param dim: the length of the vectors.
+    :param num_layers: the number of layers; by default that of the flow, or 5 with a callable.
+    :param hidden: widths of the networks of a named flow.
+    :param index_dim: the length of each layer's index.
+    :param index_hidden: widths of the networks of the index, as in :class:`IndexedLayer`; so are ``order``,
+        ``context_dim`` and ``index_scale``.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> layers = indexed_layers("realnvp", 3, num_layers=2, index_dim=2)
+        >>> len(layers), layers[0].index_dim
+        (2, 2)
+    """
+    check_layer_flow(flow, hidden)
+    check_widths("index_hidden", index_hidden)
+    if isinstance(flow, str):
+        recipe: Any = FLOWS[flow]
+        transforms: list[Any] = recipe.single_layers(dim, num_layers=num_layers, hidden=hidden)
+    else:
+        count = NUM_INDEXED if num_layers is None else check_positive_int("num_layers", num_layers)
+        transforms = [flow(dim) for _ in range(count)]
+    options: dict[str, Any] = {"order": order, "context_dim": context_dim, "index_scale": index_scale}
+    return [IndexedLayer(transform, index_dim, index_hidden, dim=dim, **options) for transform in transforms]
+
+
+def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Planar(dim, num_layers)]
+
+
+def _radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Radial(dim, num_layers)]
+
+
+def _planar_radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [(Planar, Radial)[i % 2](dim) for i in range(num_layers)]
+
+
+def _mask(i: int) -> str:
+    return MASKS[i % len(MASKS)]
+
+
+def _nice(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    layers = [AdditiveCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+def _realnvp(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+
+
+def _neural_spline(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    # One affine map outside the boxes: one for each layer outran the networks, and training shook.
+    layers = [SplineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+def _neural_spline_ar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    layers = [SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+
+
+def _maf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden)]
+
+
+def _sylvester(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Sylvester(dim) for _ in range(num_layers)]
+
+
+FLOWS: Final = MappingProxyType[str, Builder](
+    {
+        name: Recipe(name, layers)
+        for name, layers in {
+            "planar": _planar,
+            "radial": _radial,
+            "planar_radial": _planar_radial,
+            "nice": _nice,
+            "realnvp": _realnvp,
+            "neural_spline": _neural_spline,
+            "neural_spline_ar": _neural_spline_ar,
+            "iaf": _iaf,
+            "maf": _maf,
+            "sylvester": _sylvester,
+        }.items()
+    }
+)
+"""Builders of the named flows: ``FLOWS[name](dim, *, num_layers, hidden, context_dim)``."""

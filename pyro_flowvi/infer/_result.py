@@ -1,0 +1,111 @@
+"""What a fit gives, and how it fails."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FitDiverged", "FitResult"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns.  The guide holds ``best_state`` already.
+
+    :param guide: the trained guide.
+    :param losses: the loss (negative ELBO, nats) of every step, shape ``(steps,)``.
+    :param best_loss: the loss of the best state, over a few hundred fresh draws.
+    :param best_state: name -> value of every trained parameter, the model's included, unconstrained.
+    :param stop_reason: "converged" (the ELBO stopped rising, twice), "completed" (all steps were taken),
+        "no more batches" or "interrupted".
+    :param wall_time: seconds.
+    :param start: the kind of Gaussian that the guide was moved to before training: "prior", "laplace",
+        "path", "mean-field", or "modes": one that covers several for :class:`AutoCIF`, one at each for
+        :class:`AutoFlowMixture`; None if it stayed where it was.
+    :param converged: whether the ELBO had stopped rising when the run ended.
+    :param rates: the learning rate of every step; NaN with an optimizer of your own.
+    :param gradient_norms: the norm of the gradient of every step.
+    :param elbos: (step, ELBO, standard error) of the averaged state, on draws that were the same each time.
+    :param race: learning rates that were tried, with the ELBO after a hundred steps.
+    :param num_dropped: particles left out because their density or gradient was not finite.
+    :param num_skipped: steps left out because their gradient was far above the running median.
+    :param num_restarts: how often the run went back to its last good state, with half the rate.
+
+    Example::
+
+        >>> result = FitResult(None, torch.tensor([2.0, 1.0]), 1.0, {}, "completed", 0.5)
+        >>> result
+        FitResult(completed: 2 steps in 0.5 s, loss 2.00 -> 1.00)
+    """
+
+    guide: Any = field(repr=False)
+    losses: Tensor
+    best_loss: float
+    best_state: dict[str, Tensor]
+    stop_reason: str
+    wall_time: float
+    start: str | None = None
+    converged: bool = False
+    rates: Tensor = field(default_factory=lambda: torch.zeros(0))
+    gradient_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
+    elbos: list[tuple[int, float, float]] = field(default_factory=list)
+    race: dict[float, float] = field(default_factory=dict)
+    num_dropped: int = 0
+    num_skipped: int = 0
+    num_restarts: int = 0
+
+    def __repr__(self) -> str:
+        first = float(self.losses[0]) if len(self.losses) else math.nan
+        notes = [] if self.start is None else [f"started at the best Gaussian ({self.start})"]
+        for count, what in (
+            (self.num_dropped, "particles without a finite density"),
+            (self.num_skipped, "steps skipped"),
+            (self.num_restarts, "restarts"),
+        ):
+            notes += [f"{count} {what}"] if count else []
+        return (
+            f"FitResult({self.stop_reason}: {len(self.losses)} steps in {self.wall_time:.1f} s, "
+            f"loss {first:.2f} -> {self.best_loss:.2f}{''.join(f', {note}' for note in notes)})"
+        )
+
+    @property
+    def located(self) -> bool:
+        """Whether the guide was moved before training."""
+        return self.start is not None
+
+    def plot(self) -> Any:
+        """Draws ELBO, learning rate and gradient norm by step; a matplotlib figure.
+
+        :raises ImportError: without matplotlib.
+        """
+        from ..plotting import plot_trace
+
+        return plot_trace(self)
+
+
+class FitDiverged(RuntimeError):
+    """Training met losses or gradients that are not finite, again and again; the guide holds its last good
+    state.
+
+    :param step: the step at which it happened, from 0.
+    :param site: the sample site that is the first with a value, log density or gradient that is not
+        finite; None if it could not be found.
+    :param losses: the losses up to that step.
+    :param cause: what the model raised, if it did.
+
+    Example::
+
+        >>> str(FitDiverged(12, "tau", torch.zeros(12)))
+        "step 12: the loss is not finite, first at site 'tau'; the last good state is restored"
+    """
+
+    def __init__(self, step: int, site: str | None, losses: Tensor, cause: str | None = None) -> None:
+        self.step, self.site, self.losses, self.cause = step, site, losses, cause
+        what = f"the model raised {cause!r}" if cause and not site else "the loss is not finite"
+        where = f", first at site {site!r}" if site else "" if cause else ", at no single site"
+        super().__init__(f"step {step}: {what}{where}; the last good state is restored")
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.step, self.site, self.losses, self.cause)

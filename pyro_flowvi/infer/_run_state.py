@@ -1,0 +1,136 @@
+"""The state of one run of :func:`pyro_flowvi.fit`: parameters, the best values so far, what went wrong."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .._compile.optimizers import meet
+from .._program.log_density import REFUSALS
+from .._program.log_weights import LogWeights
+from .._types import Program
+from ._guarded_optim import GuardedOptim
+
+__all__ = ["Run", "is_worse"]
+
+COMPARISON_DRAWS = 256
+"""Draws on which two states of a guide are compared, with common random numbers."""
+SMALL_BATCH = 16
+COMPARISON_DRAWS_APART = 16
+"""The same where the model cannot run them together."""
+
+
+@dataclass
+class Run:
+    """One run: the pair, its data and the best state so far.
+
+    :param judge: draws on whose weights states are compared: on validation data if there are any.
+    :param ranked: whether states can be compared.
+    :param comparison_draws: draws of a comparison.
+    :param held_out: whether states are compared on data that they are not trained on.
+    """
+
+    model: Program
+    guide: Program
+    kwargs: dict[str, Any]
+    loss: Any
+    judge: LogWeights
+    optim: GuardedOptim
+    ranked: bool
+    comparison_draws: int = COMPARISON_DRAWS
+    held_out: bool = False
+    losses: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
+
+    def evaluate(self) -> Tensor:
+        """Log weights on draws that are the same at every call; their mean is the ELBO.
+
+        A state that the model cannot evaluate has the ELBO minus infinity.
+        """
+        size = self.comparison_draws if self.judge.vectorized else COMPARISON_DRAWS_APART
+        with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            try:
+                weights = self.judge.log_weights(size)
+            except REFUSALS:
+                parts = torch.arange(size).split(SMALL_BATCH)
+                weights = torch.cat([self._few_weights(len(part)) for part in parts])
+        return weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+
+    def _few_weights(self, size: int) -> Tensor:
+        """Log weights of a few draws, minus infinity if the model refuses one of them."""
+        try:
+            return self.judge.log_weights(size)
+        except REFUSALS:
+            return torch.full((size,), -math.inf)
+
+    def keep_unless_worse(self) -> Tensor:
+        """Keeps the present state as the best, unless an earlier one is better beyond its noise.
+
+        :return: its log weights.
+        """
+        weights = self.evaluate()
+        if not (self.best and self.ranked and is_worse(weights, self.best_weights)):
+            self.best_weights = weights
+            self.best = {name: param.detach().clone() for name, param in self.optim.params.items()}
+        return weights
+
+    def keep_start(self) -> None:
+        """Makes the state before the first step the best so far."""
+        self.optim.meet_trained(self.judge.params)
+        meet(self.optim.optim, self.optim.params.values())
+        self.keep_unless_worse()
+
+    @property
+    def best_loss(self) -> float:
+        return -float(self.best_weights.mean())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the best state back; what it does not know yet goes back to where it started."""
+        for name, param in self.optim.params.items():
+            param.copy_(self.best.get(name, self.optim.first[name]))
+
+    def find_bad_site(self, args: tuple[Any, ...]) -> str | None:
+        """The first site of the step just run that is not finite, in value, density or gradient."""
+        with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for model_trace, guide_trace in self.loss._get_traces(self.model, self.guide, args, self.kwargs):
+                for trace in (guide_trace, model_trace):
+                    for name, site in trace.nodes.items():
+                        if site["type"] == "sample" and _site_is_bad(site):
+                            return str(name)
+                    inputs = list(self.optim.params.values())
+                    for name, site in trace.nodes.items():
+                        if site["type"] == "sample" and _gradient_is_bad(site, inputs):
+                            return str(name)
+        return None
+
+
+def is_worse(weights: Tensor, best: Tensor) -> bool:
+    """Whether the mean of paired log weights fell, beyond twice its standard error."""
+    now, before = weights.isfinite(), best.isfinite()
+    if int(now.sum()) != int(before.sum()):  # draws without a density decide
+        return bool(now.sum() < before.sum())
+    gain = (weights - best)[now & before]
+    return len(gain) > 1 and bool(gain.mean() < -2.0 * gain.std() / math.sqrt(len(gain)))
+
+
+def _site_is_bad(site: dict[str, Any]) -> bool:
+    value, log_prob = site["value"], site.get("log_prob", torch.zeros(()))
+    return not bool(value.isfinite().all() and torch.as_tensor(log_prob).isfinite().all())
+
+
+def _gradient_is_bad(site: dict[str, Any], inputs: list[Tensor]) -> bool:
+    log_prob = site.get("log_prob")
+    if not isinstance(log_prob, Tensor) or not log_prob.requires_grad:
+        return False
+    gradients = torch.autograd.grad(log_prob.sum(), inputs, retain_graph=True, allow_unused=True)
+    return any(g is not None and not bool(g.isfinite().all()) for g in gradients)

@@ -1,0 +1,401 @@
+"""The loop of :func:`pyro_flowvi.fit`: rates, averages, plateaus, recovery."""
+
+import math
+import re
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .._compile.svi import CompiledSVI
+from .._program.log_density import REFUSALS
+from ._batches import Supply
+from ._guarded_optim import NotFinite
+from ._progress import Progress
+from ._result import FitDiverged
+from ._run_state import Run, is_worse
+
+__all__ = ["CHECKS", "Driver"]
+
+CHECKS = 50
+"""How often in a run the state is compared with the best and kept."""
+FINAL_RATE = 1e-2
+"""The learning rate ends at this fraction of its start."""
+WARM_UP = 100
+CLIP, SKIP = 5.0, 20.0
+"""Multiples of the running median of gradient norms: above the first a gradient is scaled down, above the
+second the step is left out."""
+NORMS = 100
+"""Gradient norms in the running median."""
+AVERAGE_EVERY, AVERAGE_DECAY = 10, 0.99
+"""The weights are averaged every so many steps, exponentially with this decay a step."""
+RACE_RATES = (1.0, 1 / 3, 3.0)
+RACE_STEPS = 100
+ENOUGH_STEPS = 1000
+"""Shorter runs have no race, and no plateau ends them."""
+PATIENCE = 6
+"""Checks over which a plateau is judged."""
+PLATEAU_GAIN = 2e-3
+"""Gain in ELBO, nats, over that time that still counts as progress."""
+BLURRED_ERROR = 0.05
+"""Standard error of that gain, doubled, above which no plateau can be told from a slow rise."""
+PLATEAU_FACTOR = 0.3
+"""What a first plateau does to the learning rate."""
+EARLIEST_STOP = 0.2
+"""Fraction of the steps before which no plateau is looked for."""
+SETTLED_SD = 0.05
+"""Standard deviation of the log weights, nats, at which the guide cannot be told from the posterior near its
+draws: half its square is the divergence, and no mean is off by more of a standard deviation."""
+RECOVERABLE: tuple[type[Exception], ...] = (NotFinite, *REFUSALS)
+MAX_FAILURES = 5
+RECOVERY_STEPS = 50
+"""Good steps after which a failure is no longer in a row with the next."""
+MAX_SKIPS = 20
+"""Steps left out one after another that count as a failure."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered NaN")  # it is an error here, or counted
+        yield
+
+
+class Driver:
+    """Takes the steps of a run.
+
+    :param run: the run.
+    :param num_steps: steps at most.
+    :param lr: the learning rate to start from; None leaves rates to the optimizer's own schedule.
+    :param compile: as in :class:`CompiledSVI`.
+    :param arguments: the model's arguments step by step.
+    :param fresh_data: whether they differ from step to step.
+    :param may_settle: whether equal weights of all draws mean that there is nothing left to train.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        num_steps: int,
+        lr: float | None,
+        compile: bool | str,
+        arguments: Supply,
+        fresh_data: bool = False,
+        may_settle: bool = True,
+    ) -> None:
+        self.run, self.num_steps, self.arguments = run, num_steps, arguments
+        self.fresh_data = fresh_data
+        # A schedule of the objective's own has to run to its end.
+        early = run.ranked and not hasattr(run.loss, "advance")
+        self.stops_early = early and num_steps >= ENOUGH_STEPS
+        self.may_settle = may_settle
+        self.progress = Progress(lr=lr)
+        self.average: dict[str, Tensor] = {}
+        self.start: str | None = None
+        """The kind of Gaussian that the guide was moved to."""
+        self.svi = CompiledSVI(run.model, run.guide, run.optim, run.loss, compile=compile)
+        self.svi._limits, self.svi._interprets = run.optim.limits, True
+        self.norms: deque[float] = deque(maxlen=NORMS)
+        self.every = max(1, num_steps // CHECKS)
+
+    @property
+    def mode(self) -> str | None:
+        """How steps are run: "eager", "interpreted" or "machine code"; None while that is open."""
+        if self.svi._steps:
+            return "machine code" if next(iter(self.svi._steps.values())).machine_code else "interpreted"
+        return None if self.progress.step <= 1 and self.svi.cause is None else "eager"
+
+    def resume(self, mode: str | None) -> None:
+        """Has the next step run as it would have been without an interruption."""
+        self.svi._started, self.svi._mode = True, mode
+        if mode == "eager":
+            self.svi.compile = False
+
+    # -- rates --------------------------------------------------------------------------------------
+
+    def rate(self, step: int) -> float | None:
+        """The learning rate of a step: a linear rise, then a cosine down to ``FINAL_RATE``."""
+        if self.progress.lr is None:
+            return None
+        rise = min(1.0, (step + 1) / min(WARM_UP, 1 + self.num_steps // 10))
+        fall = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * step / self.num_steps))
+        return self.progress.lr * self.progress.factor * rise * fall
+
+    def prepare(self, race: bool) -> None:
+        """Keeps the start as the first candidate, and lets rates race; Ctrl-C ends the run at the start."""
+        self.run.keep_start()
+        if race:
+            try:
+                self.race()
+            except KeyboardInterrupt:
+                self.run.restore()
+                self.progress.stop_reason = "interrupted"
+
+    def race(self) -> None:
+        """Takes a few steps at each of three rates from the same state, and goes on with the best."""
+        progress, run = self.progress, self.run
+        if progress.lr is None or self.num_steps < ENOUGH_STEPS or not run.ranked:
+            return
+        if self.may_settle and bool(run.evaluate().std() < 2.0 * SETTLED_SD):
+            return  # the start is as good as the posterior: there is little to win
+        table, best = progress.lr, None
+        schedule = {
+            name: value.clone() for name, value in vars(run.loss).items() if isinstance(value, Tensor)
+        }
+        for multiple in RACE_RATES:
+            progress.lr = table * multiple
+            try:
+                for step in range(RACE_STEPS):
+                    run.optim.advance(progress.lr * min(1.0, (step + 1) / 20))
+                    args = self.arguments(step)
+                    if args is None or not math.isfinite(self._steps(args, 1, self.num_steps)[0][0]):
+                        break
+                else:
+                    weights = run.evaluate()
+                    progress.race[progress.lr] = float(weights.mean())
+                    # The rate of the table, which is tried first, stays unless another is surely better.
+                    if best is None or is_worse(best[1], weights):
+                        best = progress.lr, weights
+            except RECOVERABLE:
+                if not self.svi._started:
+                    raise  # most likely the model's own mistake: its message is the best
+            self._go_back()
+            for name, value in schedule.items():
+                getattr(run.loss, name).copy_(value)
+            progress.num_dropped = 0
+        progress.lr = best[0] if best else table / RACE_RATES[-1]
+
+    # -- steps --------------------------------------------------------------------------------------
+
+    def _steps(self, args: tuple[Any, ...], count: int, left: int) -> list[tuple[float, float]]:
+        """Takes up to ``count`` steps; loss and norm of the gradient of each."""
+        run = self.run
+        run.optim.norm = math.nan
+        dropped_before = int(getattr(run.loss, "num_dropped", 0))
+        with _quiet():
+            taken = self.svi._take_many(args, run.kwargs, count, left)
+        found = []
+        for value, dropped, norm in taken:
+            if math.isnan(dropped):  # the step was eager
+                dropped, norm = int(getattr(run.loss, "num_dropped", 0)) - dropped_before, run.optim.norm
+            self.progress.num_dropped += int(dropped)
+            if math.isfinite(norm) and norm > 0.0:
+                self.norms.append(norm)
+            found.append((value, norm))
+        return found
+
+    def _set_limits(self) -> None:
+        if len(self.norms) >= NORMS // 5:
+            median = sorted(self.norms)[len(self.norms) // 2]
+            self.run.optim.limits.copy_(torch.tensor([CLIP * median, SKIP * median]))
+
+    def step(self) -> bool:
+        """Takes a few steps, or recovers from one that failed; False if there is no more data."""
+        run, progress = self.run, self.progress
+        random_state = torch.get_rng_state()
+        cause: Exception | None = None
+        args = self.arguments(progress.step)
+        if args is None:
+            return False
+        # By tens of steps, however many are taken at once.
+        rate = self.rate(progress.step - progress.step % AVERAGE_EVERY)
+        if rate is not None:
+            run.optim.advance(rate)
+        skip = float(run.optim.limits[1])
+        count, left = self._until_a_change(), self.num_steps - progress.step
+        try:
+            taken = self._steps(args, count, left)
+        except RECOVERABLE as error:
+            if progress.step == 0 and not isinstance(error, NotFinite):
+                raise  # most likely the model's own mistake: its message is the best
+            taken, cause = [(math.nan, math.nan)], None if isinstance(error, NotFinite) else error
+        for value, norm in taken:
+            skipped = math.isfinite(value) and norm > skip
+            progress.skips = progress.skips + 1 if skipped else 0
+            progress.num_skipped += skipped
+            if not math.isfinite(value) or progress.skips >= MAX_SKIPS:
+                self._recover(args, random_state, cause)
+                return True
+            progress.good_steps += 1
+            if progress.good_steps >= RECOVERY_STEPS:
+                progress.failures = 0
+            run.losses.append(value)
+            progress.rates.append(math.nan if rate is None else rate)
+            progress.norms.append(norm)
+            progress.step += 1
+            if rate is None:
+                run.optim.advance(None)
+        if progress.step % AVERAGE_EVERY == 0:
+            self._set_limits()
+            self._update_average()
+        return True
+
+    def _until_a_change(self) -> int:
+        """Steps that can be taken at once: up to the next update of averages, or one if the data change."""
+        if self.fresh_data or self.progress.lr is None:
+            return 1
+        step = self.progress.step
+        return min(
+            AVERAGE_EVERY - step % AVERAGE_EVERY, self.every - step % self.every, self.num_steps - step
+        )
+
+    def _recover(self, args: tuple[Any, ...], random_state: Tensor, cause: Exception | None) -> None:
+        """Goes back to the last good state with half the rate; gives up after several failures in a row."""
+        run, progress = self.run, self.progress
+        progress.failures += 1
+        progress.num_restarts += 1
+        progress.good_steps = progress.skips = 0
+        progress.factor *= 0.5
+        for param in run.optim.params.values():
+            param.grad = None
+        if progress.failures >= MAX_FAILURES or not run.optim.params:
+            after = torch.get_rng_state()
+            torch.set_rng_state(random_state)
+            named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
+            site = named.group(1) if named else None
+            if cause is None:
+                site = run.find_bad_site(args)
+            torch.set_rng_state(after)
+            run.restore()
+            told = str(cause).strip().splitlines()
+            losses = torch.tensor(run.losses)
+            raise FitDiverged(progress.step, site, losses, told[0] if told and cause else None) from cause
+        self._go_back()
+
+    def _go_back(self) -> None:
+        """To the best state so far, with fresh optimizers, averages and limits."""
+        self.run.restore()
+        self.run.optim.forget()
+        self.average = {}
+        self.norms.clear()
+        self.run.optim.limits.fill_(math.inf)
+
+    # -- averages and checks ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        params = self.run.optim.params
+        if self.average.keys() != params.keys():
+            self.average = {name: param.detach().clone() for name, param in params.items()}
+            return
+        weight = 1.0 - AVERAGE_DECAY**AVERAGE_EVERY
+        # Early averages forget the start faster.
+        weight = max(weight, min(1.0, 10.0 * AVERAGE_EVERY / (self.progress.step + 1)))
+        torch._foreach_lerp_(list(self.average.values()), [params[n].detach() for n in self.average], weight)
+
+    @contextmanager
+    def _at_average(self) -> Iterator[None]:
+        """With the averaged weights in place of the present ones."""
+        params = self.run.optim.params
+        if self.average.keys() != params.keys():
+            yield
+            return
+        with torch.no_grad():
+            now = {name: param.detach().clone() for name, param in params.items()}
+            for name, param in params.items():
+                param.copy_(self.average[name])
+            try:
+                yield
+            finally:
+                for name, param in params.items():
+                    param.copy_(now[name])
+
+    def check(self) -> bool:
+        """Keeps the averaged state unless an earlier one is better; whether the run is over."""
+        progress = self.progress
+        with self._at_average():
+            weights = self.run.keep_unless_worse()
+        se = float(weights.std() / math.sqrt(len(weights)))
+        progress.elbos.append((progress.step, float(weights.mean()), se))
+        progress.recent = [*progress.recent, weights][-1 - PATIENCE :]
+        if self.stops_early and self.may_settle and bool(weights.std() < SETTLED_SD):
+            return True
+        early = progress.step < EARLIEST_STOP * self.num_steps
+        if not self.stops_early or early or len(progress.recent) <= PATIENCE:
+            return False
+        if self._gains(progress.recent):
+            return False
+        progress.recent = []
+        progress.plateaus += 1
+        if progress.plateaus == 1:
+            progress.factor *= PLATEAU_FACTOR
+            return False
+        return True
+
+    def _gains(self, recent: list[Tensor]) -> bool:
+        """Whether the ELBO rose over the recent checks, on common random numbers, beyond its noise."""
+        half = len(recent) // 2
+        late, early = torch.stack(recent[half:]).mean(0), torch.stack(recent[:half]).mean(0)
+        gain = late - early
+        if not bool(gain.isfinite().all()):
+            return True
+        error = float(gain.std()) / math.sqrt(len(gain))
+        if 2.0 * error > BLURRED_ERROR and not self.run.held_out:
+            return True  # too noisy to tell
+        return float(gain.mean()) > max(2.0 * error, PLATEAU_GAIN)
+
+    # -- the run ------------------------------------------------------------------------------------
+
+    def train(self, progress_bar: bool, save: Callable[[], None] | None = None, seconds: float = 0.0) -> str:
+        """Takes all steps and leaves the best state in place; the reason to stop.
+
+        :param save: writes a checkpoint; called at most every so many ``seconds``.
+        """
+        run, progress = self.run, self.progress
+        if progress.stop_reason is not None:
+            return progress.stop_reason
+        reason, saved = "completed", time.monotonic()
+        name = type(run.guide).__name__
+        with tqdm(total=self.num_steps, initial=progress.step, disable=not progress_bar, desc=name) as bar:
+            try:
+                while progress.step < self.num_steps:
+                    before = progress.step
+                    if not self.step():
+                        reason = "no more batches"
+                        break
+                    bar.update(progress.step - before)
+                    if progress.step > before and progress.step % self.every == 0:
+                        over = self.check()
+                        bar.set_postfix_str(f"ELBO {-run.best_loss:.2f}", refresh=False)
+                        if over:
+                            reason = "converged"
+                            break
+                    if save is not None and time.monotonic() - saved >= seconds:
+                        save()
+                        saved = time.monotonic()
+            except KeyboardInterrupt:
+                reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
+            except FitDiverged:
+                if save is not None:
+                    progress.failures = 0
+                    save()
+                raise
+        if reason != "interrupted" or not run.best:
+            self._keep_last()
+        run.restore()
+        progress.stop_reason = reason
+        if save is not None and reason != "interrupted":
+            save()
+        return reason
+
+    def _keep_last(self) -> None:
+        """Lets the last state and its average compete with the best."""
+        with self._at_average():
+            self.run.keep_unless_worse()
+        averaged = self.run.best_weights
+        if self.run.ranked and is_worse(averaged, self.run.evaluate()):
+            self.run.keep_unless_worse()
+
+    @property
+    def converged(self) -> bool:
+        """Whether the ELBO had stopped rising when the run ended."""
+        recent = self.progress.recent
+        if self.progress.stop_reason == "converged":
+            return True
+        return self.run.ranked and len(recent) >= PATIENCE // 2 and not self._gains(recent)

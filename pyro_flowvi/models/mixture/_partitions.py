@@ -1,0 +1,285 @@
+"""Partitions of the data that a mixture of flows starts from."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+__all__ = ["STARTS", "cluster_gaussians", "warm_starts"]
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.int64]
+MAX_ROWS: Final = 5000
+"""Rows that are clustered; the others follow the nearest of these."""
+MAX_COLUMNS: Final = 32
+"""Of wider data the first principal components are clustered."""
+SPREADING: Final = 0.99
+"""How much label spreading trusts neighbours; scikit-learn's default, 0.2, leaves closed curves cut."""
+SMOOTHING: Final = 0.9
+SMOOTHINGS: Final = 3
+"""The neighbours' share in the responsibilities of :func:`_neighbours`, and how often they are mixed in."""
+MIN_NEIGHBORS: Final = 3
+SAME_AGREEMENT: Final = 0.98
+"""Partitions that agree on that share of the rows are one."""
+
+
+def warm_starts(
+    names: Sequence[str],
+    x: Array,
+    labels: Labels,
+    num: int,
+    random_state: Any,
+    *,
+    num_neighbors: int = 10,
+) -> dict[str, Labels]:
+    """Partitions of the rows into ``num`` parts by several methods, needs scikit-learn.
+
+    Rows with a label are in the part of their label.  A method that cannot be applied, such as label
+    spreading without labels, is left out, and so is one whose partition an earlier one has found.
+
+    :param names: keys of :data:`STARTS`.
+    :param x: finite values, shape ``(N, D)``.
+    :param labels: parts that are known, from 0, and -1, shape ``(N,)``.
+    :param num: the number K of parts.
+    :param random_state: a ``numpy.random.RandomState``.
+    :param num_neighbors: of the graphs of neighbours.
+    :return: by name, the parts, shape ``(N,)``.
+    :raises ValueError: if no method can be applied.
+
+    Example::
+
+        >>> x = np.concatenate([np.random.randn(50, 2) - 5, np.random.randn(50, 2) + 5])
+        >>> found = warm_starts(["kmeans", "gmm"], x, np.full(100, -1), 2, np.random.RandomState(0))
+        >>> list(found), sorted(np.bincount(found["kmeans"]).tolist())
+        (['kmeans'], [50, 50])
+    """
+    if (labels >= 0).all() and labels.max() + 1 == num:
+        return {"labels": labels.copy()}
+    rows = np.arange(len(x))
+    if len(x) > MAX_ROWS:
+        known = np.flatnonzero(labels >= 0)[:MAX_ROWS]
+        rest = random_state.permutation(np.setdiff1d(rows, known))
+        rows = np.sort(np.concatenate([known, rest[: max(MAX_ROWS - len(known), MAX_ROWS // 2)]]))
+    y, z = labels[rows], x[rows]
+    if x.shape[1] > MAX_COLUMNS:
+        from sklearn.decomposition import PCA
+
+        z = PCA(min(MAX_COLUMNS, len(z)), random_state=0).fit_transform(z)
+    # More neighbours than a fraction of a part's rows would join parts.
+    num_neighbors = min(num_neighbors, max(MIN_NEIGHBORS, len(z) // (4 * num)))
+    found: dict[str, Labels] = {}
+    for name in names:
+        part = STARTS[name](z, y, num, random_state, num_neighbors)
+        if part is None:
+            continue
+        part = _with_labels(np.asarray(part, dtype=np.int64), y, num)
+        if all(_agreement(part, other, num) < SAME_AGREEMENT for other in found.values()):
+            found[name] = part
+    if not found:
+        raise ValueError(f"init: expected a start that the data allow, got {list(names)}, which need labels")
+    return {name: _extended(x, labels, rows, part) for name, part in found.items()}
+
+
+def _extended(x: Array, labels: Labels, rows: Labels, part: Labels) -> Labels:
+    if len(rows) == len(x):
+        return part
+    from sklearn.neighbors import KNeighborsClassifier
+
+    result: Labels = KNeighborsClassifier(1).fit(x[rows], part).predict(x)
+    return np.where(labels >= 0, labels, result)
+
+
+def _with_labels(part: Labels, labels: Labels, num: int) -> Labels:
+    """The partition renumbered to meet as many labels as it can, and then with the labels themselves."""
+    seen = labels >= 0
+    if not seen.any():
+        return part
+    counts = np.zeros((num, num))
+    np.add.at(counts, (part[seen], labels[seen]), 1.0)
+    own, theirs = linear_sum_assignment(-counts)
+    order = np.empty(num, dtype=np.int64)
+    order[own] = theirs
+    return np.where(seen, labels, order[part])
+
+
+def _agreement(part: Labels, other: Labels, num: int) -> float:
+    counts = np.zeros((num, num))
+    np.add.at(counts, (part, other), 1.0)
+    return float(counts[linear_sum_assignment(-counts)].sum() / len(part))
+
+
+# -- methods -----------------------------------------------------------------------------------------
+def _kmeans(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+    from sklearn.cluster import KMeans
+
+    result: Labels = KMeans(num, n_init=10, random_state=random_state).fit_predict(x)
+    return result
+
+
+def _gmm(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+    """From k-means, with covariances that stay away from singular."""
+    return _em(x, _kmeans(x, labels, num, random_state, num_neighbors), labels, num, None)
+
+
+def _graph(x: Array, num_neighbors: int) -> Any:
+    """Who is among the nearest of whom, either way, as a sparse matrix."""
+    from sklearn.neighbors import kneighbors_graph
+
+    near = kneighbors_graph(x, min(num_neighbors, len(x) - 1))
+    return near.maximum(near.T).tocsr()
+
+
+def _spectral(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels | None:
+    if len(x) <= num + 1 or num == 1:
+        return None
+    from scipy.sparse.csgraph import connected_components
+    from scipy.sparse.linalg import ArpackNoConvergence
+    from sklearn.cluster import SpectralClustering
+
+    near = _graph(x, num_neighbors)
+    count, parts = connected_components(near, directed=False)
+    if count == num:  # the eigenvectors of equal eigenvalues would be any mixture of the parts
+        return np.asarray(parts, dtype=np.int64)
+    if count > 1:
+        near = _connected(x, near, count, parts)
+    method = SpectralClustering(
+        num, affinity="precomputed", assign_labels="kmeans", random_state=random_state
+    )
+    try:
+        result: Labels = method.fit_predict(near)
+    except ArpackNoConvergence:
+        return None
+    return result
+
+
+def _connected(x: Array, near: Any, count: int, parts: Labels) -> Any:
+    """The graph with weak edges between the rows that are nearest across its parts."""
+    from sklearn.neighbors import NearestNeighbors
+
+    near = near.tolil()
+    for part in range(count):
+        inside, outside = np.flatnonzero(parts == part), np.flatnonzero(parts != part)
+        distance, other = NearestNeighbors(n_neighbors=1).fit(x[outside]).kneighbors(x[inside])
+        nearest = int(distance[:, 0].argmin())
+        i, j = inside[nearest], outside[other[nearest, 0]]
+        near[i, j] = near[j, i] = 0.1
+    return near.tocsr()
+
+
+def _neighbours(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+    """Gaussians whose responsibilities are averaged over neighbours in every step of EM.
+
+    Liu, Cai and He, *Gaussian Mixture Model with Local Consistency*, 2010: on data along manifolds, such as
+    images, it finds other and better parts than EM from the same start.
+    """
+    start = _label_spreading(x, labels, num, random_state, num_neighbors)
+    if start is None:
+        start = _kmeans(x, labels, num, random_state, num_neighbors)
+    near = _graph(x, num_neighbors)
+    scale = 1.0 / np.maximum(np.asarray(near.sum(1)).ravel(), 1.0)
+    return _em(x, start, labels, num, near.multiply(scale[:, None]).tocsr())
+
+
+def _label_spreading(
+    x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int
+) -> Labels | None:
+    if labels.max() + 1 != num:
+        return None
+    import warnings
+
+    from sklearn.semi_supervised import LabelSpreading
+
+    with warnings.catch_warnings():
+        # Rows that no label reaches have no distribution, and take the first part.
+        warnings.simplefilter("ignore")
+        method = LabelSpreading(
+            kernel="knn", n_neighbors=min(num_neighbors, len(x) - 1), alpha=SPREADING, max_iter=1000
+        )
+        result: Labels = method.fit(x, labels).transduction_
+    return result
+
+
+def _random(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+    """Rows go to the nearest of as many rows drawn at random."""
+    centers = x[random_state.permutation(len(x))[:num]]
+    return np.asarray(((x[:, None] - centers) ** 2).sum(-1).argmin(1), dtype=np.int64)
+
+
+STARTS: Final[dict[str, Callable[[Array, Labels, int, Any, int], Labels | None]]] = {
+    "label_spreading": _label_spreading,
+    "kmeans": _kmeans,
+    "gmm": _gmm,
+    "spectral": _spectral,
+    "neighbours": _neighbours,
+    "random": _random,
+}
+"""Methods by name: ``(x, labels, num, random_state, num_neighbors)`` -> parts; None if it does not apply."""
+
+
+# -- Gaussians ---------------------------------------------------------------------------------------
+def cluster_gaussians(x: Array, responsibilities: Array) -> tuple[Array, Array, Array]:
+    """Locations, Cholesky factors of covariances, and weights of soft parts; of an empty one, those of all.
+
+    The covariances are shrunk, the more the fewer rows there are for a column, so that none is singular.
+
+    :param x: shape ``(N, D)``.
+    :param responsibilities: shape ``(N, K)``, not negative.
+    :return: shapes ``(K, D)``, ``(K, D, D)``, ``(K,)``.
+
+    Example::
+
+        >>> loc, scale_tril, weights = cluster_gaussians(np.random.randn(100, 2), np.ones((100, 1)))
+        >>> loc.shape, scale_tril.shape, weights
+        ((1, 2), (1, 2, 2), array([1.]))
+    """
+    size, dim = x.shape
+    whole = x.var(0).mean() or 1.0
+    locs, factors, weights = [], [], []
+    for r in responsibilities.T:
+        mass = float(r.sum())
+        enough = mass >= 2.0 and np.count_nonzero(r > 1e-8) >= 2
+        r = r if enough else np.ones(size)
+        total = r.sum()
+        loc = r @ x / total
+        covariance = ((x - loc) * r[:, None]).T @ (x - loc) / total
+        mean = float(np.trace(covariance)) / dim
+        shrunk = covariance + (max(1e-3, 0.1 * dim / total) * mean + 1e-6 * whole) * np.eye(dim)
+        locs.append(loc)
+        factors.append(np.linalg.cholesky(shrunk))
+        weights.append(max(mass, 0.1))
+    return np.array(locs), np.array(factors), np.array(weights) / sum(weights)
+
+
+def _em(x: Array, start: Labels, labels: Labels, num: int, smoother: Any, max_iter: int = 60) -> Labels:
+    """EM for Gaussians from a partition; with ``smoother``, rows of weights that sum to one, LCGMM."""
+    identity = np.eye(num)
+    seen = labels >= 0
+    r = identity[start]
+    before = start
+    for iteration in range(max_iter):
+        if smoother is not None:
+            r = _smooth(r, seen, identity[labels[seen]], smoother)
+        r[seen] = identity[labels[seen]]
+        loc, factors, weights = cluster_gaussians(x, r)
+        log_prob = np.empty((len(x), num))
+        for k in range(num):
+            u = np.linalg.solve(factors[k], (x - loc[k]).T)
+            log_prob[:, k] = np.log(weights[k] / np.diag(factors[k]).prod()) - 0.5 * (u**2).sum(0)
+        r = np.exp(log_prob - log_prob.max(1, keepdims=True))
+        r /= r.sum(1, keepdims=True)
+        part = r.argmax(1)
+        if iteration > 10 and (part == before).all():
+            break
+        before = part
+    if smoother is not None:
+        r = _smooth(r, seen, identity[labels[seen]], smoother)
+    return np.asarray(r.argmax(1), dtype=np.int64)
+
+
+def _smooth(r: Array, seen: NDArray[np.bool_], known: Array, smoother: Any) -> Array:
+    for _ in range(SMOOTHINGS):
+        r[seen] = known
+        r = (1.0 - SMOOTHING) * r + SMOOTHING * (smoother @ r)
+    return r

@@ -1,0 +1,96 @@
+"""What a mixture of flows is made of, and the checks of its arguments."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor, nn
+
+from ..._checks import check_count, check_dtype, check_positive
+from ...flows import FLOWS, indexed_layers
+from ...transforms import Compose, IndexedCompose, LowerAffine, Stacked
+from ...transforms.compose import Chain
+
+__all__ = ["Flow", "Weights", "check_rows", "check_weight", "class_map", "component_flows"]
+
+INDEX_SCALE = 0.1
+Flow = str | Callable[[int], nn.Module]
+
+
+class Weights(nn.Module):
+    """The mixture's weights or, of a Dirichlet, its parameters, as logarithms."""
+
+    logits: Tensor
+
+    def __init__(self, num: int, *, trained: bool = True) -> None:
+        super().__init__()
+        logits = torch.zeros(num)
+        if trained:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+
+
+def check_rows(x: Any, y: Any, dim: int, num_classes: int) -> None:
+    """ValueError unless these are rows of data and labels, as :meth:`VMoNF.model` takes them."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: expected a tensor, got {type(x).__name__}")
+    check_dtype("x", x.dtype)
+    if x.dim() != 2 or x.shape[1] != dim or not len(x):
+        raise ValueError(f"x: expected shape (N, {dim}) with N > 0, got {tuple(x.shape)}")
+    if y is not None:
+        if not isinstance(y, Tensor) or y.dtype != torch.long:
+            kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"y: expected integers (torch.long), got {kind}")
+        if y.shape != x.shape[:1]:
+            raise ValueError(f"y: expected shape {tuple(x.shape[:1])}, got {tuple(y.shape)}")
+    if not is_validation_enabled():
+        return
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"x: expected finite values, got {int((~x.isfinite()).sum())} that are not")
+    if y is not None and bool(((y < -1) | (y >= num_classes)).any()):
+        raise ValueError(f"y: expected labels from 0 to {num_classes - 1}, or -1, got {y.unique().tolist()}")
+
+
+def check_weight(name: str, value: float) -> float:
+    """``value`` as a float, or ValueError unless it is 0 or a positive number."""
+    return 0.0 if value == 0 and not isinstance(value, bool) else check_positive(name, value)
+
+
+def component_flows(
+    num: int, dim: int, flow: Flow, shared: int, index_dim: int, sizes: dict[str, Any]
+) -> Chain:
+    """The flows of all components, stacked, and what they share: next to the data, hence last."""
+
+    if check_count("shared_layers", shared) and index_dim:
+        raise ValueError(f"shared_layers: expected 0 with continuously-indexed components, got {shared}")
+
+    def build(**sizes: Any) -> Any:
+        return FLOWS[flow](dim, **sizes) if isinstance(flow, str) else flow(dim)
+
+    def component(affine: LowerAffine) -> Chain:
+        if not index_dim:
+            return Compose([build(**sizes), affine], dim=dim)
+        # Indices that move nothing at first get no gradient.
+        layers = indexed_layers(flow, dim, index_dim=index_dim, index_scale=INDEX_SCALE, **sizes)
+        return IndexedCompose([*layers, affine], dim)
+
+    common = [build() for _ in range(shared)]
+    if shared and isinstance(flow, str):
+        common = [build(num_layers=shared, hidden=sizes["hidden"])]
+    affines = [LowerAffine(dim) for _ in range(num)]
+    for affine in affines:
+        nn.init.normal_(affine.loc)  # components that start alike stay alike
+    stacked = Stacked(map(component, affines))
+    return Compose([stacked, *common])
+
+
+def class_map(classes: Sequence[int] | None, num: int) -> Tensor:
+    """The class of each of ``num`` components, integers of shape ``(num,)``."""
+    if classes is None:
+        return torch.arange(num)
+    found = [check_count("classes", each) for each in classes]
+    if len(found) != num or set(found) != set(range(max(found, default=-1) + 1)):
+        raise ValueError(f"classes: expected {num} integers, with each from 0 on, got {list(classes)!r}")
+    return torch.tensor(found)

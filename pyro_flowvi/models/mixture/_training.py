@@ -1,0 +1,289 @@
+"""Maximum likelihood for mixtures of flows: the training that the estimator and its warm starts share."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._compile.errors import CannotCompile
+from ..._compile.run_by_operation import by_operation
+from ..._compile.trace import trace
+from .vmonf import VMoNF
+
+__all__ = ["MixtureTrainer", "TrainingResult", "TrainingRows"]
+
+TRACED_FROM: Final = 150
+"""Steps from which tracing one, half a second, pays."""
+CLIP: Final = 5.0
+AVERAGING: Final = 0.99
+COMPLETE, BLENDED = 0.15, 0.3
+"""Up to the first share of the steps the start's partition is learnt; from the second on, the likelihood."""
+QUIET_FROM: Final = 0.7
+"""The share of the steps after which the noise has come down to its floor."""
+CHECKS: Final = 20
+"""How often the held-out rows are scored."""
+MAX_BAD: Final = 10
+"""Steps in a row without a finite gradient that end a run."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Rows of data on the device of the model.
+
+    :param x: shape ``(N, D)``.
+    :param allowed: which components may have made a row, shape ``(N, K)``.
+    :param parts: the start's component of each row, shape ``(N,)``.
+
+    Example::
+
+        >>> allowed, parts = torch.ones(8, 3, dtype=torch.bool), torch.zeros(8, dtype=torch.long)
+        >>> rows = TrainingRows(torch.randn(8, 2), allowed, parts)
+        >>> len(rows)
+        8
+    """
+
+    x: Tensor
+    allowed: Tensor
+    parts: Tensor
+
+    @classmethod
+    def free(cls, x: Tensor, num: int) -> "TrainingRows":
+        """Rows that any of ``num`` components may have made, without a start."""
+        allowed = torch.ones(len(x), num, dtype=torch.bool, device=x.device)
+        return cls(x, allowed, torch.zeros(len(x), dtype=torch.long, device=x.device))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    :param nll: the mean negative log likelihood of the held-out rows, or of the data without such, at the
+        parameters that were kept.
+    :param losses: of each step.
+    :param checks: the same of the averaged parameters after every twentieth of the steps, if rows were held
+        out.
+    :param diverged: whether it stopped because nothing was finite any more.
+
+    Example::
+
+        >>> TrainingResult(1.5, [2.0, 1.6], [], False).diverged
+        False
+    """
+
+    nll: float
+    losses: list[float]
+    checks: list[float]
+    diverged: bool
+
+
+class MixtureTrainer:
+    r"""Adam on the exact likelihood of a :class:`VMoNF`, started from a partition of the rows.
+
+    A row counts with :math:`-\log \sum_k \pi_k p_k(x)` over the components that it may be of.  The first
+    steps take the start's partition for known instead; then the one turns into the other linearly.
+    Noise on the rows starts wide and comes down, so that thin densities are approached from outside.  Of the
+    averaged parameters those are kept, as a copy, that are best on the held-out rows.
+
+    :param model: trained in place.
+    :param batch_size: rows of a step.
+    :param lr: Adam's rate at the start; it falls to zero along a cosine.
+    :param weight_decay: of the weights of networks, decoupled.
+    :param noise: standard deviations of the noise, at the start above the floor, and the floor.
+    :param seed: of batches and noise.
+
+    Example::
+
+        >>> x = torch.cat([torch.randn(50, 2) - 3, torch.randn(50, 2) + 3])
+        >>> parts = torch.arange(2).repeat_interleave(50)
+        >>> rows = TrainingRows(x, torch.ones(100, 2, dtype=torch.bool), parts)
+        >>> trainer = MixtureTrainer(VMoNF(2, 2, num_layers=2, hidden=(8,)))
+        >>> len(trainer.run(rows, 20).losses)
+        20
+    """
+
+    def __init__(
+        self,
+        model: VMoNF,
+        *,
+        batch_size: int = 256,
+        lr: float = 4e-3,
+        weight_decay: float = 0.05,
+        noise: tuple[float, float] = (0.15, 0.005),
+        seed: int = 0,
+    ) -> None:
+        self.model, self.batch_size, self.lr, self.noise, self.seed = model, batch_size, lr, noise, seed
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        flat = torch.cat([p.detach().reshape(-1) for p in self.params])
+        self.flat = flat
+        """All parameters end to end; those of the model are views of it until :meth:`release`."""
+        decay, start = torch.zeros_like(flat), 0
+        for name, param in model.named_parameters():
+            if not param.requires_grad:
+                continue
+            end = start + param.numel()
+            param.data = flat[start:end].view_as(param)
+            if name.endswith("weight"):
+                decay[start:end] = weight_decay
+            start = end
+        self.decay = decay if weight_decay else None
+        self._graphs: dict[int, Callable[..., Any]] = {}
+
+    def release(self) -> None:
+        """Gives the model's parameters memory of their own."""
+        for param in self.params:
+            param.data = param.data.clone()
+
+    # -- the objective ------------------------------------------------------------------------------
+
+    def _objective(self, x: Tensor, allowed: Tensor, parts: Tensor, blend: Tensor) -> tuple[Tensor, ...]:
+        joint = self.model.joint_log_prob(x)
+        exact = torch.where(allowed, joint, -math.inf).logsumexp(-1)
+        complete = (joint * parts).sum(-1)
+        loss = -torch.lerp(complete, exact, blend).mean()
+        return loss.detach().clone(), *torch.autograd.grad(loss, self.params)
+
+    def _program(self, args: list[Tensor], steps: int) -> Callable[..., Any]:
+        """The loss and its gradients; traced where there are enough steps, and kept for later runs."""
+        size = len(args[0])
+        if size not in self._graphs:
+            if steps < TRACED_FROM:
+                return self._objective
+            try:
+                traced = trace(self._objective, self.params, args)
+            except CannotCompile:
+                self._graphs[size] = self._objective
+            else:
+                held = [*(p.detach() for p in self.params), *traced.constants]
+                self._graphs[size] = torch.no_grad()(by_operation(traced.graph, held))
+        return self._graphs[size]
+
+    @torch.no_grad()
+    def log_prob(self, rows: TrainingRows) -> Tensor:
+        """The log likelihood of each row, shape ``(N,)``."""
+        parts = []
+        for x, allowed in zip(rows.x.split(2**13), rows.allowed.split(2**13), strict=True):
+            joint = torch.where(allowed, self.model.joint_log_prob(x), -math.inf)
+            parts.append(joint.logsumexp(-1).double())
+        return torch.cat(parts)
+
+    def nll(self, rows: TrainingRows) -> float:
+        """The mean negative log likelihood."""
+        return -float(self.log_prob(rows).mean())
+
+    # -- training -----------------------------------------------------------------------------------
+
+    def run(
+        self,
+        rows: TrainingRows,
+        steps: int,
+        held_out: TrainingRows | None = None,
+        *,
+        from_start: bool = True,
+        progress: Callable[[], Any] | None = None,
+        stop: Callable[[int, float], bool] | None = None,
+    ) -> TrainingResult:
+        """Trains, and leaves the best parameters in the model.
+
+        :param rows: the data.
+        :param steps: how many.
+        :param held_out: rows to choose the parameters by; without any, the last averaged ones are kept.
+        :param from_start: begins with the partition; otherwise the likelihood is maximised from the first
+            step.
+        :param progress: called after every step.
+        :param stop: told the number of each check and its value, ends the run by returning True.
+        """
+        flat = self.flat
+        generator = torch.Generator(flat.device).manual_seed(self.seed)
+        batches = _Batches(rows, min(self.batch_size, len(rows)), self.noise, generator)
+        moments = torch.zeros_like(flat), torch.zeros_like(flat)
+        average, good, initial = flat.clone(), flat.clone(), flat.clone()
+        best, bad, losses, checks = math.inf, 0, list[float](), list[float]()
+        every = max(1, steps // CHECKS)
+        for step in range(steps):
+            done = step / steps
+            blend = (done - COMPLETE) / (BLENDED - COMPLETE) if from_start else 1.0
+            args = [*batches.draw(done), torch.as_tensor(min(max(blend, 0.0), 1.0)).to(flat)]
+            loss, *grads = self._program(args, steps)(*args)
+            bad = 0 if self._step(loss, grads, step, done, moments) else bad + 1
+            losses.append(loss.item())
+            average.lerp_(flat, 1.0 - min(AVERAGING, (1.0 + step) / (10.0 + step)))
+            if progress is not None:
+                progress()
+            if bad == MAX_BAD:
+                break
+            if (step + 1) % every and step < steps - 1:
+                continue
+            if held_out is None:
+                if bad == 0:
+                    good.copy_(average)
+                continue
+            checks.append(self._score_at(average, held_out))
+            if checks[-1] < best:
+                best = checks[-1]
+                good.copy_(average)
+            if stop is not None and stop(len(checks) - 1, best):
+                break
+        flat.copy_(good)
+        scored = rows if held_out is None else held_out
+        nll = self.nll(scored)
+        if math.isfinite(nll):
+            return TrainingResult(nll, losses, checks, bad == MAX_BAD)
+        flat.copy_(initial)
+        return TrainingResult(self.nll(scored), losses, checks, True)
+
+    @torch.no_grad()
+    def _score_at(self, average: Tensor, held_out: TrainingRows) -> float:
+        now = self.flat.clone()
+        self.flat.copy_(average)
+        nll = self.nll(held_out)
+        self.flat.copy_(now)
+        return nll
+
+    @torch.no_grad()
+    def _step(
+        self, loss: Tensor, grads: list[Tensor], step: int, done: float, moments: tuple[Tensor, Tensor]
+    ) -> bool:
+        """One of Adam (Kingma and Ba 2015, algorithm 1); False, and nothing moved, if not finite."""
+        grad = torch.cat([g.reshape(-1) for g in grads])
+        norm = float(torch.linalg.vector_norm(grad))
+        if not math.isfinite(norm) or not math.isfinite(loss.item()):
+            return False
+        if norm > CLIP:
+            grad *= CLIP / norm
+        first, second = moments
+        rate = 0.5 * self.lr * (1.0 + math.cos(math.pi * done))
+        first.lerp_(grad, 0.1)
+        second.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        if self.decay is not None:
+            self.flat.addcmul_(self.flat, self.decay, value=-rate)
+        root = (second / (1.0 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
+        self.flat.addcdiv_(first, root, value=-rate / (1.0 - 0.9 ** (step + 1)))
+        return True
+
+
+class _Batches:
+    """Minibatches in random order, with noise on the rows."""
+
+    def __init__(
+        self, rows: TrainingRows, size: int, noise: tuple[float, float], generator: torch.Generator
+    ) -> None:
+        self.rows, self.size, self.noise, self.generator = rows, size, noise, generator
+        self.parts = F.one_hot(rows.parts, rows.allowed.shape[-1]).to(rows.x)
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def draw(self, done: float) -> list[Tensor]:
+        x, options = self.rows.x, {"generator": self.generator, "device": self.rows.x.device}
+        if len(self.order) < self.size:
+            self.order = torch.randperm(len(x), **options)  # type: ignore[call-overload]
+        index, self.order = self.order[: self.size], self.order[self.size :]
+        start, floor = self.noise
+        scale = floor + start * max(0.0, 1.0 - done / QUIET_FROM) ** 2
+        noise = torch.randn((self.size, x.shape[-1]), dtype=x.dtype, **options)  # type: ignore[call-overload]
+        return [torch.add(x[index], noise, alpha=scale), self.rows.allowed[index], self.parts[index]]

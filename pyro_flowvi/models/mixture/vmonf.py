@@ -1,0 +1,374 @@
+"""VMoNF: a mixture of normalizing flows as a Pyro model, its component enumerated."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..._checks import check_count, check_positive, check_positive_int, check_widths
+from ..._program.param_store import NamedModel, announce
+from ...distributions import MixtureOfFlows
+from ...flows import check_layer_flow
+from ...nn import MLP
+from ...transforms import Compose, Stacked
+from ._parts import Flow, Weights, check_rows, check_weight, class_map, component_flows
+
+__all__ = ["VMoNF"]
+
+INFERENCES = ("exact", "amortized")
+WEIGHTS = ("learned", "fixed", "dirichlet")
+
+
+class VMoNF(NamedModel):
+    r"""A variational mixture of normalizing flows: clusters and a density, with any labels that there are.
+
+    The model is :math:`c \sim \mathrm{Categorical}(\pi)`, :math:`x \mid c \sim \mathrm{flow}_c`.
+    :meth:`model` and :meth:`guide` are an ordinary Pyro pair for ``SVI`` and
+    :class:`~pyro_flowvi.infer.CompiledSVI` with ``TraceEnum_ELBO(max_plate_nesting=1)``, which sums the site
+    "component" out:
+
+    - ``inference="exact"``: the guide leaves the component out, and the objective is log p(x): maximum
+      likelihood, whose gradient is that of EM.
+    - ``inference="amortized"``: the guide has q(c | x) = softmax(f(x) / T), a network, and the objective is
+      the ELBO, log p(x) - KL(q(c | x) ‖ p(c | x)).  It is never above the exact one: q serves as a fast
+      classifier and as a bias of the partition.
+
+    Labels are observations of the component.  Rows of a batch with and without a label are exact together:
+    a row without one (-1) counts with log p(x), one with a label with log π_y + log p(x | y).
+
+    Pires and Figueiredo, *Variational Mixture of Normalizing Flows*, 2020; of its training with labels the
+    published code has the sign of the cross-entropy wrong, which this does not.  Consistency: Izmailov,
+    Kirichenko, Finzi and Wilson, *Semi-Supervised Learning with Normalizing Flows*, 2020.
+
+    :param num_components: the number K of flows.
+    :param dim: the length D of a row of data, which should be standardised: the components start at draws
+        from N(0, I), with unit scale.
+    :param flow: a key of :data:`pyro_flowvi.FLOWS`, or a callable from D to a transform of vectors; each
+        component has one, followed by a location and a triangular scale.
+    :param inference: "exact" or "amortized", as above.
+    :param weights: "learned", "fixed" (equal), or "dirichlet": a site "weights" with prior
+        Dirichlet(``concentration``, ...) and a Dirichlet guide; a ``concentration`` below 1 empties
+        components.
+    :param shared_layers: the number of layers next to the data that all components share.
+    :param temperature: T, a positive number; the buffer ``temperature`` may be filled anew between steps.
+    :param num_layers: layers of a named flow; by default of :data:`pyro_flowvi.flows.DEFAULTS`.
+    :param hidden: widths of the networks of a named flow, likewise.
+    :param index_dim: the length of each layer's index; above 0 the components are continuously-indexed flows,
+        which can be a ring, or several pieces, where others remain one piece.  Their density is estimated on
+        average from below, and so is the objective.
+    :param index_samples: the number of index draws for that estimate; more are tighter.
+    :param base: a distribution over vectors of length D that the flows transform; the standard normal if
+        None.
+    :param classifier: widths of the hidden layers of f, for amortized inference.
+    :param classes: the class of each component, K integers from 0; by default each component is a class of
+        its own.  With more components than classes a label says which components may have made a row.
+    :param concentration: of the Dirichlet prior.
+    :param supervised_weight: λ, what a row with a label counts for.
+    :param classifier_weight: α, the weight of log q(y | x) of rows with a label, which trains the classifier
+        on labels; for amortized inference.
+    :param consistency: w, the weight of a consistency loss: -log p(x' | ŷ) with ŷ the most probable component
+        of x'', where x' and x'' are x with independent noise.
+    :param consistency_noise: the standard deviation of that noise.
+    :param consistency_ramp: the number of steps over which w rises from 0, if ``step`` is given.
+    :param name: prefix of the parameters in the param store; by default the class name, made unique.
+    :raises ValueError: if an argument is not of the described kind.
+
+    Example::
+
+        >>> x = torch.cat([torch.randn(100, 2) - 3, torch.randn(100, 2) + 3])
+        >>> vmonf = VMoNF(2, 2, num_layers=2, hidden=(8,))
+        >>> elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)
+        >>> svi = pyro.infer.SVI(vmonf.model, vmonf.guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> loss = svi.step(x)
+        >>> vmonf.responsibilities(x).shape, vmonf.sample(5).shape
+        (torch.Size([200, 2]), torch.Size([5, 2]))
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        num_components: int,
+        dim: int,
+        flow: Flow = "realnvp",
+        inference: str = "exact",
+        weights: str = "learned",
+        shared_layers: int = 0,
+        temperature: float = 1.0,
+        *,
+        num_layers: int | None = None,
+        hidden: Sequence[int] | None = None,
+        index_dim: int = 0,
+        index_samples: int = 1,
+        base: Distribution | None = None,
+        classifier: Sequence[int] = (32, 32),
+        classes: Sequence[int] | None = None,
+        concentration: float = 1.0,
+        supervised_weight: float = 1.0,
+        classifier_weight: float = 0.0,
+        consistency: float = 0.0,
+        consistency_noise: float = 0.1,
+        consistency_ramp: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        num = check_positive_int("num_components", num_components)
+        self.dim = check_positive_int("dim", dim)
+        check_layer_flow(flow, hidden)
+        for key, value, known in (("inference", inference, INFERENCES), ("weights", weights, WEIGHTS)):
+            if value not in known:
+                raise ValueError(f"{key}: expected one of {list(known)}, got {value!r}")
+        self.inference = inference
+        self.weights_kind = weights
+        self.concentration = check_positive("concentration", concentration)
+        self.supervised_weight = check_weight("supervised_weight", supervised_weight)
+        self.classifier_weight = check_weight("classifier_weight", classifier_weight)
+        if self.classifier_weight and inference == "exact":
+            raise ValueError("classifier_weight: expected 0 with exact inference, which has no classifier")
+        self.consistency = check_weight("consistency", consistency)
+        self.consistency_noise = check_positive("consistency_noise", consistency_noise)
+        self.consistency_ramp = check_count("consistency_ramp", consistency_ramp)
+        self.base = base
+        sizes = {"num_layers": num_layers, "hidden": hidden}
+        self.flow = component_flows(
+            num, self.dim, flow, shared_layers, check_count("index_dim", index_dim), sizes
+        )
+        self.index_dim = self.flow.dim - self.dim
+        """The number of noise coordinates of all indices."""
+        self.index_samples = check_positive_int("index_samples", index_samples)
+        self.weights = Weights(num, trained=weights == "learned")
+        if weights == "dirichlet":
+            self.weights_posterior = Weights(num)
+        if inference == "amortized":
+            self.classifier = MLP(self.dim, check_widths("classifier", classifier), num)
+        self.register_buffer("temperature", torch.tensor(check_positive("temperature", temperature)))
+        self.classes: Tensor
+        self.register_buffer("classes", class_map(classes, num))
+        self.num_classes = int(self.classes.max()) + 1
+        """The number C of classes, K unless ``classes`` maps several components to one."""
+        self.take_name(name)
+
+    @property
+    def num_components(self) -> int:
+        """The number K of components."""
+        return len(self.classes)
+
+    # -- the Pyro pair ------------------------------------------------------------------------------
+
+    def model(
+        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, step: Tensor | int | None = None
+    ) -> None:
+        """The generative model of a batch: sites "component", "label" and "x" in the plate "data".
+
+        :param x: rows of data, shape ``(N, D)``.
+        :param y: labels, integers of shape ``(N,)``, from 0 to C - 1, or -1 for a row without one.
+        :param size: the number of rows of the whole data, if the batch is a part of it: its log densities are
+            scaled by ``size / N``.
+        :param step: the number of the step, for the consistency loss to rise with.
+        :raises ValueError: if an argument is not of the described kind; values are looked at while Pyro's
+            validation is on.
+        """
+        check_rows(x, y, self.dim, self.num_classes)
+        for part in ("flow", "weights"):
+            announce(getattr(self, part), f"{self.name}.{part}")
+        logits = self._sampled_logits(x)
+        mixture = self._mixture(logits)
+        with self._plate(x, size):
+            component = pyro.sample(
+                "component", dist.Categorical(logits=logits), infer={"enumerate": "parallel"}
+            )
+            pyro.sample("x", mixture.given(component), obs=x)
+            if y is not None:
+                # The class is a function of the component: the others' probability is zero.
+                seen = dist.Categorical(logits=self._class_logits(x)[component])
+                labelled = y != -1
+                pyro.sample("label", seen.mask(labelled), obs=torch.where(labelled, y, 0))
+                self._weigh_labels(mixture, x, y, labelled)
+            if self.consistency:
+                pyro.factor("consistency", self._ramp(step) * self._agreement(mixture, x))
+
+    def guide(
+        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, step: Tensor | int | None = None
+    ) -> None:
+        """The guide of a batch: with exact inference of the weights' posterior alone, if they have one.
+
+        The arguments are those of :meth:`model`.
+        """
+        if self.weights_kind == "dirichlet":
+            announce(self.weights_posterior, f"{self.name}.weights_posterior")
+            pyro.sample("weights", self._dirichlet())
+        if self.inference == "exact":
+            return
+        announce(self.classifier, f"{self.name}.classifier")
+        with self._plate(x, size):
+            logits = self._classifier_logits(x)
+            if y is not None:
+                allowed = (y.unsqueeze(-1) == self.classes) | (y == -1).unsqueeze(-1)
+                logits = torch.where(allowed, logits, -torch.inf)
+            pyro.sample("component", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+
+    def _plate(self, x: Tensor, size: int | None) -> Any:
+        if size is None:
+            return pyro.plate("data", len(x), dim=-1)
+        if check_positive_int("size", size) < len(x):
+            raise ValueError(f"size: expected at least the {len(x)} rows of the batch, got {size}")
+        return pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1)
+
+    def _sampled_logits(self, like: Tensor) -> Tensor:
+        if self.weights_kind != "dirichlet":
+            return self.weights.logits.log_softmax(-1)
+        prior = dist.Dirichlet(like.new_full((self.num_components,), self.concentration))
+        weights: Tensor = pyro.sample("weights", prior)
+        return weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
+
+    def _dirichlet(self) -> dist.Dirichlet:
+        return dist.Dirichlet(self.weights_posterior.logits.exp())
+
+    def _class_logits(self, like: Tensor) -> Tensor:
+        mine = self.classes.unsqueeze(-1) == torch.arange(self.num_classes, device=like.device)
+        return torch.where(mine, like.new_zeros(()), -torch.inf)
+
+    def _classifier_logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x) / self.temperature
+        return logits
+
+    def _weigh_labels(self, mixture: MixtureOfFlows, x: Tensor, y: Tensor, labelled: Tensor) -> None:
+        """What rows with a label count for beyond their likelihood."""
+        allowed = y.unsqueeze(-1) == self.classes
+        if self.supervised_weight != 1.0:
+            joint = torch.where(allowed, mixture.joint_log_prob(x), -torch.inf).logsumexp(-1)
+            more = torch.where(labelled, (self.supervised_weight - 1.0) * joint, 0.0)
+            pyro.factor("supervised", more)
+        if self.classifier_weight:
+            announce(self.classifier, f"{self.name}.classifier")
+            log_q = self._classifier_logits(x).log_softmax(-1)
+            log_q = torch.where(allowed, log_q, -torch.inf).logsumexp(-1)
+            pyro.factor("classified", torch.where(labelled, self.classifier_weight * log_q, 0.0))
+
+    def _ramp(self, step: Tensor | int | None) -> Any:
+        if step is None or not self.consistency_ramp:
+            return self.consistency
+        return self.consistency * torch.as_tensor(step / self.consistency_ramp).clamp(0.0, 1.0)
+
+    def _agreement(self, mixture: MixtureOfFlows, x: Tensor) -> Tensor:
+        noise = self.consistency_noise * torch.randn((2,) + x.shape, dtype=x.dtype, device=x.device)
+        with torch.no_grad():
+            guess = mixture.joint_log_prob(x + noise[0]).argmax(-1)
+        return mixture.given(guess).log_prob(x + noise[1])
+
+    # -- what was learnt ----------------------------------------------------------------------------
+
+    def mixture(self) -> MixtureOfFlows:
+        """The mixture at the present parameters; Dirichlet weights at their posterior mean."""
+        logits = self.weights.logits
+        if self.weights_kind == "dirichlet":
+            logits = self._dirichlet().mean.log()
+        return self._mixture(logits)
+
+    def _mixture(self, logits: Tensor) -> MixtureOfFlows:
+        return MixtureOfFlows(
+            self.flow, logits, base=self.base, index_dim=self.index_dim, num_samples=self.index_samples
+        )
+
+    def joint_log_prob(self, x: Tensor) -> Tensor:
+        """log π_k + log p(x | k), shape ``(*, K)``, at ``x`` of shape ``(*, D)``."""
+        return self.mixture().joint_log_prob(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), shape ``(*,)``, at ``x`` of shape ``(*, D)``."""
+        return self.mixture().log_prob(x)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """p(c | x), shape ``(*, K)``, at ``x`` of shape ``(*, D)``."""
+        return self.mixture().responsibilities(x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """q(c | x) of the classifier, shape ``(*, K)``, at ``x`` of shape ``(*, D)``.
+
+        :raises ValueError: with exact inference, which has no classifier.
+        """
+        if self.inference == "exact":
+            raise ValueError("inference: expected 'amortized', got 'exact'; see responsibilities")
+        return self._classifier_logits(x).softmax(-1)
+
+    def by_class(self, of_components: Tensor) -> Tensor:
+        """Probabilities of components, ``(*, K)``, summed over those of each class: shape ``(*, C)``."""
+        return of_components.new_zeros(of_components.shape[:-1] + (self.num_classes,)).index_add(
+            -1, self.classes, of_components
+        )
+
+    @torch.no_grad()
+    def sample(self, num_samples: int) -> Tensor:
+        """Draws of x, shape ``(num_samples, D)``."""
+        return self.mixture().sample((check_count("num_samples", num_samples),))
+
+    # -- components ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def place(self, loc: Tensor, scale_tril: Tensor, weights: Tensor | None = None) -> Self:
+        """Sets each component's location and scale, and the weights; returns this model.
+
+        Components whose flows have not been trained, which are the identity then, become those normals.
+
+        :param loc: locations, shape ``(K, D)``.
+        :param scale_tril: lower triangular with a positive diagonal, shape ``(K, D, D)``.
+        :param weights: positive, shape ``(K,)``; left as they are if None.
+        :raises ValueError: if an argument is not of that kind.
+        """
+        num, dim = self.num_components, self.dim
+        given = {"loc": (loc, (num, dim)), "scale_tril": (scale_tril, (num, dim, dim))}
+        if weights is not None:
+            given["weights"] = (weights, (num,))
+        for key, (value, shape) in given.items():
+            if value.shape != shape or not bool(value.isfinite().all()):
+                raise ValueError(f"{key}: expected finite values of shape {shape}, got {tuple(value.shape)}")
+        diagonal = scale_tril.diagonal(dim1=-2, dim2=-1)
+        if not bool((diagonal > 0).all()) or (weights is not None and not bool((weights > 0).all())):
+            raise ValueError("scale_tril, weights: expected a positive diagonal and positive weights")
+        affine = self.components.each[-1]
+        affine.loc.copy_(loc)
+        affine.log_scale.copy_(diagonal.log())
+        if dim > 1:
+            affine.lower.copy_((scale_tril / diagonal.unsqueeze(-1)).tril(-1))
+        if weights is not None and self.weights_kind == "learned":
+            self.weights.logits.copy_(weights.log())
+        return self
+
+    @property
+    def components(self) -> Stacked:
+        """The flows of the components, without what they share."""
+        flows: Stacked = self.flow[0]
+        return flows
+
+    def select(self, indices: Sequence[int]) -> "VMoNF":
+        """A model of those components alone, with copies of their parameters and a name of its own.
+
+        :raises ValueError: if there is no index.
+        :raises IndexError: if there is no component of an index.
+        """
+        kept = list(indices)
+        if not kept:
+            raise ValueError("indices: expected at least one component, got none")
+        new = copy.deepcopy(self)
+        new.flow = Compose([self.components.select(kept), *list(new.flow)[1:]])
+        rows: list[tuple[nn.Module, str]] = [(new.weights, "logits")]
+        if self.weights_kind == "dirichlet":
+            rows.append((new.weights_posterior, "logits"))
+        if self.inference == "amortized":
+            rows += [(new.classifier.last, "weight"), (new.classifier.last, "bias")]
+        for module, key in rows:
+            value: Tensor = getattr(module, key)
+            row = value.detach()[kept].clone()
+            setattr(module, key, nn.Parameter(row) if isinstance(value, nn.Parameter) else row)
+        if self.inference == "amortized":
+            new.classifier.last.out_features = len(kept)
+        new.register_buffer("classes", self.classes[kept])
+        return new
+
+    def extra_repr(self) -> str:
+        return f"inference={self.inference!r}, weights={self.weights_kind!r}"

@@ -1,0 +1,28 @@
+"""The objective for a pair of model and guide."""
+
+from typing import Any
+
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+
+from .._program.log_weights import LogWeights
+from .enumerated import TraceEnumSTL_ELBO
+from .path_gradient import TraceSTL_ELBO
+
+__all__ = ["objective_for"]
+
+
+def objective_for(weights: LogWeights, num_particles: int, path: bool = False) -> Any:
+    """The ELBO for a pair, vectorised where the model allows.
+
+    :param weights: of the pair.
+    :param num_particles: draws a step.
+    :param path: with path gradients, where they exist.
+    """
+    kind: Any = TraceSTL_ELBO if path else Trace_ELBO
+    if weights.enumerated:
+        kind = TraceEnumSTL_ELBO if weights.marginal else TraceEnum_ELBO
+    return kind(
+        num_particles=num_particles,
+        vectorize_particles=weights.vectorized and num_particles > 1,
+        max_plate_nesting=weights.max_plate_nesting,
+    )
