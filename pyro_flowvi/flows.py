@@ -29,7 +29,7 @@ from .transforms.base import ParametricTransform
 from .transforms.compose import Compose, ConditionalCompose, Inverse
 from .transforms.conditional import Conditional
 from .transforms.coupling import AdditiveCoupling, AffineCoupling, SplineCoupling
-from .transforms.indexed import HIDDEN, IndexedLayer
+from .transforms.indexed import HIDDEN, INDEX_SCALE, IndexedLayer
 from .transforms.linear import ElementwiseAffine
 from .transforms.planar import Planar
 from .transforms.radial import Radial
@@ -224,7 +224,7 @@ def indexed_layers(
     index_hidden: Sequence[int] = HIDDEN,
     order: str = "after",
     context_dim: int | None = None,
-    index_scale: float = 0.0,
+    index_scale: float = INDEX_SCALE,
 ) -> list[IndexedLayer]:
     """The layers of a named flow, each made continuously indexed.
 

@@ -40,7 +40,7 @@ def shifted(y):
 
 
 def test_groups():
-    data = to_arviz(posterior, model, Y, num_samples=500, seed=0)
+    data = to_arviz(model, posterior, Y, num_samples=500, seed=0)
     assert data.posterior["mu"].shape == (1, 500)
     assert data.posterior_predictive["y"].shape == (1, 500, 5)
     np.testing.assert_allclose(data.observed_data["y"], Y)
@@ -53,14 +53,14 @@ def test_groups():
 
 
 def test_predictions_have_the_predictive_law():
-    data = to_arviz(posterior, model, Y, seed=0)
+    data = to_arviz(model, posterior, Y, seed=0)
     drawn = data.posterior_predictive["y"].values
     assert drawn.mean() == pytest.approx(MEAN, abs=0.05)
     assert drawn.std() == pytest.approx((1 + SD**2) ** 0.5, rel=0.03)
 
 
 def test_resampled_draws_are_the_posterior():
-    data = to_arviz(shifted, model, Y, seed=0, resample=True)
+    data = to_arviz(model, shifted, Y, seed=0, resample=True)
     mu = data.posterior["mu"].values
     assert mu.mean() == pytest.approx(MEAN, abs=0.1 * SD)
     assert mu.std() == pytest.approx(SD, rel=0.05)
@@ -68,7 +68,7 @@ def test_resampled_draws_are_the_posterior():
 
 def test_loo_against_the_closed_form():
     """elpd of each value given the others, which are normal."""
-    data = to_arviz(posterior, model, Y, seed=0)
+    data = to_arviz(model, posterior, Y, seed=0)
     expected = 0.0
     for i, value in enumerate(Y):
         others = torch.cat([Y[:i], Y[i + 1 :]])
@@ -85,20 +85,20 @@ def test_summary_and_pairs():
     import matplotlib
 
     matplotlib.use("agg")
-    data = to_arviz(posterior, model, Y, seed=0)
+    data = to_arviz(model, posterior, Y, seed=0)
     table = az.summary(data, round_to="none")
     assert table["mean"]["mu"] == pytest.approx(MEAN, abs=0.1 * SD)
     args = zoo.make_zoo()["hierarchy"][1]
     guide = AutoNormal(zoo.hierarchy)
     guide(*args)
-    az.plot_pair(to_arviz(guide, zoo.hierarchy, *args, num_samples=200))
+    az.plot_pair(to_arviz(zoo.hierarchy, guide, *args, num_samples=200))
     matplotlib.pyplot.close("all")
 
 
 @pytest.mark.parametrize("name", ["lkj", "nested_plates", "flat", "not_for_batches", "dirichlet", "missing"])
 def test_shapes_of_all_kinds_of_models(name):
     program, args = zoo.make_zoo()[name]
-    data = to_arviz(AutoPlanar(program, num_layers=1), program, *args, num_samples=50)
+    data = to_arviz(program, AutoPlanar(program, num_layers=1), *args, num_samples=50)
     batched = {key: tuple(value.shape) for key, value in data.log_likelihood.data_vars.items()}
     assert (
         batched
@@ -120,7 +120,7 @@ def test_computed_sites_are_posterior():
     """A reparameterised site is no data, although Pyro has it observed."""
     program = pyro.poutine.reparam(zoo.hierarchy, config={"theta": LocScaleReparam(0.0)})
     args = zoo.make_zoo()["hierarchy"][1]
-    data = to_arviz(AutoPlanar(program, num_layers=1), program, *args, num_samples=50)
+    data = to_arviz(program, AutoPlanar(program, num_layers=1), *args, num_samples=50)
     assert set(data.log_likelihood.data_vars) == {"y"}
     posterior = data.posterior
     expected = posterior["mu"].values[..., None] + posterior["theta_decentered"].values
@@ -129,7 +129,7 @@ def test_computed_sites_are_posterior():
 
 def test_no_pointwise_likelihood_where_sites_are_summed_out():
     program, args = zoo.make_zoo()["enumerated"]
-    data = to_arviz(AutoPlanar(program, num_layers=1), program, *args, num_samples=50)
+    data = to_arviz(program, AutoPlanar(program, num_layers=1), *args, num_samples=50)
     assert "log_likelihood" not in data
     assert data.posterior_predictive["y"].shape == (1, 50, 5)
 
@@ -144,7 +144,7 @@ def test_without_arviz(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", fail)
     with pytest.raises(ImportError, match="extra 'arviz'"):
-        to_arviz(posterior, model, Y)
+        to_arviz(model, posterior, Y)
 
 
 def test_data_tree_of_later_versions(monkeypatch):
@@ -152,6 +152,6 @@ def test_data_tree_of_later_versions(monkeypatch):
     taken = []
     monkeypatch.delattr(az, "InferenceData")
     monkeypatch.setattr(az, "from_dict", lambda data: taken.append(data) or "tree")
-    assert to_arviz(posterior, model, Y, num_samples=10) == "tree"
+    assert to_arviz(model, posterior, Y, num_samples=10) == "tree"
     assert taken[0]["posterior"]["mu"].shape == (1, 10)
     assert taken[0]["observed_data"]["y"].shape == (5,)

@@ -471,7 +471,10 @@ def test_flags_copies_and_moves():
             lambda: IndexedFlow(dist.Normal(0.0, 1.0), indexed_layers("planar", 2)),
             "base: expected event_shape",
         ),
-        (lambda: IndexedFlow(None, indexed_layers("planar", 2), num_samples=0), "num_samples: expected"),
+        (
+            lambda: IndexedFlow(None, indexed_layers("planar", 2), num_index_samples=0),
+            "num_index_samples: expected",
+        ),
         (
             lambda: IndexedFlow(None, indexed_layers("planar", 2), num_extra=-1),
             "num_extra: expected an integer of at least 0",

@@ -70,7 +70,7 @@ class TestPlot:
 
     def test_on_a_given_axis(self):
         figure, axes = matplotlib.pyplot.subplots(1, 2)
-        assert plot_mixture(two_normals(), torch.randn(5, 2), axis=axes[1]) is figure
+        assert plot_mixture(two_normals(), torch.randn(5, 2), ax=axes[1]) is figure
         assert not axes[0].collections
 
     @pytest.mark.parametrize(

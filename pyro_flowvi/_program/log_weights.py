@@ -13,6 +13,7 @@ from torch.distributions import TransformedDistribution
 
 from .._types import Program, Trace
 from .batching import sum_apart
+from .call import check_guide_trace
 from .enumeration import enumerated_log_weights
 from .sites import innermost, is_enumerated
 
@@ -90,6 +91,7 @@ class LogWeights:
         with poutine.block(), torch.no_grad():
             guide_trace: Trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
             model_trace = self._replay(guide_trace)
+            check_guide_trace(guide_trace)
             for name, site in _samples(guide_trace).items():
                 _check_untransformed(name, site)
             sites: list[Any] = [*_samples(guide_trace).values(), *_samples(model_trace).values()]

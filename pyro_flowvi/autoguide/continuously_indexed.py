@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from .._checks import check_count, check_positive, check_positive_int, check_widths
 from ..distributions import FlowDistribution, IndexedFlow
 from ..distributions.flow import Shape, standard_normal_log_prob
-from ..distributions.indexed_flow import NUM_SAMPLES, tightened
+from ..distributions.indexed_flow import NUM_INDEX_SAMPLES, tightened
 from ..flows import check_layer_flow, indexed_layers
 from ..transforms import IndexedCompose
 from ..transforms.compose import Chain
-from ..transforms.indexed import HIDDEN, ORDERS
+from ..transforms.indexed import HIDDEN, INDEX_SCALE, ORDERS
 from ._latent_site import CallPosterior
 from .flow import AutoFlow
 
 __all__ = ["AutoCIF", "IndexedCallPosterior"]
-
-INDEX_SCALE = 0.1
 
 
 class IndexedCallPosterior(CallPosterior):
@@ -94,7 +92,7 @@ class AutoCIF(AutoFlow):
         saddle that is left slowly if at all.
     :param num_extra: index draws beside its own in the bound of each draw.  0 is the auxiliary ELBO, more are
         the importance-weighted auxiliary ELBO of that many and one: tighter, at the cost of an inverse each.
-    :param num_samples: index draws for each value that :meth:`log_prob` scores.
+    :param num_index_samples: index draws for each value that :meth:`log_prob` scores.
     :param options: keyword options of :class:`AutoFlow`.
     :raises ValueError: if an argument is not of the described kind.
 
@@ -123,14 +121,14 @@ class AutoCIF(AutoFlow):
         order: str = "after",
         index_scale: float = INDEX_SCALE,
         num_extra: int = 0,
-        num_samples: int = NUM_SAMPLES,
+        num_index_samples: int = NUM_INDEX_SAMPLES,
         **options: Any,
     ) -> None:
         check_layer_flow(flow, hidden)
         if order not in ORDERS:
             raise ValueError(f"order: expected one of {list(ORDERS)}, got {order!r}")
         extra = check_count("num_extra", num_extra)
-        samples = check_positive_int("num_samples", num_samples)
+        samples = check_positive_int("num_index_samples", num_index_samples)
         build = partial(
             indexed_layers,
             flow,
@@ -142,7 +140,7 @@ class AutoCIF(AutoFlow):
             index_scale=float(index_scale) and check_positive("index_scale", index_scale),
         )
         super().__init__(model, build, **options)
-        self.num_extra, self.num_samples = extra, samples
+        self.num_extra, self.num_index_samples = extra, samples
         self.flow_name = flow if isinstance(flow, str) else None
 
     def _layers(self) -> list[Any]:
@@ -165,7 +163,7 @@ class AutoCIF(AutoFlow):
     def get_posterior(self, *args: Any, **kwargs: Any) -> IndexedFlow:
         """The distribution over the packed unconstrained latents; scores any value by an estimate."""
         flow: Any = self._flow
-        return IndexedFlow(None, flow, num_samples=self.num_samples, num_extra=self.num_extra)
+        return IndexedFlow(None, flow, num_index_samples=self.num_index_samples, num_extra=self.num_extra)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the packed unconstrained latents, as an auxiliary site together with their indices."""

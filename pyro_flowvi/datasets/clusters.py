@@ -49,16 +49,16 @@ def _marginal(per_class: Points) -> Points:
     return total
 
 
-def two_moons(num: int = 100, noise: float = 0.05, seed: int = 0) -> tuple[Points, Labels]:
+def two_moons(num_samples: int = 100, noise: float = 0.05, seed: int = 0) -> tuple[Points, Labels]:
     """Two interleaving half circles of radius 1, evenly spaced along them, with Gaussian noise.
 
     The curves of scikit-learn's ``make_moons``; it is not needed.
 
-    :param num: the number of points N, of which the upper moon has N // 2.
+    :param num_samples: the number of points N, of which the upper moon has N // 2.
     :param noise: standard deviation of the noise in each coordinate.
     :param seed: of the noise.
     :return: points, shape ``(N, 2)``, and labels, 0 on the upper moon and 1 on the lower, shape ``(N,)``.
-    :raises ValueError: if ``num`` is not a positive integer, or ``noise`` is negative or not finite.
+    :raises ValueError: if ``num_samples`` is not a positive integer, or ``noise`` is negative or not finite.
 
     Example::
 
@@ -66,15 +66,15 @@ def two_moons(num: int = 100, noise: float = 0.05, seed: int = 0) -> tuple[Point
         >>> points.shape, labels.sum()
         ((100, 2), np.int64(50))
     """
-    upper = check_positive_int("num", num) // 2
-    first, second = np.linspace(0.0, math.pi, upper), np.linspace(0.0, math.pi, num - upper)
+    upper = check_positive_int("num_samples", num_samples) // 2
+    first, second = np.linspace(0.0, math.pi, upper), np.linspace(0.0, math.pi, num_samples - upper)
     moons = np.concatenate(
         [
             np.stack([np.cos(first), np.sin(first)], -1),
             np.stack([1.0 - np.cos(second), 0.5 - np.sin(second)], -1),
         ]
     )
-    labels = np.repeat([0, 1], [upper, num - upper])
+    labels = np.repeat([0, 1], [upper, num_samples - upper])
     return moons + _check_noise(noise) * np.random.default_rng(seed).standard_normal(moons.shape), labels
 
 

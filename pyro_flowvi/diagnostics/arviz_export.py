@@ -14,6 +14,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from .._checks import check_positive_int
+from .._program.call import as_keywords, check_programs
 from .._program.log_weights import LogWeights
 from ..psis import psis
 from ..psis import resample as resampled
@@ -27,13 +28,14 @@ _PLATE = "_draws"
 
 
 def to_arviz(
-    guide: Callable[..., Any],
     model: Callable[..., Any],
+    guide: Callable[..., Any],
     *args: Any,
     num_samples: int = 4000,
     resample: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A guide's draws, what they predict and how likely they make the data, as ArviZ data of one chain.
 
@@ -48,18 +50,20 @@ def to_arviz(
     The draws are independent.  They are the guide's: unless :func:`diagnose` finds the guide good, pass
     ``resample=True`` for draws resampled by Pareto-smoothed weights.
 
-    :param guide: any fitted Pyro guide.
-    :param model: the model.
+    :param model: a Pyro model.
+    :param guide: any fitted Pyro guide for it.
     :param args: the model's positional arguments.
     :param num_samples: number S of draws.
     :param resample: whether to resample the draws by their smoothed weights, with replacement.
-    :param model_kwargs: the model's keyword arguments.
+    :param kwargs: the model's keyword arguments.
+    :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed first.
     :return: an ``arviz.InferenceData`` (ArviZ before 1.0) or an ``xarray.DataTree`` (from 1.0), every group
         with the dimensions ``(chain, draw, ...)`` of sizes ``(1, S, ...)``.
     :raises ImportError: without ArviZ.
     :raises ValueError: if ``num_samples`` is no positive integer, if the guide draws no value of a site that
         the model needs, or with ``resample=True`` where a draw has no finite density.
+    :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
     Example::
 
@@ -68,7 +72,7 @@ def to_arviz(
         ...     with pyro.plate("rows", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> guide = pyro_flowvi.AutoPlanar(model, num_layers=1)
-        >>> data = to_arviz(guide, model, torch.tensor([0.5, 1.5]), num_samples=100)
+        >>> data = to_arviz(model, guide, torch.tensor([0.5, 1.5]), num_samples=100)
         >>> data.posterior["mu"].shape, data.log_likelihood["y"].shape
         ((1, 100), (1, 100, 2))
     """
@@ -79,9 +83,11 @@ def to_arviz(
     check_positive_int("num_samples", num_samples)
     if not isinstance(resample, bool):
         raise ValueError(f"resample: expected True or False, got {resample!r}")
+    check_programs(model, guide)
+    kwargs = as_keywords(to_arviz, model, kwargs, model_kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    draws = weighted_draws(model, guide, args, model_kwargs, num_samples)
+    draws = weighted_draws(model, guide, args, kwargs, num_samples)
     if draws.sites is None or draws.z is None or draws.log_p is None:
         sites, stats = _sites_alone(draws, num_samples, resample)
     else:

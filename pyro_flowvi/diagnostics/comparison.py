@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._program.call import as_keywords, check_programs
 from .diagnosis import Diagnosis, diagnose
 
 __all__ = ["Comparison", "compare"]
@@ -92,6 +93,7 @@ def compare(
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
     probes: bool = True,
+    **kwargs: Any,
 ) -> Comparison:
     """Ranks fitted guides of one model by their ELBO, with a diagnosis of each.
 
@@ -104,10 +106,12 @@ def compare(
         classes, with _1, _2 ... where several are of one class.
     :param args: the model's positional arguments.
     :param num_samples: draws of each guide.
-    :param model_kwargs: the model's keyword arguments.
+    :param kwargs: the model's keyword arguments.
+    :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed before each guide.
     :param probes: as in :func:`diagnose`.
     :raises ValueError: if ``guides`` is empty or holds something that is no guide.
+    :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
     Example::
 
@@ -124,6 +128,8 @@ def compare(
     for name, guide in named.items():
         if not callable(guide):
             raise ValueError(f"guides: expected callables, got {guide!r} as {name!r}")
+        check_programs(model, guide)
+    kwargs = as_keywords(compare, model, kwargs, model_kwargs)
     rows = [
         (
             name,
@@ -132,7 +138,7 @@ def compare(
                 guide,
                 *args,
                 num_samples=num_samples,
-                model_kwargs=model_kwargs,
+                model_kwargs=kwargs,
                 seed=seed,
                 probes=probes,
             ),

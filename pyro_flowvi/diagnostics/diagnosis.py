@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .._checks import check_positive_int
 from .._compile.log_density import traced
+from .._program.call import as_keywords, check_programs
 from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis
 from ._verdict import Figures, judge, shifts
 from ._weighted_draws import WeightedDraws, weighted_draws
@@ -104,6 +105,7 @@ def diagnose(
     seed: int | None = None,
     probes: bool = True,
     fit_result: Any = None,
+    **kwargs: Any,
 ) -> Diagnosis:
     """Judges a fitted guide by its importance weights and by short chains around its draws.
 
@@ -124,12 +126,15 @@ def diagnose(
     :param guide: any Pyro guide for it.
     :param args: the model's positional arguments.
     :param num_samples: number S of draws, at least 100.
-    :param model_kwargs: the model's keyword arguments.
+    :param kwargs: the model's keyword arguments.
+    :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed first.
     :param probes: whether to run the chains, at most 36,000 gradients of the log density in 280 batches;
         a tenth of that where the model does not run for many points at once.
     :param fit_result: what :func:`pyro_flowvi.fit` returned: a fit that had not converged is never good.
-    :raises ValueError: if ``num_samples`` is too small, or the guide has not been set up and cannot be.
+    :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, the guide
+        has not been set up and cannot be, or model and guide are swapped.
+    :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
     References: Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling*, 2024
     (k-hat and its threshold, section 3.2.4); Yao, Vehtari, Simpson and Gelman, *Yes, but Did It
@@ -150,9 +155,11 @@ def diagnose(
         raise ValueError(f"num_samples: expected at least {MIN_SAMPLES}, got {num_samples}")
     if not isinstance(probes, bool):
         raise ValueError(f"probes: expected True or False, got {probes!r}")
+    check_programs(model, guide)
+    kwargs = as_keywords(diagnose, model, kwargs, model_kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    draws = weighted_draws(model, guide, args, model_kwargs, num_samples)
+    draws = weighted_draws(model, guide, args, kwargs, num_samples)
     log_weights = draws.log_weights
     finite = np.isfinite(log_weights)
     dropped = int(num_samples - finite.sum())

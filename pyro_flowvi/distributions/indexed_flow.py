@@ -18,7 +18,7 @@ from .flow import FlowDistribution, Shape, standard_normal_log_prob
 
 __all__ = ["IndexedFlow", "index_log_ratios", "log_mean_exp", "tightened"]
 
-NUM_SAMPLES: Final = 100
+NUM_INDEX_SAMPLES: Final = 100
 _MAX_ELEMENTS = 2**22
 _MAX_ELEMENTS_WITH_GRAPH = 2**16
 """Numbers that are inverted at once, without a graph and with one: layers keep some kilobytes for each."""
@@ -36,13 +36,13 @@ def log_mean_exp(values: Tensor) -> Tensor:
     return values.logsumexp(0) - math.log(len(values))
 
 
-def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_samples: int) -> Tensor:
+def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_index_samples: int) -> Tensor:
     """Log ratios q(w, u) |det ∂w/∂z| / r(u | z) of indices drawn from r, whose mean ratio is q(z).
 
     :param density: the law of variable and noise, with an :class:`IndexedCompose` as its last transform.
     :param inner_dim: the length D of the variable.
     :param z: values, shape ``(*, D)``.
-    :param num_samples: the number M of draws of all indices for each value.
+    :param num_index_samples: the number M of draws of all indices for each value.
     :return: shape ``(M, *)``.
 
     Example::
@@ -54,7 +54,7 @@ def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_s
     """
     index_dim = density.event_shape[0] - inner_dim
     shape = torch.broadcast_shapes(z.shape[:-1], density.batch_shape)
-    noise = torch.randn((num_samples,) + shape + (index_dim,), dtype=z.dtype, device=z.device)
+    noise = torch.randn((num_index_samples,) + shape + (index_dim,), dtype=z.dtype, device=z.device)
     graph = torch.is_grad_enabled()
     limit = _MAX_ELEMENTS_WITH_GRAPH if graph else _MAX_ELEMENTS
     rows = max(1, limit // max(1, math.prod(shape) * density.event_shape[0]))
@@ -63,7 +63,7 @@ def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_s
         y = torch.cat([z.expand(part.shape[:-1] + (inner_dim,)), part], -1)
         return density.log_prob(y) - standard_normal_log_prob(part)
 
-    if graph and rows < num_samples:  # inverted again in the backward pass, which saves their graphs
+    if graph and rows < num_index_samples:  # inverted again in the backward pass, which saves their graphs
         return torch.cat([_forget(ratios, part) for part in noise.split(rows)])
     return torch.cat([ratios(part) for part in noise.split(rows)])
 
@@ -153,7 +153,7 @@ class IndexedFlow(TorchDistribution):
     :param layers: :class:`~pyro_flowvi.transforms.IndexedLayer` modules, and plain transforms among them, or
         an :class:`~pyro_flowvi.transforms.IndexedCompose` of them.
     :param context: what conditional layers are given, shape ``(*B, C)``; B joins the batch shape.
-    :param num_samples: the number M of index draws from which :meth:`log_prob` estimates the density.
+    :param num_index_samples: the number M of index draws from which :meth:`log_prob` estimates the density.
     :param num_extra: how many more index draws go into the bound of the distribution's own draws: 0 is the
         auxiliary bound, any more make it tighter.
     :param validate_args: as in torch.
@@ -184,7 +184,7 @@ class IndexedFlow(TorchDistribution):
         layers: IndexedCompose | Iterable[Any],
         *,
         context: Tensor | None = None,
-        num_samples: int = NUM_SAMPLES,
+        num_index_samples: int = NUM_INDEX_SAMPLES,
         num_extra: int = 0,
         validate_args: bool | None = None,
     ) -> None:
@@ -199,7 +199,7 @@ class IndexedFlow(TorchDistribution):
             raise ValueError(f"base: expected a distribution over vectors, got {base!r}")
         if base is not None and base.event_shape != (flow.inner_dim,):
             raise ValueError(f"base: expected event_shape ({flow.inner_dim},), got {tuple(base.event_shape)}")
-        self.num_samples = check_positive_int("num_samples", num_samples)
+        self.num_index_samples = check_positive_int("num_index_samples", num_index_samples)
         self.num_extra = check_count("num_extra", num_extra)
         joint = None if base is None else WithNoise(base, flow.index_dim)
         self.extended = FlowDistribution(flow, joint)
@@ -217,36 +217,38 @@ class IndexedFlow(TorchDistribution):
 
     # -- bounds -------------------------------------------------------------------------------------
 
-    def log_prob_bound(self, value: Tensor, num_samples: int) -> Tensor:
+    def log_prob_bound(self, value: Tensor, num_index_samples: int) -> Tensor:
         """A lower bound on the log density of any value, in the mean over index draws.
 
         :param value: shape ``(*, D)``, broadcastable with the batch shape.
-        :param num_samples: the number M of index draws for each value; the gap falls as 1 / M.
+        :param num_index_samples: the number M of index draws for each value; the gap falls as 1 / M.
         :return: shape ``(*,)``, the logarithm of an unbiased estimate of the density.
-        :raises ValueError: if ``num_samples`` is not a positive integer, or ``value`` no vector of length D.
+        :raises ValueError: if ``num_index_samples`` is not a positive integer, or ``value`` no vector of
+            length D.
         """
-        count = check_positive_int("num_samples", num_samples)
+        count = check_positive_int("num_index_samples", num_index_samples)
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[-1] != self.event_shape[0]:
             raise ValueError(f"value: expected shape (*, {self.event_shape[0]}), got {_described(value)}")
         return log_mean_exp(self._log_ratios(value, count))
 
     def rsample_with_bound(
-        self, sample_shape: Shape = (), num_samples: int = NUM_SAMPLES
+        self, sample_shape: Shape = (), num_index_samples: int = NUM_INDEX_SAMPLES
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draws with bounds on their log densities: in the mean, lower ≤ log q ≤ upper.
 
         :param sample_shape: the shape S of independent draws.
-        :param num_samples: the number M of index draws for each; the upper bound has M + 1 with its own.
+        :param num_index_samples: the number M of index draws for each; the upper bound has M + 1 with
+            its own.
         :return: draws ``S + batch_shape + (D,)``, lower and upper bounds ``S + batch_shape``.
-        :raises ValueError: if ``num_samples`` is not a positive integer.
+        :raises ValueError: if ``num_index_samples`` is not a positive integer.
         """
-        count = check_positive_int("num_samples", num_samples)
+        count = check_positive_int("num_index_samples", num_index_samples)
         z, _, own = self._draw(Size(sample_shape))
         ratios = self._log_ratios(z, count)
         return z, log_mean_exp(ratios), log_mean_exp(torch.cat([own.unsqueeze(0), ratios]))
 
-    def _log_ratios(self, z: Tensor, num_samples: int) -> Tensor:
-        return index_log_ratios(self.extended, self.event_shape[0], z, num_samples)
+    def _log_ratios(self, z: Tensor, num_index_samples: int) -> Tensor:
+        return index_log_ratios(self.extended, self.event_shape[0], z, num_index_samples)
 
     def _draw(self, sample_shape: Size) -> tuple[Tensor, Tensor, Tensor]:
         """Draws, the noise of the indices that made them, and the log ratios of these."""
@@ -304,7 +306,7 @@ class IndexedFlow(TorchDistribution):
             # Again, or with the gradient that the draw was made without.
             again = self.extended.log_prob(torch.cat([value, memo.noise], -1))
             return self._with_extra(value, again - standard_normal_log_prob(memo.noise))
-        return self.log_prob_bound(value, self.num_samples)
+        return self.log_prob_bound(value, self.num_index_samples)
 
     def _versions(self, drawn: Tensor) -> list[Any]:
         """Counts of in-place changes, and dtypes, of all that a bound depends on."""
@@ -321,7 +323,7 @@ class IndexedFlow(TorchDistribution):
         """The same law with a larger batch shape; its draws are its own."""
         new: Self = self._get_checked_instance(IndexedFlow, _instance)
         new.extended = self.extended.expand(batch_shape)
-        new.num_samples, new.num_extra = self.num_samples, self.num_extra
+        new.num_index_samples, new.num_extra = self.num_index_samples, self.num_extra
         new._context, new._memo = self._context, None
         super(IndexedFlow, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Transform
 
 from .._checks import check_count, check_positive_int
 from .flow import FlowDistribution, Shape
-from .indexed_flow import NUM_SAMPLES, WithNoise, index_log_ratios, log_mean_exp
+from .indexed_flow import NUM_INDEX_SAMPLES, WithNoise, index_log_ratios, log_mean_exp
 
 __all__ = ["GivenComponent", "MixtureOfFlows", "pick_component", "stratified_indices"]
 
@@ -67,8 +67,8 @@ class MixtureOfFlows(TorchDistribution):
         the standard normal if None.
     :param index_dim: of continuously-indexed components, which are transforms of D + ``index_dim``
         coordinates (:class:`~pyro_flowvi.transforms.IndexedCompose`): the number of the indices' noise.
-    :param num_samples: the number of index draws with which the density of such components is estimated, on
-        average from below, as by :class:`IndexedFlow`.
+    :param num_index_samples: the number of index draws with which the density of such components is
+        estimated, on average from below, as by :class:`IndexedFlow`.
     :param validate_args: as in torch.
     :raises ValueError: if ``transform`` has no batch shape, ``logits`` not K elements, or a number is not of
         the described kind.
@@ -105,11 +105,11 @@ class MixtureOfFlows(TorchDistribution):
         *,
         base: Distribution | None = None,
         index_dim: int = 0,
-        num_samples: int = NUM_SAMPLES,
+        num_index_samples: int = NUM_INDEX_SAMPLES,
         validate_args: bool | None = None,
     ) -> None:
         self.index_dim = check_count("index_dim", index_dim)
-        self.num_samples = check_positive_int("num_samples", num_samples)
+        self.num_index_samples = check_positive_int("num_index_samples", num_index_samples)
         if base is not None and index_dim:
             base = WithNoise(base, index_dim)
         self.components = FlowDistribution(transform, base, validate_args=False)
@@ -145,7 +145,7 @@ class MixtureOfFlows(TorchDistribution):
         value = value.unsqueeze(-2)
         if not self.index_dim:
             return self.components.log_prob(value)
-        return log_mean_exp(index_log_ratios(self.components, value.shape[-1], value, self.num_samples))
+        return log_mean_exp(index_log_ratios(self.components, value.shape[-1], value, self.num_index_samples))
 
     def joint_log_prob(self, value: Tensor) -> Tensor:
         """log w_k + log p_k, shape ``(*, K)``, at ``value`` of shape ``(*, D)``."""
@@ -230,7 +230,7 @@ class MixtureOfFlows(TorchDistribution):
         new: Self = self._get_checked_instance(MixtureOfFlows, _instance)
         new.components = self.components
         new.logits = self.logits
-        new.index_dim, new.num_samples = self.index_dim, self.num_samples
+        new.index_dim, new.num_index_samples = self.index_dim, self.num_index_samples
         new._drawn = None
         super(MixtureOfFlows, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args

@@ -75,38 +75,38 @@ class _Canvas:
         on_grid, on_points = (scores.double().cpu().numpy() for scores in pair)
         return on_grid.reshape(len(self.axes[1]), len(self.axes[0]), -1), on_points
 
-    def draw(self, axis: Any, mixture: Any, title: str | None) -> None:
+    def draw(self, ax: Any, mixture: Any, title: str | None) -> None:
         grid, points = self._scores(mixture)
         colours = _colours(grid.shape[-1])
-        self._draw_partition(axis, grid.argmax(-1), colours)
+        self._draw_partition(ax, grid.argmax(-1), colours)
         for k, colour in enumerate(colours):
             log_density = grid[..., k]
             density = np.exp(log_density - log_density.max()) if np.isfinite(log_density.max()) else None
             if density is not None and density.min() < density.max():
                 levels = sorted({_level(density, mass) for mass in MASSES})
-                axis.contour(*self.axes, density, levels, colors=[colour], linewidths=1.0)
-        self._draw_points(axis, np.array(colours, dtype=object)[points.argmax(-1)])
-        axis.set_xlim(*self.limits[0])
-        axis.set_ylim(*self.limits[1])
-        axis.set_aspect("equal", adjustable="box")
+                ax.contour(*self.axes, density, levels, colors=[colour], linewidths=1.0)
+        self._draw_points(ax, np.array(colours, dtype=object)[points.argmax(-1)])
+        ax.set_xlim(*self.limits[0])
+        ax.set_ylim(*self.limits[1])
+        ax.set_aspect("equal", adjustable="box")
         if title is not None:
-            axis.set_title(title)
+            ax.set_title(title)
 
-    def _draw_partition(self, axis: Any, owner: Array, colours: list[str]) -> None:
+    def _draw_partition(self, ax: Any, owner: Array, colours: list[str]) -> None:
         from matplotlib.colors import ListedColormap
 
         extent = [*self.limits[0], *self.limits[1]]
         look = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5, "alpha": 0.15}
-        axis.imshow(owner, extent=extent, origin="lower", interpolation="nearest", aspect="auto", **look)
+        ax.imshow(owner, extent=extent, origin="lower", interpolation="nearest", aspect="auto", **look)
 
-    def _draw_points(self, axis: Any, colours: Array) -> None:
+    def _draw_points(self, ax: Any, colours: Array) -> None:
         hidden = self.labels == -1
         style: dict[str, Any] = {"rasterized": True, "zorder": 3}
-        axis.scatter(*self.points[hidden].T, s=4, linewidths=0, c=list(colours[hidden]), **style)
+        ax.scatter(*self.points[hidden].T, s=4, linewidths=0, c=list(colours[hidden]), **style)
         for i, label in enumerate(np.unique(self.labels[~hidden])):
             rows = self.labels == label
             style["marker"] = MARKERS[i % len(MARKERS)]
-            axis.scatter(
+            ax.scatter(
                 *self.points[rows].T, s=16, linewidths=0.5, edgecolors="black", c=list(colours[rows]), **style
             )
 
@@ -135,7 +135,7 @@ def plot_mixture(
     limits: Limits | None = None,
     resolution: int = 200,
     title: str | None = None,
-    axis: Any = None,
+    ax: Any = None,
 ) -> Any:
     """A mixture in the plane: whose each point is, what each component holds, and how they divide the plane.
 
@@ -150,7 +150,7 @@ def plot_mixture(
     :param limits: the picture's box, two pairs (low, high); by default around the points.
     :param resolution: of the grid in each direction.
     :param title: above the picture.
-    :param axis: the matplotlib axis to draw on, instead of a new figure.
+    :param ax: the matplotlib axes to draw on, instead of a new figure.
     :return: a matplotlib figure.
     :raises ValueError: if an argument is not of the described kind.
     :raises ImportError: without matplotlib.
@@ -167,11 +167,11 @@ def plot_mixture(
     pyplot = _import_pyplot()
     canvas = _Canvas(x, labels, limits, resolution)
     _joint(mixture)
-    if axis is not None:
-        canvas.draw(axis, mixture, title)
-        return axis.figure
-    figure, axis = pyplot.subplots(figsize=(4.6, 4.4))
-    canvas.draw(axis, mixture, title)
+    if ax is not None:
+        canvas.draw(ax, mixture, title)
+        return ax.figure
+    figure, ax = pyplot.subplots(figsize=(4.6, 4.4))
+    canvas.draw(ax, mixture, title)
     figure.tight_layout()
     return figure
 
@@ -230,7 +230,7 @@ def animate_mixture(
         raise ValueError(f"path: expected a directory that exists, got {target.parent}")
     canvas = _Canvas(x, labels, limits, resolution)
     repeats = check_positive_int("hold", hold)
-    figure, axis = pyplot.subplots(figsize=(4.6, 4.4))
+    figure, ax = pyplot.subplots(figsize=(4.6, 4.4))
     try:
         writer = PillowWriter(fps=check_positive_int("fps", fps))
         writer.setup(figure, target, dpi=90)
@@ -239,8 +239,8 @@ def animate_mixture(
             if not isinstance(item, tuple) or len(item) != 2:
                 raise ValueError(f"snapshots: expected pairs (step, mixture), got {type(item).__name__}")
             step, mixture = item
-            axis.clear()
-            canvas.draw(axis, mixture, f"step {step}")
+            ax.clear()
+            canvas.draw(ax, mixture, f"step {step}")
             writer.grab_frame()
             drawn += 1
         if not drawn:

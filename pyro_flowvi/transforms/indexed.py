@@ -29,6 +29,8 @@ from .univariate import Affine
 __all__ = ["IndexedCompose", "IndexedLayer"]
 
 HIDDEN: Final = (10, 10)
+INDEX_SCALE: Final = 0.1
+"""How far the indices move the latents at first: those that move nothing may never be used."""
 ORDERS: Final = ("after", "before")
 
 Moved = tuple[Tensor, Tensor, Tensor]
@@ -102,7 +104,7 @@ class IndexedLayer(nn.Module):
         order: str = "after",
         context_dim: int | None = None,
         dim: int | None = None,
-        index_scale: float = 0.0,
+        index_scale: float = INDEX_SCALE,
     ) -> None:
         super().__init__()
         conditional = hasattr(transform, "condition")

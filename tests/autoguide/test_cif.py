@@ -147,7 +147,7 @@ def test_importance_weighted_objectives_agree():
 
 
 def test_log_prob_is_an_estimate_from_below():
-    guide = make(conjugate, Y, num_samples=2000)
+    guide = make(conjugate, Y, num_index_samples=2000)
     draws = guide.sample_posterior(50)
     assert guide.lower_bound
     with torch.no_grad():

@@ -201,7 +201,7 @@ class TestFit:
         text = str(compare(square_root, {"mixture": guide, "flow": other}, Y, num_samples=200, seed=0))
         assert "mixture" in text
         pytest.importorskip("arviz")
-        assert "log_likelihood" in to_arviz(guide, square_root, Y, num_samples=20)
+        assert "log_likelihood" in to_arviz(square_root, guide, Y, num_samples=20)
         draws = Predictive(square_root, guide=guide, num_samples=30, parallel=False)(Y)
         assert draws["x"].numel() == 30
         assert guide.sample_posterior(50, resample=True)["x"].shape == (50,)

@@ -349,7 +349,7 @@ def test_bad_data(x, y, match):
         ({"shared_layers": -1}, "shared_layers"),
         ({"shared_layers": 1, "index_dim": 1}, "shared_layers: expected 0"),
         ({"index_dim": -1}, "index_dim"),
-        ({"index_samples": 0}, "index_samples"),
+        ({"num_index_samples": 0}, "num_index_samples"),
         ({"temperature": 0.0}, "temperature"),
         ({"classes": [0, 2]}, "classes"),
         ({"classes": [0]}, "classes"),
@@ -387,12 +387,12 @@ def test_continuously_indexed_components():
     found = vmonf.mixture().components.log_prob(extended.unsqueeze(-2))
     assert torch.allclose(found, expected, atol=1e-9)
     with torch.no_grad():
-        vmonf.index_samples = 4000
+        vmonf.num_index_samples = 4000
         near = vmonf.sample(50)
         expected = torch.stack([one.log_prob_bound(near, 4000) for one in alone], -1).logsumexp(-1)
         assert torch.allclose(vmonf.log_prob(near).mean(), expected.mean() - math.log(3), atol=0.3)
         evidence = vmonf.log_prob(x).sum()
-        vmonf.index_samples = 1
+        vmonf.num_index_samples = 1
         losses = torch.tensor([elbo().loss(vmonf.model, vmonf.guide, x) for _ in range(50)])
     assert -losses.mean() < evidence + 3 * losses.std() / 50**0.5
     elbo().differentiable_loss(vmonf.model, vmonf.guide, x, y).backward()

@@ -11,10 +11,10 @@ from ..._checks import check_count, check_dtype, check_positive
 from ...flows import FLOWS, indexed_layers
 from ...transforms import Compose, IndexedCompose, LowerAffine, Stacked
 from ...transforms.compose import Chain
+from ...transforms.indexed import INDEX_SCALE
 
 __all__ = ["Flow", "Weights", "check_rows", "check_weight", "class_map", "component_flows"]
 
-INDEX_SCALE = 0.1
 Flow = str | Callable[[int], nn.Module]
 
 

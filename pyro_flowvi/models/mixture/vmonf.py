@@ -61,7 +61,7 @@ class VMoNF(NamedModel):
     :param index_dim: the length of each layer's index; above 0 the components are continuously-indexed flows,
         which can be a ring, or several pieces, where others remain one piece.  Their density is estimated on
         average from below, and so is the objective.
-    :param index_samples: the number of index draws for that estimate; more are tighter.
+    :param num_index_samples: the number of index draws for that estimate; more are tighter.
     :param base: a distribution over vectors of length D that the flows transform; the standard normal if
         None.
     :param classifier: widths of the hidden layers of f, for amortized inference.
@@ -104,7 +104,7 @@ class VMoNF(NamedModel):
         num_layers: int | None = None,
         hidden: Sequence[int] | None = None,
         index_dim: int = 0,
-        index_samples: int = 1,
+        num_index_samples: int = 1,
         base: Distribution | None = None,
         classifier: Sequence[int] = (32, 32),
         classes: Sequence[int] | None = None,
@@ -140,7 +140,7 @@ class VMoNF(NamedModel):
         )
         self.index_dim = self.flow.dim - self.dim
         """The number of noise coordinates of all indices."""
-        self.index_samples = check_positive_int("index_samples", index_samples)
+        self.num_index_samples = check_positive_int("num_index_samples", num_index_samples)
         self.weights = Weights(num, trained=weights == "learned")
         if weights == "dirichlet":
             self.weights_posterior = Weights(num)
@@ -272,7 +272,11 @@ class VMoNF(NamedModel):
 
     def _mixture(self, logits: Tensor) -> MixtureOfFlows:
         return MixtureOfFlows(
-            self.flow, logits, base=self.base, index_dim=self.index_dim, num_samples=self.index_samples
+            self.flow,
+            logits,
+            base=self.base,
+            index_dim=self.index_dim,
+            num_index_samples=self.num_index_samples,
         )
 
     def joint_log_prob(self, x: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ def told_dim(module: nn.Module, name: str, of_layer: str, *, last: bool) -> int:
     return int(found)
 
 
-def told_latent_dim(posterior: Any, decoder: nn.Module) -> int:
+def told_latent_dim(flow: Any, decoder: nn.Module) -> int:
     """The length of the latent vectors that a posterior tells, or else the decoder."""
-    if isinstance(posterior, IndexedCompose):
-        return posterior.inner_dim
-    parts = [posterior] if not isinstance(posterior, list | tuple) else posterior
+    if isinstance(flow, IndexedCompose):
+        return flow.inner_dim
+    parts = [flow] if not isinstance(flow, list | tuple) else flow
     for part in parts:
         dim = _layer_dim(part)
         if dim is not None:
@@ -40,7 +40,7 @@ def told_latent_dim(posterior: Any, decoder: nn.Module) -> int:
 
 
 def posterior_parts(
-    posterior: Any,
+    flow: Any,
     dim: int,
     feature_dim: int,
     num_layers: int | None,
@@ -48,35 +48,35 @@ def posterior_parts(
     amortize: str,
 ) -> list[Any]:
     """What follows the normal whose mean and scale come from the encoder."""
-    if not isinstance(posterior, str):
+    if not isinstance(flow, str):
         for name, value in (("num_layers", num_layers), ("hidden", hidden)):
             if value is not None:
-                raise ValueError(f"{name}: expected None unless the posterior is a named flow, got {value!r}")
-    if posterior is None:
+                raise ValueError(f"{name}: expected None unless flow is a name, got {value!r}")
+    if flow is None:
         return []
-    if isinstance(posterior, str):
-        if posterior not in FLOWS:
-            raise ValueError(f"posterior: expected one of {sorted(FLOWS)}, got {posterior!r}")
-        parts = _listed(FLOWS[posterior](dim, num_layers=num_layers, hidden=hidden))
+    if isinstance(flow, str):
+        if flow not in FLOWS:
+            raise ValueError(f"flow: expected one of {sorted(FLOWS)}, got {flow!r}")
+        parts = _listed(FLOWS[flow](dim, num_layers=num_layers, hidden=hidden))
     else:
-        if not _is_layer(posterior) and callable(posterior):
-            posterior = posterior(dim)
-        if _is_layer(posterior):
-            parts = _listed(posterior)
-        elif isinstance(posterior, Iterable) and not isinstance(posterior, str):
-            parts = [piece for part in posterior for piece in _listed(part)]
+        if not _is_layer(flow) and callable(flow):
+            flow = flow(dim)
+        if _is_layer(flow):
+            parts = _listed(flow)
+        elif isinstance(flow, Iterable) and not isinstance(flow, str):
+            parts = [piece for part in flow for piece in _listed(part)]
         else:
             raise ValueError(
-                "posterior: expected None, a key of FLOWS, a callable dim -> Transform, a transform, an "
-                f"IndexedFlow or a list of layers, got {posterior!r}"
+                "flow: expected None, a key of FLOWS, a callable dim -> Transform, a transform, an "
+                f"IndexedFlow or a list of layers, got {flow!r}"
             )
     for part in parts:
         if not _is_layer(part) or _layer_dim(part) not in (None, dim):
-            raise ValueError(f"posterior: expected transforms of {dim} dimensions, got {part!r}")
+            raise ValueError(f"flow: expected transforms of {dim} dimensions, got {part!r}")
         wanted = getattr(part, "context_dim", 0) or 0
         if wanted not in (0, feature_dim):
             raise ValueError(
-                f"posterior: expected layers of context_dim {feature_dim}, the features, got {wanted}"
+                f"flow: expected layers of context_dim {feature_dim}, the features, got {wanted}"
             )
     if amortize == "base":
         return parts

@@ -49,7 +49,7 @@ class FlowVAE(NamedModel):
 
     :param encoder: images ``(B, ...)`` -> features ``(B, feature_dim)``.
     :param decoder: latents ``(B, D)`` -> logits of the pixels, ``(B, ...)``.
-    :param posterior: None for a diagonal normal, a key of :data:`pyro_flowvi.FLOWS`, a callable from D to a
+    :param flow: None for a diagonal normal, a key of :data:`pyro_flowvi.FLOWS`, a callable from D to a
         transform of vectors, a transform, a conditional one, an
         :class:`~pyro_flowvi.distributions.IndexedFlow`, or a list of layers of an
         :class:`~pyro_flowvi.transforms.IndexedCompose`; conditional layers are given the features.
@@ -80,7 +80,7 @@ class FlowVAE(NamedModel):
         self,
         encoder: nn.Module,
         decoder: nn.Module,
-        posterior: Any = None,
+        flow: Any = None,
         *,
         latent_dim: int | None = None,
         feature_dim: int | None = None,
@@ -96,14 +96,14 @@ class FlowVAE(NamedModel):
                 raise ValueError(f"{key}: expected a torch module, got {value!r}")
         if amortize not in AMORTIZATIONS:
             raise ValueError(f"amortize: expected one of {list(AMORTIZATIONS)}, got {amortize!r}")
-        if isinstance(posterior, IndexedFlow):
-            if posterior.extended.base is not None:
-                raise ValueError("posterior: expected an IndexedFlow of a standard normal base, got another")
-            num_extra = num_extra or posterior.num_extra
-            posterior = posterior.extended.transform
+        if isinstance(flow, IndexedFlow):
+            if flow.extended.base is not None:
+                raise ValueError("flow: expected an IndexedFlow of a standard normal base, got another")
+            num_extra = num_extra or flow.num_extra
+            flow = flow.extended.transform
         self.num_extra = 0 if num_extra == 0 else check_positive_int("num_extra", num_extra)
         if latent_dim is None:
-            latent_dim = told_latent_dim(posterior, decoder)
+            latent_dim = told_latent_dim(flow, decoder)
         if feature_dim is None:
             feature_dim = told_dim(encoder, "feature_dim", "out_features", last=True)
         self.latent_dim = check_positive_int("latent_dim", latent_dim)
@@ -111,7 +111,7 @@ class FlowVAE(NamedModel):
         self.amortize = amortize
         self.encoder = encoder
         self.decoder = decoder
-        parts = posterior_parts(posterior, self.latent_dim, self.feature_dim, num_layers, hidden, amortize)
+        parts = posterior_parts(flow, self.latent_dim, self.feature_dim, num_layers, hidden, amortize)
         parts = [Conditional(ElementwiseAffine(self.latent_dim), self.feature_dim, ()), *parts]
         self.indexed = any(isinstance(part, IndexedLayer) for part in parts)
         """Whether the posterior is continuously indexed, so that its density is bounded and not known."""

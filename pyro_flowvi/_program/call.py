@@ -1,0 +1,127 @@
+"""The model's arguments in a call: keywords that are the model's, batches, programs in the wrong place."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyro.infer.autoguide import AutoGuide
+from torch import nn
+
+from .._types import Program, Trace
+
+__all__ = ["as_call", "as_keywords", "check_guide_trace", "check_programs", "keywords_of", "options_of"]
+
+
+class UnexpectedKeyword(TypeError, ValueError):
+    """A keyword that nobody knows: Python's kind of error for it, and the kind of all others here."""
+
+
+def options_of(function: Callable[..., Any]) -> frozenset[str]:
+    """The keywords that a function owns."""
+    kinds = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in kinds if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def keywords_of(model: Program) -> frozenset[str] | None:
+    """The names that a model can be given by keyword; None if it takes any, or does not tell."""
+    try:
+        found = inspect.signature(
+            model.forward if isinstance(model, nn.Module) else model
+        ).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found):
+        return None
+    allowed = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return frozenset(p.name for p in found if p.kind in allowed)
+
+
+def as_keywords(
+    function: Callable[..., Any],
+    model: Program,
+    kwargs: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The model's keyword arguments, of those that a call of ``function`` was given beyond its own options.
+
+    :param function: whose keyword-only parameters are its options.
+    :param kwargs: the keywords that are not among them.
+    :param model_kwargs: those that were passed apart, of any name.
+    :raises UnexpectedKeyword: for one that the model does not take either; names the nearest that exists.
+    :raises ValueError: if ``model_kwargs`` is no mapping, or a name is in both.
+    """
+    if not (model_kwargs is None or isinstance(model_kwargs, Mapping)):
+        raise ValueError(f"model_kwargs: expected a mapping from names to values, got {model_kwargs!r}")
+    both = sorted(set(kwargs) & set(model_kwargs or {}))
+    if both:
+        raise ValueError(
+            f"model_kwargs: expected names that are not passed as keywords too, got {both} in both"
+        )
+    known, options = keywords_of(model), options_of(function)
+    for name in kwargs:
+        if known is not None and name not in known:
+            near = difflib.get_close_matches(name, sorted(options | known), 1, 0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UnexpectedKeyword(
+                f"{name}: expected an option of {function.__name__} or an argument of the model "
+                f"({', '.join(sorted(known)) or 'it has none'}), got the keyword {name!r}{hint}"
+            )
+    return {**kwargs, **(model_kwargs or {})}
+
+
+def as_call(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from a batch.
+
+    That is a tuple or list of arguments, a mapping of keyword arguments, ``(args, kwargs)``, or one argument.
+    """
+    if _is_keywords(value):
+        return (), dict(value)
+    if isinstance(value, tuple | list):
+        if len(value) == 2 and isinstance(value[0], tuple) and _is_keywords(value[1]):
+            return value[0], dict(value[1])
+        return tuple(value), {}
+    return (value,), {}
+
+
+def _is_keywords(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def check_programs(model: Any, guide: Any) -> None:
+    """Refuses what is no program, a class in place of an instance, and a guide in the place of the model.
+
+    :raises ValueError: with the remedy.
+    """
+    for name, program in (("model", model), ("guide", guide)):
+        if inspect.isclass(program):
+            remedy = "(model)" if issubclass(program, AutoGuide) else "(...)"
+            raise ValueError(
+                f"{name}: expected an instance, got the class {program.__name__}; "
+                f"write {program.__name__}{remedy}"
+            )
+        if not callable(program):
+            raise ValueError(f"{name}: expected a callable, got {program!r}")
+    if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide):
+        raise ValueError(
+            f"model: expected a model, got the guide {type(model).__name__}; "
+            "are model and guide swapped? The model comes first"
+        )
+
+
+def check_guide_trace(trace: Trace) -> None:
+    """Refuses a guide that has observed sites: factors apart, it is the model.
+
+    :raises ValueError: naming the site.
+    """
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site["is_observed"] and _is_data(site):
+            raise ValueError(
+                f"guide: expected a guide, got a program that observes site {name!r}; "
+                "are model and guide swapped? The model comes first"
+            )
+
+
+def _is_data(site: Any) -> bool:
+    """Whether an observed site is one of data: no factor, no ``pyro.deterministic``."""
+    return not (site["infer"].get("is_auxiliary") or site["infer"].get("_deterministic"))
