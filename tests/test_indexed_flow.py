@@ -42,7 +42,8 @@ def affine_layers(dim, index_dim, num_layers, order, scale=0.3):
     """Layers of which everything can be written down by hand."""
     return moved(
         torch.nn.ModuleList(
-            IndexedLayer(ElementwiseAffine(dim), index_dim, (4, 3), order=order) for _ in range(num_layers)
+            IndexedLayer(ElementwiseAffine(dim), index_dim, (4, 3), order=order, index_scale=0.0)
+            for _ in range(num_layers)
         ),
         scale,
     )
@@ -246,7 +247,7 @@ def test_gradients_of_a_fixed_noise_bound(order, num_extra):
 @pytest.mark.parametrize("order", ORDERS)
 def test_starts_as_the_flow_that_it_is_made_of(name, order):
     """With s = t = 0 and r = q the indices change nothing, and both bounds are the density."""
-    layers = indexed_layers(name, 3, num_layers=2, hidden=(5,), index_dim=2, order=order)
+    layers = indexed_layers(name, 3, num_layers=2, hidden=(5,), index_dim=2, order=order, index_scale=0.0)
     inner = moved(Compose([layer.transform for layer in layers]))
     plain = FlowDistribution(inner)
     q = IndexedFlow(None, layers)
@@ -485,7 +486,7 @@ def test_flags_copies_and_moves():
         ),
         (
             lambda: IndexedFlow(None, indexed_layers("planar", 2)).rsample_with_bound((), 0),
-            "num_samples: exp",
+            "num_index_samples: exp",
         ),
         (lambda: IndexedLayer(torch.nn.Linear(2, 2)), "transform: expected a Transform"),
         (lambda: IndexedLayer(Planar(2), 0), "index_dim: expected a positive integer"),
