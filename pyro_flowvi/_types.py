@@ -1,11 +1,16 @@
 """Types with one name across the package."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["Program", "Site", "Trace"]
+__all__ = ["AffineKind", "CompileMode", "InitFn", "Program", "Site", "Trace"]
 
 Program = Callable[..., Any]
 """A model or a guide."""
 Site = Any  # a message of Pyro, whose own type admits none of its keys
 Trace = Any  # Pyro's type admits no site without a value
+AffineKind = Literal["auto", "lower", "low_rank", "elementwise"]
+"""The affine map of a guide."""
+CompileMode = bool | Literal["auto"]
+InitFn = Callable[..., Any]
+"""A per-site function of ``pyro.infer.autoguide.initialization``."""

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+from pyro.infer.autoguide.initialization import init_to_median
+
 from .._checks import check_positive_int, check_widths
+from .._types import AffineKind, InitFn, Program
 from ..flows import FLOWS
 from .flow import AutoFlow
 
@@ -31,8 +34,26 @@ class _Layered(AutoFlow):
 
     _flow_key: ClassVar[str]
 
-    def __init__(self, model: Callable[..., Any], num_layers: int | None = None, **options: Any) -> None:
-        super().__init__(model, sized_flow(self._flow_key, num_layers), **options)
+    def __init__(
+        self,
+        model: Program,
+        num_layers: int | None = None,
+        *,
+        name: str | None = None,
+        init_loc_fn: InitFn = init_to_median,
+        init_scale: float = 0.1,
+        affine: AffineKind | None = "auto",
+        tails: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            sized_flow(self._flow_key, num_layers),
+            name=name,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            affine=affine,
+            tails=tails,
+        )
 
 
 class _Networked(AutoFlow):
@@ -42,12 +63,25 @@ class _Networked(AutoFlow):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         num_layers: int | None = None,
         hidden: Sequence[int] | None = None,
-        **options: Any,
+        *,
+        name: str | None = None,
+        init_loc_fn: InitFn = init_to_median,
+        init_scale: float = 0.1,
+        affine: AffineKind | None = "auto",
+        tails: bool = False,
     ) -> None:
-        super().__init__(model, sized_flow(self._flow_key, num_layers, hidden), **options)
+        super().__init__(
+            model,
+            sized_flow(self._flow_key, num_layers, hidden),
+            name=name,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            affine=affine,
+            tails=tails,
+        )
 
 
 class AutoPlanar(_Layered):
@@ -55,8 +89,7 @@ class AutoPlanar(_Layered):
 
     :param model: a Pyro model.
     :param num_layers: the number of planar layers; by default 16.
-    :param options: keyword options of :class:`AutoFlow`: ``name``, ``init_loc_fn``, ``init_scale``,
-        ``affine``, ``tails``.
+    :param name: as of :class:`AutoFlow`, as are ``init_loc_fn``, ``init_scale``, ``affine`` and ``tails``.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -77,7 +110,7 @@ class AutoRadial(_Layered):
 
     :param model: a Pyro model.
     :param num_layers: the number of radial layers; by default 16.
-    :param options: keyword options of :class:`AutoFlow`.
+    :param name: as of :class:`AutoFlow`, as are the other keywords.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -96,7 +129,7 @@ class AutoSylvester(_Layered):
 
     :param model: a Pyro model.
     :param num_layers: the number of layers, each with as many units as latents but at most 8.
-    :param options: keyword options of :class:`AutoFlow`.
+    :param name: as of :class:`AutoFlow`, as are the other keywords.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -116,7 +149,7 @@ class AutoNICE(_Networked):
     :param model: a Pyro model.
     :param num_layers: the number of couplings, of which each moves half of the latents.
     :param hidden: widths of the networks' hidden layers.
-    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+    :param name: as of :class:`AutoFlow`, as are the other keywords.  Defaults of the first two are those of
         :data:`pyro_flowvi.flows.DEFAULTS` for the number of latents.
     :raises ValueError: if an argument is not of the described kind.
 
@@ -141,7 +174,7 @@ class AutoRealNVP(_Networked):
     :param model: a Pyro model.
     :param num_layers: the number of couplings, of which each moves half of the latents.
     :param hidden: widths of the networks' hidden layers.
-    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+    :param name: as of :class:`AutoFlow`, as are the other keywords.  Defaults of the first two are those of
         :data:`pyro_flowvi.flows.DEFAULTS` for the number of latents.
     :raises ValueError: if an argument is not of the described kind.
 
@@ -166,7 +199,7 @@ class AutoNeuralSpline(_Networked):
     :param model: a Pyro model.
     :param num_layers: the number of couplings, of which each moves half of the latents.
     :param hidden: widths of the networks' hidden layers.
-    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+    :param name: as of :class:`AutoFlow`, as are the other keywords.  Defaults of the first two are those of
         :data:`pyro_flowvi.flows.DEFAULTS` for the number of latents.
     :raises ValueError: if an argument is not of the described kind.
 
@@ -190,7 +223,7 @@ class AutoIAF(_Networked):
     :param model: a Pyro model.
     :param num_layers: the number of autoregressive layers; every second one runs backwards.
     :param hidden: widths of the networks' hidden layers.
-    :param options: keyword options of :class:`AutoFlow`.  Defaults of the first two are those of
+    :param name: as of :class:`AutoFlow`, as are the other keywords.  Defaults of the first two are those of
         :data:`pyro_flowvi.flows.DEFAULTS` for the number of latents.
     :raises ValueError: if an argument is not of the described kind.
 
