@@ -59,6 +59,11 @@ class MixtureOfFlows(TorchDistribution):
 
     All K flows run in one batched call.  A value is scored by the marginal over components.
 
+    Of the four mixtures of flows, :class:`~pyro_flowvi.AutoFlowMixture` is the guide, over the latents of a
+    model; :class:`~pyro_flowvi.VMoNF` a Pyro model of rows of data; :class:`~pyro_flowvi.models.FlowMixture`
+    the scikit-learn estimator that trains one; and :class:`~pyro_flowvi.distributions.MixtureOfFlows` the
+    distribution that all are made of.
+
     :param transform: K transforms of vectors as one whose ``batch_shape`` ends with K, such as
         :class:`~pyro_flowvi.transforms.Stacked`, or a composition of it with transforms that all components
         share.

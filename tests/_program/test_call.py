@@ -45,7 +45,7 @@ def test_what_the_function_does_not_own_is_the_model_s():
 
 def test_a_keyword_that_nobody_knows_names_the_nearest():
     for error in (TypeError, ValueError):
-        with pytest.raises(error, match="num_step: expected an option of owner.*did you mean 'num_steps'"):
+        with pytest.raises(error, match=r"num_step: expected an option of owner.*did you mean 'num_steps'"):
             owner(model, num_step=3)
     with pytest.raises(TypeError, match="did you mean 'scale'"):
         owner(model, scal=3)
@@ -122,7 +122,7 @@ def test_compiled_svi_refuses_swapped_programs():
 def test_a_guide_may_have_factors():
     def guide(x, y=None):
         loc = pyro.param("loc", torch.tensor(0.0))
-        mu = pyro.sample("mu", dist.Normal(loc, 1.0))
+        pyro.sample("mu", dist.Normal(loc, 1.0))
         pyro.factor("nothing", torch.zeros(()), has_rsample=True)
 
     assert diagnose(model, guide, Y, y=Y, num_samples=100, probes=False, seed=0).num_samples == 100

@@ -41,6 +41,11 @@ _Base: Any = _base()
 class FlowMixture(_Base):
     r"""A mixture of normalizing flows, to be used as ``sklearn.mixture.GaussianMixture`` is.
 
+    Of the four mixtures of flows, :class:`~pyro_flowvi.AutoFlowMixture` is the guide, over the latents of a
+    model; :class:`~pyro_flowvi.VMoNF` a Pyro model of rows of data; :class:`~pyro_flowvi.models.FlowMixture`
+    the scikit-learn estimator that trains one; and :class:`~pyro_flowvi.distributions.MixtureOfFlows` the
+    distribution that all are made of.
+
     Each component is a flow of its own, so that it can have any shape: :math:`p(x) = \sum_k \pi_k p_k(x)`,
     trained by exact maximum likelihood with the component summed out (:class:`~pyro_flowvi.models.VMoNF`).
     Labels for some rows or all of them are observations of the component.  Needs scikit-learn.

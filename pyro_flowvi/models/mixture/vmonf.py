@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pyro
 import pyro.distributions as dist
@@ -37,6 +37,11 @@ class VMoNF(NamedModel):
     - ``inference="amortized"``: the guide has q(c | x) = softmax(f(x) / T), a network, and the objective is
       the ELBO, log p(x) - KL(q(c | x) ‖ p(c | x)).  It is never above the exact one: q serves as a fast
       classifier and as a bias of the partition.
+
+    Of the four mixtures of flows, :class:`~pyro_flowvi.AutoFlowMixture` is the guide, over the latents of a
+    model; :class:`~pyro_flowvi.VMoNF` a Pyro model of rows of data; :class:`~pyro_flowvi.models.FlowMixture`
+    the scikit-learn estimator that trains one; and :class:`~pyro_flowvi.distributions.MixtureOfFlows` the
+    distribution that all are made of.
 
     Labels are observations of the component.  Rows of a batch with and without a label are exact together:
     a row without one (-1) counts with log p(x), one with a label with log π_y + log p(x | y).
@@ -96,8 +101,8 @@ class VMoNF(NamedModel):
         num_components: int,
         dim: int,
         flow: Flow = "realnvp",
-        inference: str = "exact",
-        weights: str = "learned",
+        inference: Literal["exact", "amortized"] = "exact",
+        weights: Literal["learned", "fixed", "dirichlet"] = "learned",
         shared_layers: int = 0,
         temperature: float = 1.0,
         *,

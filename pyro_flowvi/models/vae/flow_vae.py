@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -86,7 +86,7 @@ class FlowVAE(NamedModel):
         feature_dim: int | None = None,
         num_layers: int | None = None,
         hidden: Sequence[int] | None = None,
-        amortize: str = "base",
+        amortize: Literal["base", "context", "hypernetwork"] = "base",
         num_extra: int = 0,
         name: str | None = None,
     ) -> None:
