@@ -1,20 +1,21 @@
-"""The one table of default choices, by dimension and flow.
+"""The named flows: of each its layers and, measured, its sizes and learning rate by dimension.
 
-Measured with ``fit`` at 3,000 steps on targets whose normaliser is known (divergence in nats; the scripts are
-``benchmarks/dimensions.py`` and ``benchmarks/energies.py``; without the present search for a start):
+The measurements are of ``fit`` at 3,000 steps on targets whose normaliser is known (divergence in nats; the
+scripts are ``benchmarks/dimensions.py`` and ``benchmarks/energies.py``; without the present search
+for a start):
 
 - *Learning rate.*  RealNVP at 1e-3 / 3e-3 / 1e-2: funnel in 2 dimensions .027 / .011 / .067, five curved
-valleys in 10
-  dimensions 2.1 / .95 / 4.3.  In 1,000 dimensions 1e-2 diverges from the start, and 3e-3 is worse than 1e-3.
+  valleys in 10 dimensions 2.1 / .95 / 4.3.  In 1,000 dimensions 1e-2 diverges from the start, and 3e-3 is
+  worse than 1e-3.
 - *Particles.*  RealNVP, the five valleys: 16 / 64 / 256 give .95 / .39 / .10, at a cost a step that grows
-less
-  than in proportion.
+  less than in proportion.
 - *Layers.*  The same with 4 / 8 / 16 couplings and 64 particles: .53 / .39 / .23.  On eight real posteriors
-  of 4 to 13 dimensions (``benchmarks/posteriordb.py``) 8 couplings are as good as 12, for two thirds of the
-  cost.
+  of 4 to 13 dimensions (``benchmarks/posteriordb.py``) 8 couplings are as good as 12, for two thirds of
+  the cost.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -38,14 +39,24 @@ from .transforms.sylvester import Sylvester
 __all__ = [
     "DEFAULTS",
     "FLOWS",
-    "Builder",
     "Defaults",
     "FlowDefaults",
-    "Recipe",
+    "NamedFlow",
     "defaults_for",
     "indexed_layers",
     "recipe_name",
 ]
+
+Layers = Callable[[int, int, Sequence[int]], list[ParametricTransform]]
+NUM_INDEXED: Final = 5
+MASKS: Final = ("first", "second", "even", "odd")
+"""The masks of successive coupling layers: halves, then every second one, so that all places mix."""
+WIDTHS: Final = ((32, (32, 32)), (200, (64, 64)), (math.inf, (100, 100)))
+"""The rows of the table of defaults: the largest dimension of each, and the widths of its networks."""
+
+
+def _row(dim: int) -> int:
+    return next(i for i, (max_dim, _) in enumerate(WIDTHS) if dim <= max_dim)
 
 
 @dataclass(frozen=True)
@@ -68,70 +79,12 @@ class FlowDefaults:
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What is chosen for targets of up to ``max_dim`` dimensions.
-
-    :param max_dim: the largest dimension D of the row.
-    :param hidden: widths of every network.
-    :param flows: by the flow's key in the registry.
-
-    Example::
-
-        >>> defaults_for(10).hidden
-        (32, 32)
-    """
-
-    max_dim: float
-    hidden: tuple[int, ...]
-    flows: Mapping[str, FlowDefaults]
-
-
-def _flows(
-    coupling: int, spline: int, autoregressive: int, particles: int, lr: float
-) -> dict[str, FlowDefaults]:
-    return {
-        **dict.fromkeys(("planar", "radial", "planar_radial"), FlowDefaults(16, 16, 1e-2)),
-        "sylvester": FlowDefaults(8, 16, 1e-2),
-        **dict.fromkeys(("nice", "realnvp"), FlowDefaults(coupling, particles, lr)),
-        **dict.fromkeys(("neural_spline", "neural_spline_ar"), FlowDefaults(spline, particles, lr)),
-        **dict.fromkeys(("iaf", "maf"), FlowDefaults(autoregressive, particles, lr)),
-    }
-
-
-DEFAULTS: Final = (
-    Defaults(4, (32, 32), _flows(8, 4, 4, 64, 3e-3)),
-    Defaults(32, (32, 32), _flows(8, 4, 4, 64, 3e-3)),
-    Defaults(200, (64, 64), _flows(12, 4, 4, 64, 3e-3)),
-    Defaults(float("inf"), (100, 100), _flows(8, 4, 4, 32, 1e-3)),
-)
-"""Rows by increasing dimension."""
-
-
-def defaults_for(dim: int) -> Defaults:
-    """The row of :data:`DEFAULTS` for targets of ``dim`` dimensions.
-
-    Example::
-
-        >>> defaults_for(2).flows["realnvp"].num_layers
-        8
-    """
-    return next(row for row in DEFAULTS if dim <= row.max_dim)
-
-
-Builder = Callable[..., nn.Module]
-"""``builder(dim, *, num_layers=None, hidden=None, context_dim=None)`` -> transform module."""
-NUM_INDEXED: Final = 5
-Layers = Callable[[int, int, Sequence[int]], list[ParametricTransform]]
-MASKS: Final = ("first", "second", "even", "odd")
-"""The masks of successive coupling layers: halves, then every second one, so that all places mix."""
-
-
-@dataclass(frozen=True)
-class Recipe:
+class NamedFlow:
     """A named flow: how its layers follow from dimension, number of layers and widths of networks.
 
     :param name: the key in :data:`pyro_flowvi.FLOWS`.
     :param layers: ``(dim, num_layers, hidden)`` -> the layers, first one first.
+    :param by_row: what is chosen for it in each row of :data:`DEFAULTS`.
 
     Example::
 
@@ -144,6 +97,7 @@ class Recipe:
 
     name: str
     layers: Layers
+    by_row: tuple[FlowDefaults, ...]
 
     def __call__(
         self,
@@ -173,9 +127,9 @@ class Recipe:
     def _sizes(
         self, dim: int, num_layers: int | None, hidden: Sequence[int] | None
     ) -> tuple[int, Sequence[int]]:
-        row = defaults_for(check_positive_int("dim", dim))
-        num = row.flows[self.name].num_layers if num_layers is None else num_layers
-        widths = row.hidden if hidden is None else check_widths("hidden", hidden)
+        row = _row(check_positive_int("dim", dim))
+        num = self.by_row[row].num_layers if num_layers is None else num_layers
+        widths = WIDTHS[row][1] if hidden is None else check_widths("hidden", hidden)
         return check_positive_int("num_layers", num), widths
 
     def single_layers(
@@ -189,6 +143,119 @@ class Recipe:
         return layers[:num]
 
 
+_registry: dict[str, NamedFlow] = {}
+FLOWS: Final = MappingProxyType(_registry)
+"""The named flows: ``FLOWS[name](dim, *, num_layers, hidden, context_dim)`` builds one."""
+
+
+def _named(name: str, *defaults: FlowDefaults) -> Callable[[Layers], Layers]:
+    """Enters the layers that it decorates in the registry, with ``defaults`` for each row or for all."""
+    by_row = defaults * len(WIDTHS) if len(defaults) == 1 else defaults
+    if len(by_row) != len(WIDTHS) or name in _registry:
+        raise ValueError(f"{name}: expected a new name with 1 or {len(WIDTHS)} defaults, got {len(defaults)}")
+
+    def enter(layers: Layers) -> Layers:
+        _registry[name] = NamedFlow(name, layers, by_row)
+        return layers
+
+    return enter
+
+
+@_named("planar", FlowDefaults(16, 16, 1e-2))
+def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Planar(dim, num_layers)]
+
+
+@_named("radial", FlowDefaults(16, 16, 1e-2))
+def _radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Radial(dim, num_layers)]
+
+
+@_named("planar_radial", FlowDefaults(16, 16, 1e-2))
+def _planar_radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [(Planar, Radial)[i % 2](dim) for i in range(num_layers)]
+
+
+def _mask(i: int) -> str:
+    return MASKS[i % len(MASKS)]
+
+
+@_named("nice", FlowDefaults(8, 64, 3e-3), FlowDefaults(12, 64, 3e-3), FlowDefaults(8, 32, 1e-3))
+def _nice(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    layers = [AdditiveCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+@_named("realnvp", FlowDefaults(8, 64, 3e-3), FlowDefaults(12, 64, 3e-3), FlowDefaults(8, 32, 1e-3))
+def _realnvp(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+
+
+@_named("neural_spline", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _neural_spline(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    # One affine map outside the boxes: one for each layer outran the networks, and training shook.
+    layers = [SplineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+@_named("neural_spline_ar", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _neural_spline_ar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    layers = [SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+@_named("iaf", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+
+
+@_named("maf", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _maf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden)]
+
+
+@_named("sylvester", FlowDefaults(8, 16, 1e-2))
+def _sylvester(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Sylvester(dim) for _ in range(num_layers)]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is chosen for targets of up to ``max_dim`` dimensions.
+
+    :param max_dim: the largest dimension D of the row.
+    :param hidden: widths of every network.
+    :param flows: by the flow's key in the registry.
+
+    Example::
+
+        >>> defaults_for(10).hidden
+        (32, 32)
+    """
+
+    max_dim: float
+    hidden: tuple[int, ...]
+    flows: Mapping[str, FlowDefaults]
+
+
+DEFAULTS: Final = tuple(
+    Defaults(max_dim, hidden, {name: flow.by_row[i] for name, flow in FLOWS.items()})
+    for i, (max_dim, hidden) in enumerate(WIDTHS)
+)
+"""Rows by increasing dimension."""
+
+
+def defaults_for(dim: int) -> Defaults:
+    """The row of :data:`DEFAULTS` for targets of ``dim`` dimensions.
+
+    Example::
+
+        >>> defaults_for(2).flows["realnvp"].num_layers
+        8
+    """
+    return DEFAULTS[_row(dim)]
+
+
 def recipe_name(build: object) -> str | None:
     """The key of the named flow that a builder builds, also through ``functools.partial``; None for others.
 
@@ -200,7 +267,7 @@ def recipe_name(build: object) -> str | None:
     """
     while isinstance(build, functools.partial):
         build = build.func
-    return build.name if isinstance(build, Recipe) else None
+    return build.name if isinstance(build, NamedFlow) else None
 
 
 def check_layer_flow(flow: Any, hidden: Sequence[int] | None) -> None:
@@ -246,78 +313,9 @@ def indexed_layers(
     check_layer_flow(flow, hidden)
     check_widths("index_hidden", index_hidden)
     if isinstance(flow, str):
-        recipe: Any = FLOWS[flow]
-        transforms: list[Any] = recipe.single_layers(dim, num_layers=num_layers, hidden=hidden)
+        transforms: list[Any] = FLOWS[flow].single_layers(dim, num_layers=num_layers, hidden=hidden)
     else:
         count = NUM_INDEXED if num_layers is None else check_positive_int("num_layers", num_layers)
         transforms = [flow(dim) for _ in range(count)]
     options: dict[str, Any] = {"order": order, "context_dim": context_dim, "index_scale": index_scale}
     return [IndexedLayer(transform, index_dim, index_hidden, dim=dim, **options) for transform in transforms]
-
-
-def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Planar(dim, num_layers)]
-
-
-def _radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Radial(dim, num_layers)]
-
-
-def _planar_radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [(Planar, Radial)[i % 2](dim) for i in range(num_layers)]
-
-
-def _mask(i: int) -> str:
-    return MASKS[i % len(MASKS)]
-
-
-def _nice(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    layers = [AdditiveCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
-    return [*layers, ElementwiseAffine(dim)]
-
-
-def _realnvp(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [AffineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
-
-
-def _neural_spline(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    # One affine map outside the boxes: one for each layer outran the networks, and training shook.
-    layers = [SplineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
-    return [*layers, ElementwiseAffine(dim)]
-
-
-def _neural_spline_ar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    layers = [SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
-    return [*layers, ElementwiseAffine(dim)]
-
-
-def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [AffineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
-
-
-def _maf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden)]
-
-
-def _sylvester(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Sylvester(dim) for _ in range(num_layers)]
-
-
-FLOWS: Final = MappingProxyType[str, Builder](
-    {
-        name: Recipe(name, layers)
-        for name, layers in {
-            "planar": _planar,
-            "radial": _radial,
-            "planar_radial": _planar_radial,
-            "nice": _nice,
-            "realnvp": _realnvp,
-            "neural_spline": _neural_spline,
-            "neural_spline_ar": _neural_spline_ar,
-            "iaf": _iaf,
-            "maf": _maf,
-            "sylvester": _sylvester,
-        }.items()
-    }
-)
-"""Builders of the named flows: ``FLOWS[name](dim, *, num_layers, hidden, context_dim)``."""

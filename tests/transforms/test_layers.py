@@ -8,7 +8,7 @@ import torch
 
 from pyro_flowvi import FLOWS
 from pyro_flowvi.distributions import FlowDistribution
-from pyro_flowvi.flows import DEFAULTS, defaults_for, recipe_name
+from pyro_flowvi.flows import DEFAULTS, FlowDefaults, _named, defaults_for, recipe_name
 from pyro_flowvi.transforms import (
     ActNorm,
     AdditiveCoupling,
@@ -241,6 +241,14 @@ class TestDefaults:
         dims = [row.max_dim for row in DEFAULTS]
         assert dims == sorted(dims)
         assert dims[-1] == math.inf
+
+    @pytest.mark.parametrize(("name", "count"), [("planar", 1), ("new", 2), ("new", 0)])
+    def test_a_flow_is_entered_whole_or_not_at_all(self, name, count):
+        with pytest.raises(
+            ValueError, match=f"{name}: expected a new name with 1 or 3 defaults, got {count}"
+        ):
+            _named(name, *[FlowDefaults(1, 1, 1e-2)] * count)
+        assert "new" not in FLOWS
 
     @pytest.mark.parametrize("name", NETWORKS)
     def test_layers_and_widths_are_the_builders(self, name):
