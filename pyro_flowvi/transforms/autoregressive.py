@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import MaskedMLP
 from ._autoregressive_inverse import solve_autoregressive
 from .base import ParametricTransform, Raw
-from .coupling import BOUND, LOG_SCALE_LIMIT, NUM_BINS, spline
-from .univariate import Affine, Transformer, transformer_of
+from .coupling import BOUND, LOG_SCALE_LIMIT, NUM_BINS, pull_back, spline
+from .univariate import Affine, Transformer, is_known
 
 __all__ = ["AffineAutoregressive", "Autoregressive", "SplineAutoregressive"]
 
@@ -20,15 +21,17 @@ MAX_DENSE_JACOBIAN: Final = 32
 
 
 class Autoregressive(ParametricTransform):
-    """An autoregressive layer of one of the package's univariate transformers, with a masked network.
+    """An autoregressive layer of any univariate transformer, with a masked network.
 
     :math:`y_i = g(x_i; h_i(x_1, ..., x_{i-1}))`.  The forward pass is parallel.  The inverse solves for one
     coordinate after another, inside one operator that does the arithmetic of a single forward pass, and is
-    differentiable, once, by the implicit function theorem.
+    differentiable, once, by the implicit function theorem.  With a transformer of your own it takes D passes
+    of the network, which autodiff follows.
     A context moves the offset of the transformer's parameters and the biases of the network.
 
     :param dim: the length D of the vectors.
-    :param transformer: an increasing map of one variable, of P parameters.
+    :param transformer: an increasing map of one variable, of P parameters; see
+        :mod:`pyro_flowvi.transforms.univariate`.
     :param hidden: widths of the network's hidden layers, at least one; each better not below D - 1.
     :param activation: "tanh" or "relu".
     :param reverse: the last coordinate is the first of the order.
@@ -53,11 +56,6 @@ class Autoregressive(ParametricTransform):
         reverse: bool = False,
     ) -> None:
         super().__init__(dim)
-        known = transformer_of(transformer.kind, transformer.limit, transformer.num_params)
-        if transformer != known:  # the operator of the inverse is told the kind alone
-            raise ValueError(
-                f"transformer: expected one of pyro_flowvi.transforms.univariate, got {transformer!r}"
-            )
         self.transformer = transformer
         self.reverse = bool(reverse)
         self.offset = nn.Parameter(torch.zeros(transformer.num_params, dim))
@@ -92,14 +90,13 @@ class Autoregressive(ParametricTransform):
         image, log_slope = self.transformer.forward(x, h, raw["offset"])
         ones = torch.ones_like(image)
         (by_param,) = torch.autograd.grad(image, h, ones, retain_graph=True)
-        bend = torch.zeros_like(x)
-        if log_slope.requires_grad:  # that of an additive layer is constant
-            (bend,) = torch.autograd.grad(log_slope, x, ones, retain_graph=True)
+        bend = pull_back([log_slope], [ones], x)
         with torch.no_grad():
             # The whole Jacobian and one triangular solve: an inverse pass would take the coordinates in turn.
             inner = self.conditioner.jacobian(x).unflatten(-2, self.offset.shape)
             jacobian = (by_param.unsqueeze(-1) * inner).sum(-3) + torch.diag_embed(log_slope.exp())
-            score = (self._ordered(score) - bend).unsqueeze(-1)
+            score = self._ordered(score) if bend is None else self._ordered(score) - bend
+            score = score.unsqueeze(-1)
             score = torch.linalg.solve_triangular(jacobian.mT, score, upper=True).squeeze(-1)
         return self._ordered(image), log_slope.sum(-1), self._ordered(score)
 
@@ -108,6 +105,9 @@ class Autoregressive(ParametricTransform):
         if self.conditioner is None:
             x, log_slope = self.transformer.inverse(y, None, raw["offset"])
             return x, log_slope.sum(-1)
+        if not is_known(self.transformer):  # the operator is told the kind alone
+            x, log_det = self._solve_pass_by_pass(raw, y)
+            return self._ordered(x), log_det
         x = solve_autoregressive(
             lambda x: self._forward(raw, x)[0],
             y,
@@ -119,6 +119,18 @@ class Autoregressive(ParametricTransform):
             self.conditioner.activation,
         )
         return self._ordered(x), -self._forward(raw, x)[1]
+
+    def _solve_pass_by_pass(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_slopes = torch.zeros_like(y), []
+        for i in range(self.dim):
+            here = slice(i, i + 1)
+            h = self.conditioner(x, raw).unflatten(-1, self.offset.shape)[..., here]
+            solved, log_slope = self.transformer.inverse(y[..., here], h, raw["offset"][..., here])
+            x = F.pad(
+                torch.cat([x[..., :i].expand(*solved.shape[:-1], i), solved], -1), (0, self.dim - i - 1)
+            )
+            log_slopes.append(log_slope)
+        return x, torch.cat(log_slopes, -1).sum(-1)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, {self.transformer}" + (", reverse=True" if self.reverse else "")

@@ -8,7 +8,7 @@ h = offset = 0 it is the identity.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -16,11 +16,19 @@ from torch import Tensor
 from .._checks import check_positive
 from .splines import num_bins_of, spline_forward, spline_inverse, spline_size
 
-__all__ = ["Additive", "Affine", "Multiplicative", "RationalQuadratic", "Transformer", "transformer_of"]
+__all__ = [
+    "Additive",
+    "Affine",
+    "Multiplicative",
+    "RationalQuadratic",
+    "Transformer",
+    "is_known",
+    "transformer_of",
+]
 
 
 class Transformer(Protocol):
-    """An increasing map of one variable; ``kind`` and ``limit`` say which.
+    """An increasing map of one variable: what a transformer of your own has to offer.
 
     Example::
 
@@ -29,13 +37,8 @@ class Transformer(Protocol):
         2
     """
 
-    kind: ClassVar[str]
     bends: ClassVar[bool]
     """Whether the log-derivative depends on x itself."""
-
-    @property
-    def limit(self) -> float:
-        """The one setting of the kind: bound of the log-scale, or of the spline's box."""
 
     @property
     def num_params(self) -> int:
@@ -177,7 +180,21 @@ class RationalQuadratic:
         return spline_inverse(y, _sum(h, offset), self.limit)
 
 
-def transformer_of(kind: str, limit: float, num_params: int) -> Transformer:
+Known = Additive | Multiplicative | Affine | RationalQuadratic
+
+
+def is_known(transformer: Transformer) -> TypeGuard[Known]:
+    """Whether :func:`transformer_of` finds it by its ``kind``, ``limit`` and number of parameters.
+
+    Example::
+
+        >>> is_known(Affine(limit=2.0))
+        True
+    """
+    return type(transformer) in get_args(Known)
+
+
+def transformer_of(kind: str, limit: float, num_params: int) -> Known:
     """The transformer of a kind, from what an operator can be given: text and numbers.
 
     Example::
@@ -187,7 +204,7 @@ def transformer_of(kind: str, limit: float, num_params: int) -> Transformer:
     """
     if kind == RationalQuadratic.kind:
         return RationalQuadratic(limit, num_bins_of(num_params))
-    plain: dict[str, Callable[[float], Transformer]]
+    plain: dict[str, Callable[[float], Known]]
     plain = {"additive": Additive, "multiplicative": Multiplicative, "affine": Affine}
     if kind not in plain:
         raise ValueError(

@@ -1,10 +1,15 @@
 """Autoregressive layers: order, inverse in all precisions, gradients, size of the traced graph."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_flowvi.transforms import AffineAutoregressive, Conditional, SplineAutoregressive
+from pyro_flowvi.testing import check_transform
+from pyro_flowvi.transforms import AffineAutoregressive, Autoregressive, Conditional, SplineAutoregressive
+from pyro_flowvi.transforms.univariate import Affine
 from tests.transforms.test_properties import randomized
 
 LAYERS = [AffineAutoregressive, SplineAutoregressive]
@@ -112,3 +117,126 @@ def test_log_scale_has_no_floor():
     x = torch.ones(2)
     torch.testing.assert_close(flow(x), torch.exp(torch.tensor(-14.0)) * x)
     torch.testing.assert_close(flow.inv(flow(x)), x)
+
+
+class SinhArcsinh(torch.nn.Module):
+    """y = sinh(e^s arsinh(x) + t), with a parameter of its own in s."""
+
+    bends = True
+    num_params = 2
+
+    def __init__(self):
+        super().__init__()
+        self.tail = torch.nn.Parameter(torch.tensor(0.1))
+
+    def _parts(self, h, offset):
+        s, t = (offset if h is None else offset + h).unbind(-2)
+        return s.tanh() + self.tail, t
+
+    def forward(self, x, h, offset):
+        s, t = self._parts(h, offset)
+        angle = s.exp() * x.asinh() + t
+        return angle.sinh(), s + angle.cosh().log() - 0.5 * x.square().log1p()
+
+    def inverse(self, y, h, offset):
+        s, t = self._parts(h, offset)
+        angle = (y.asinh() - t) * (-s).exp()
+        return angle.sinh(), angle.cosh().log() - s - 0.5 * y.square().log1p()
+
+
+@dataclass(frozen=True)
+class Shear:
+    """y = e^s x + t, of which the network moves t alone: the slope depends on no input."""
+
+    bends: ClassVar[bool] = False
+    num_params: ClassVar[int] = 2
+
+    def _parts(self, h, offset):
+        s, t = offset.unbind(-2)
+        return s, t if h is None else t + h[..., 1, :]
+
+    def forward(self, x, h, offset):
+        s, t = self._parts(h, offset)
+        y = s.exp() * x + t
+        return y, s.expand(y.shape)
+
+    def inverse(self, y, h, offset):
+        s, t = self._parts(h, offset)
+        x = (y - t) * (-s).exp()
+        return x, -s.expand(x.shape)
+
+
+class Twice(Affine):
+    """Of a kind of the package, but another map: f twice."""
+
+    def forward(self, x, h, offset):
+        y, first = super().forward(x, h, offset)
+        z, second = super().forward(y, h, offset)
+        return z, first + second
+
+    def inverse(self, y, h, offset):
+        x, first = super().inverse(y, h, offset)
+        z, second = super().inverse(x, h, offset)
+        return z, first + second
+
+
+FOREIGN = {"sinh_arcsinh": SinhArcsinh, "shear": Shear, "twice": lambda: Twice(2.0)}
+
+
+def foreign(name, dim, **options):
+    return randomized(Autoregressive(dim, FOREIGN[name](), hidden=(6,), **options), 0.3)
+
+
+class TestForeignTransformer:
+    """A transformer that is none of the package's: D passes of the network in place of the operator."""
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("dim", [1, 2, 5])
+    @pytest.mark.parametrize("name", FOREIGN)
+    def test_properties(self, name, dim, reverse):
+        check_transform(
+            foreign(name, dim, reverse=reverse), torch.randn(2, 3, dim), gradients=name != "shear"
+        )
+
+    @pytest.mark.parametrize("dim", [1, 3])
+    @pytest.mark.parametrize("name", FOREIGN)
+    def test_properties_given_a_context(self, name, dim):
+        flow = randomized(Conditional(foreign(name, dim), 2, (4,)), 0.3)
+        check_transform(flow, torch.randn(4, dim), context=torch.randn(4, 2))
+
+    @pytest.mark.parametrize("name", FOREIGN)
+    def test_jacobian_of_the_inverse_is_the_inverse_jacobian(self, name):
+        flow, x = foreign(name, 4), torch.randn(7, 4)
+        y, _ = flow.forward_and_log_det(x)
+        forward = torch.func.vmap(torch.func.jacrev(lambda x: flow.forward_and_log_det(x)[0]))(x)
+        inverse = torch.func.vmap(torch.func.jacrev(lambda y: flow.inverse_and_log_det(y)[0]))(y)
+        torch.testing.assert_close(inverse, torch.linalg.inv(forward))
+        torch.testing.assert_close(flow.inverse_and_log_det(y)[1], inverse.slogdet()[1])
+
+    @pytest.mark.parametrize("dim", [1, 4, 40])  # above 32 through the inverse
+    @pytest.mark.parametrize("name", FOREIGN)
+    def test_score_is_that_of_the_density(self, name, dim):
+        flow = randomized(Autoregressive(dim, FOREIGN[name](), hidden=(40,)), 0.1)
+        x = torch.randn(5, dim, requires_grad=True)
+        y, _, score = flow.forward_with_score(x, -x.detach())
+        y = y.detach().requires_grad_()
+        back, log_det = flow.inverse_and_log_det(y)
+        log_prob = -0.5 * back.square().sum(-1) + log_det
+        torch.testing.assert_close(score, torch.autograd.grad(log_prob.sum(), y)[0])
+
+    def test_agrees_with_the_operator(self):
+        """The same map under a kind of its own."""
+
+        class Own(Affine):
+            pass
+
+        flow = randomized(AffineAutoregressive(5, hidden=(7, 3)), 0.4)
+        same = Autoregressive(5, Own(2.0), hidden=(7, 3))
+        same.load_state_dict(flow.state_dict())
+        y = torch.randn(3, 5)
+        torch.testing.assert_close(same.inverse_and_log_det(y), flow.inverse_and_log_det(y))
+
+    def test_second_derivative_of_the_inverse(self):
+        flow = foreign("sinh_arcsinh", 3)
+        y = torch.randn(2, 3, requires_grad=True)
+        assert torch.autograd.gradgradcheck(lambda y: flow.inverse_and_log_det(y)[0], y)

@@ -14,7 +14,6 @@ from pyro_flowvi.transforms import (
     AdditiveCoupling,
     AffineAutoregressive,
     AffineCoupling,
-    Autoregressive,
     Compose,
     Conditional,
     Coupling,
@@ -142,15 +141,6 @@ class TestLinear:
 
 
 class TestRefusals:
-    def test_unknown_transformer_of_an_autoregression(self):
-        """Its inverse is an operator that is told the kind alone."""
-
-        class Twice(Affine):
-            pass
-
-        with pytest.raises(ValueError, match="transformer: expected one of"):
-            Autoregressive(3, Twice(2.0))
-
     @pytest.mark.parametrize(
         ("make", "message"),
         [
