@@ -12,12 +12,13 @@ from torch import Tensor, nn
 __all__ = ["NamedModel", "adopt_stored", "announce", "claim_name", "register"]
 
 _live: "weakref.WeakValueDictionary[str, nn.Module]" = weakref.WeakValueDictionary()
+"""Every guide and model with a name of its own in the param store: one registry, since the store is one."""
 
 
-def claim_name(module: Any, name: str | None, default: str) -> str:
-    """Takes ``name``, or the first free one of ``default``, ``default_1``, ...: no two live models share one.
+def claim_name(owner: nn.Module, name: str | None, default: str) -> str:
+    """Takes ``name``, or the first free one of ``default``, ``default_1``, ...: no two live owners share one.
 
-    :raises ValueError: if ``name`` is no non-empty string, or belongs to a live model.
+    :raises ValueError: if ``name`` is no non-empty string, or belongs to a live guide or model.
 
     Example::
 
@@ -29,16 +30,17 @@ def claim_name(module: Any, name: str | None, default: str) -> str:
         raise ValueError(f"name: expected a non-empty string, got {name!r}")
     wanted = name or default
     if wanted in _live:
-        gc.collect()  # a model in a reference cycle outlives its last use
+        gc.collect()  # an owner in a reference cycle outlives its last use
     if name is not None and name in _live:
         raise ValueError(
-            f"name: expected one that no live model holds, got {name!r}; delete the other or choose another"
+            f"name: expected one that no live guide or model holds, got {name!r}; delete the other or choose "
+            "another name"
         )
     free, count = wanted, 0
     while free in _live:
         count += 1
         free = f"{wanted}_{count}"
-    _live[free] = module
+    _live[free] = owner
     return free
 
 

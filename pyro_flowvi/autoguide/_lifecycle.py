@@ -1,7 +1,6 @@
 """The parameters of a guide: their names in the param store, and their life in copies and pickles."""
 
 import copy
-import gc
 import pickle
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,12 +14,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .._checks import check_dtype
-from .._program.param_store import adopt_stored, register
+from .._program.param_store import adopt_stored, claim_name, register
 from ..transforms import Compose
 
 __all__ = ["PROTOTYPE_STATE", "NamedGuide", "signature"]
 
-_live: "weakref.WeakValueDictionary[str, NamedGuide]" = weakref.WeakValueDictionary()
 PROTOTYPE_STATE = (
     "prototype_trace",
     "_prototype_frames",
@@ -41,7 +39,7 @@ class NamedGuide(AutoContinuous):
     :param model: a Pyro model.
     :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
     :param name: prefix of the parameters in the param store; by default the class name, made unique.
-    :raises ValueError: if ``name`` belongs to a live guide.
+    :raises ValueError: if ``name`` belongs to a live guide or model.
 
     Example::
 
@@ -61,7 +59,7 @@ class NamedGuide(AutoContinuous):
         self._store_wins = True
         self._stale = False
         self._named = name is not None
-        self._claim_name(name)
+        self._take_name(name, type(self).__name__)
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -70,27 +68,10 @@ class NamedGuide(AutoContinuous):
         """Prefix of the guide's parameters in the param store."""
         return self.__dict__["_store_name"]  # type: ignore[no-any-return]
 
-    def _claim_name(self, name: str | None) -> None:
-        """Takes ``name``, or the first free one from the class name; no two live guides share one."""
-        wanted = name or type(self).__name__
-        if wanted in _live:
-            gc.collect()  # a guide in a reference cycle outlives its last use
-        if name is not None and wanted in _live:
-            raise ValueError(
-                f"name: expected one that no live guide holds, got {name!r}; delete the other guide "
-                "or choose another name"
-            )
-        self._claim_free_name(wanted)
-
-    def _claim_free_name(self, wanted: str) -> None:
-        free, count = wanted, 0
-        while free in _live:
-            count += 1
-            free = f"{wanted}_{count}"
-        _live[free] = self
-        self.__dict__["_store_name"] = free
+    def _take_name(self, name: str | None, default: str) -> None:
+        self.__dict__["_store_name"] = claim_name(self, name, default)
         if self.master is None:
-            self._pyro_name = free
+            self._pyro_name = self.name
 
     # -- parameters ----------------------------------------------------------------------------
 
@@ -173,7 +154,7 @@ class NamedGuide(AutoContinuous):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._store_wins = False
-        self._claim_free_name(state["_store_name"])
+        self._take_name(None, state["_store_name"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         self._drop_caches()

@@ -57,8 +57,8 @@ class AutoFlow(NamedGuide):
         "elementwise", None for no affine map, or "auto": "lower" up to 200 latents, "low_rank" above.
     :param tails: adds a trainable tail index for each latent (:class:`pyro_flowvi.transforms.HeavyTails`)
         before the affine map, for posteriors with tails heavier than a Gaussian's.
-    :raises ValueError: if an argument is not of the described kind, or ``name`` belongs to a live guide;
-        at set-up as :func:`pyro_flowvi._program.sites`.
+    :raises ValueError: if an argument is not of the described kind, or ``name`` belongs to a live guide or
+        model; at set-up as :func:`pyro_flowvi._program.start_trace.prototype`.
 
     Parameters exist after :meth:`materialize` or the first call.  Reference: Rezende and Mohamed,
     *Variational Inference with Normalizing Flows*, 2015.
