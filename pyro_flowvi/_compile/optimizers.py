@@ -10,8 +10,9 @@ import pyro
 import pyro.optim.clipped_adam
 import torch
 from pyro.optim import PyroOptim
-from pyro.optim.optim import _load_state_dict
 from torch import Tensor
+
+from .._program.pyro_private import load_optimizer_state
 
 __all__ = ["FlatParameters", "Rule", "TorchOptim", "flatten", "inner_optimizer", "make_buckets", "meet"]
 
@@ -113,7 +114,7 @@ def meet(optim: PyroOptim, params: Iterable[Tensor]) -> None:
             name = pyro.get_param_store().param_name(param)
             state = optim._state_waiting_to_be_consumed.pop(name, None)
             if state is not None:
-                _load_state_dict(optimizer, state)
+                load_optimizer_state(optimizer, state)
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

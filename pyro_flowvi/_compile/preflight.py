@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._program.pyro_private import stored_params
 from .._types import Program
 from .errors import CannotCompile, is_library
 from .reached_state import PLAIN, ReachedState
@@ -105,7 +105,7 @@ class EagerStep:
     def undisturbed(self, *tensors: Tensor) -> Iterator[None]:
         """Gives generators, and tensors that the program may change, back as they were."""
         # Views of parameters are left to whoever changes the parameters.
-        params = [*pyro.get_param_store()._params.values(), *self._own_parameters()]
+        params = [*stored_params().values(), *self._own_parameters()]
         owned = {param.untyped_storage().data_ptr() for param in params}
         reached = (*self.reached.tensors, *tensors)
         found = [value for value in reached if value.untyped_storage().data_ptr() not in owned]
@@ -193,7 +193,7 @@ class EagerStep:
     ) -> tuple[float, dict[Tensor, Tensor], Sites]:
         """As :meth:`run`, but generators and tensors stay as the run leaves them."""
         # Stock SVI leaves zeros in gradients, which are not this run's.
-        left = {p: p.grad for p in (*pyro.get_param_store()._params.values(), *self._own_parameters())}
+        left = {p: p.grad for p in (*stored_params().values(), *self._own_parameters())}
         for param in left:
             param.grad = None
         with Sites() as sites, warnings.catch_warnings():

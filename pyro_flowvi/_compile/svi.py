@@ -11,12 +11,12 @@ import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from .._checks import check_positive_int
+from .._program.pyro_private import PYRO_STACK, stored_params
 from .._types import Program
 from .eager_check import compare
 from .errors import CannotCompile, CompileWarning, is_library
@@ -265,7 +265,7 @@ class CompiledSVI(SVI):
         if self.cause is not None or not self.compile or not self._started:
             return None, []  # the first step is eager: it makes the parameters, with validation
         try:
-            if _PYRO_STACK or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
+            if PYRO_STACK or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
                 return None, []  # what a handler or a mode does to the step is for eager Pyro to say
             key, tensors, _ = self._describe(args, kwargs)
             step = self._steps.get(key)
@@ -302,7 +302,7 @@ class CompiledSVI(SVI):
 
     def _holds_parameters(self) -> bool:
         """Whether model, guide, optimizers and parameters are still those that were compiled."""
-        known, optimizers = pyro.get_param_store()._params, self.optim.optim_objs
+        known, optimizers = stored_params(), self.optim.optim_objs
         return (
             self.model is self._eager.model
             and self.guide is self._eager.guide

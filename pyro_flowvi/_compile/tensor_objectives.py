@@ -9,12 +9,12 @@ import pyro.infer.util
 import torch
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
+from .._program.pyro_private import compute_dice_elbo, get_traces
 from ..objectives.enumerated import TraceEnumSTL_ELBO
 from ..objectives.pyro_corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
 
@@ -63,7 +63,7 @@ class _TensorsOnly(TorchFunctionMode):
 def _trace_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Losses:
     loss: Any = 0.0
     surrogate: Any = 0.0
-    for traces in elbo._get_traces(model, guide, args, kwargs):
+    for traces in get_traces(elbo, model, guide, args, kwargs):
         loss_particle, surrogate_particle = elbo._differentiable_loss_particle(*traces)
         loss = loss + loss_particle / elbo.num_particles
         surrogate = surrogate + surrogate_particle / elbo.num_particles
@@ -72,8 +72,8 @@ def _trace_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
 
 def _enum_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Losses:
     loss: Any = 0.0
-    for traces in elbo._get_traces(model, guide, args, kwargs):
-        loss = loss - _compute_dice_elbo(*traces) / elbo.num_particles
+    for traces in get_traces(elbo, model, guide, args, kwargs):
+        loss = loss - compute_dice_elbo(*traces) / elbo.num_particles
     return loss, loss
 
 
@@ -84,7 +84,7 @@ def _renyi_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Lo
     enters with its score, times alpha / (1 - alpha), as in Pyro.
     """
     values, surrogates = [], []
-    for model_trace, guide_trace in elbo._get_traces(model, guide, args, kwargs):
+    for model_trace, guide_trace in get_traces(elbo, model, guide, args, kwargs):
         sum_dims = get_dependent_plate_dims(model_trace.nodes.values())
         value: Any = 0.0
         surrogate: Any = 0.0

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from pyro.infer import TraceEnum_ELBO
-from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
 from .._types import Program
+from .pyro_private import compute_model_factors, get_traces
 
 __all__ = ["enumerated_log_weights"]
 
@@ -28,8 +28,8 @@ def enumerated_log_weights(
         max_plate_nesting=nesting,
         strict_enumeration_warning=False,
     )
-    ((model_trace, guide_trace),) = elbo._get_traces(model, guide, args, kwargs)
-    costs, factors, _, sum_dims, scale = _compute_model_factors(model_trace, guide_trace)
+    ((model_trace, guide_trace),) = get_traces(elbo, model, guide, args, kwargs)
+    costs, factors, _, sum_dims, scale = compute_model_factors(model_trace, guide_trace)
     particle = model_trace.plate_to_symbol["num_particles_vectorized"]
 
     def apart(packed: Any) -> Tensor:

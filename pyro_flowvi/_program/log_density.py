@@ -10,7 +10,6 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import init_to_median
-from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -20,6 +19,7 @@ from .._types import Program, Site, Trace
 from .batching import sum_apart
 from .enumeration import enumerated_log_weights
 from .packing import _Latent
+from .pyro_private import compute_model_factors, get_traces
 from .sites import latent_sites
 from .start_trace import prototype
 
@@ -188,8 +188,8 @@ class UnconstrainedModel:
         if size > 1:
             return enumerated_log_weights(model, nothing, self._args, self._kwargs, size, self._nesting)
         elbo = TraceEnum_ELBO(strict_enumeration_warning=False, max_plate_nesting=self._nesting)
-        trace = next(iter(elbo._get_traces(model, nothing, self._args, self._kwargs)))
-        costs, factors, _, sum_dims, scale = _compute_model_factors(*trace)
+        trace = next(get_traces(elbo, model, nothing, self._args, self._kwargs))
+        costs, factors, _, sum_dims, scale = compute_model_factors(*trace)
         terms = [cost.sum() for group in costs.values() for cost in group]
         if factors:
             terms.append(scale * contract_to_tensor(factors, sum_dims, frozenset()))

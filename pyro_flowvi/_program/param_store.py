@@ -9,6 +9,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from .pyro_private import replace_stored, stored_params
+
 __all__ = ["NamedModel", "adopt_stored", "announce", "claim_name", "register"]
 
 _live: "weakref.WeakValueDictionary[str, nn.Module]" = weakref.WeakValueDictionary()
@@ -105,7 +107,7 @@ _registered: dict[str, tuple["weakref.ref[Tensor]", _Store]] = {}
 def register(full_name: str, param: Tensor) -> None:
     """Shows a parameter to Pyro under its name, so that an optimizer finds it."""
     pyro.param(full_name, param)
-    _registered[full_name] = weakref.ref(param), pyro.get_param_store()._params
+    _registered[full_name] = weakref.ref(param), stored_params()
 
 
 def adopt_stored(full_name: str, param: Tensor, wins: bool = True, leftovers: bool = False) -> None:
@@ -115,8 +117,7 @@ def adopt_stored(full_name: str, param: Tensor, wins: bool = True, leftovers: bo
     :param leftovers: whether also one that an earlier owner of this process left there.
     :raises ValueError: if the value has another shape.
     """
-    store = pyro.get_param_store()
-    stored = store._params.get(full_name)
+    stored = stored_params().get(full_name)
     if stored is param or stored is None:
         return
     if wins and (leftovers or not _is_leftover(full_name, stored)):
@@ -127,9 +128,7 @@ def adopt_stored(full_name: str, param: Tensor, wins: bool = True, leftovers: bo
             )
         with torch.no_grad():
             param.copy_(stored)
-    store._param_to_name.pop(stored, None)
-    store._params[full_name] = param
-    store._param_to_name[param] = full_name
+    replace_stored(full_name, param)
 
 
 def _is_leftover(full_name: str, stored: Tensor) -> bool:
@@ -139,4 +138,4 @@ def _is_leftover(full_name: str, stored: Tensor) -> bool:
     Clearing or restoring the store makes a new dictionary, or new tensors in it.
     """
     param, store = _registered.get(full_name, (None, None))
-    return param is not None and param() is stored and store is pyro.get_param_store()._params
+    return param is not None and param() is stored and store is stored_params()

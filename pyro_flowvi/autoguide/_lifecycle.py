@@ -8,13 +8,13 @@ from typing import Any, Self
 
 import torch
 from pyro.infer.autoguide.guides import AutoContinuous
-from pyro.nn.module import _is_module_local_param_enabled
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 from torch.distributions import constraints
 
 from .._checks import check_dtype
 from .._program.param_store import adopt_stored, claim_name, register
+from .._program.pyro_private import is_module_local_param_enabled
 from ..transforms import Compose
 
 __all__ = ["PROTOTYPE_STATE", "NamedGuide", "signature"]
@@ -83,7 +83,7 @@ class NamedGuide(AutoContinuous):
 
     def _announce_params(self) -> None:
         """Shows every parameter to Pyro, under its name, so that an optimizer finds it."""
-        local = _is_module_local_param_enabled()
+        local = is_module_local_param_enabled()
         for name, param in self._flow.named_parameters():
             full_name = f"{self.name}.{name}"
             if not param.requires_grad:

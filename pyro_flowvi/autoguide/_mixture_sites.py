@@ -8,10 +8,10 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.score_parts import ScoreParts
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Size, Tensor
 
+from .._program.pyro_private import PYRO_STACK
 from ..distributions import MixtureOfFlows
 from ..distributions.flow import Shape, is_scoring
 from ..distributions.mixture_of_flows import pick_component
@@ -46,10 +46,10 @@ class ComponentCall:
 
     def __init__(self, mixture: MixtureOfFlows, counter: list[int]) -> None:
         self.mixture, self._counter = mixture, counter
-        self.enumerates = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+        self.enumerates = any(isinstance(handler, EnumMessenger) for handler in PYRO_STACK)
         """Whether the objective sums discrete sites out."""
         self._path = self.enumerates and is_scoring() and torch.is_grad_enabled()
-        self._scale = math.prod(h.scale for h in _PYRO_STACK if isinstance(h, ScaleMessenger))
+        self._scale = math.prod(h.scale for h in PYRO_STACK if isinstance(h, ScaleMessenger))
         self._log_weight: tuple[Tensor, Tensor] | None = None
         self._from_latent: Tensor | None = None
 

@@ -12,13 +12,13 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
-from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
 from .._program.log_density import UnconstrainedModel
 from .._program.packing import pack
+from .._program.pyro_private import is_module_local_param_enabled
 from .._program.sites import is_enumerated
 from .._program.start_trace import SafeInit, prototype
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
@@ -263,7 +263,7 @@ class AutoFlow(NamedGuide):
                 "with the model's arguments first"
             )
         flow: Any = self._modules["flow"]
-        if not _is_module_local_param_enabled():
+        if not is_module_local_param_enabled():
             self._adopt_store(flow)
         whole: Chain = flow
         return whole

@@ -5,12 +5,12 @@ from typing import ClassVar, Self
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.score_parts import ScoreParts
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Size, Tensor
 from torch.distributions import Distribution, Transform
 
 from .._checks import check_count, check_positive_int
+from .._program.pyro_private import PYRO_STACK
 from .flow import FlowDistribution, Shape
 from .indexed_flow import NUM_INDEX_SAMPLES, WithNoise, index_log_ratios, log_mean_exp
 
@@ -47,7 +47,7 @@ def refuse_dense_traces(name: str) -> None:
 
         >>> refuse_dense_traces("guide")
     """
-    if any(isinstance(h, TraceMessenger) and h.graph_type == "dense" for h in _PYRO_STACK):
+    if any(isinstance(h, TraceMessenger) and h.graph_type == "dense" for h in PYRO_STACK):
         raise NotImplementedError(
             f"{name}: expected TraceEnum_ELBO, Trace_ELBO or RenyiELBO, got TraceGraph_ELBO, which leaves "
             "the score of the component out of the gradient"

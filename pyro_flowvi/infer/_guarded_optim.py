@@ -13,6 +13,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from .._compile.optimizers import inner_optimizer
+from .._program.pyro_private import stored_params
 
 __all__ = ["GuardedOptim", "NotFinite"]
 
@@ -70,7 +71,7 @@ class GuardedOptim(PyroOptim):
         return known
 
     def _known(self) -> dict[str, Tensor]:
-        return self._local() | pyro.get_param_store()._params
+        return self._local() | stored_params()
 
     def meet_trained(self, names: Iterable[str]) -> None:
         """Meets, of the parameters of these names, those that exist and are trained."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._compile.optimizers import meet
 from .._program.log_density import REFUSALS
 from .._program.log_weights import LogWeights
+from .._program.pyro_private import get_traces
 from .._types import Program
 from ._guarded_optim import GuardedOptim
 
@@ -102,7 +103,7 @@ class Run:
         """The first site of the step just run that is not finite, in value, density or gradient."""
         with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for model_trace, guide_trace in self.loss._get_traces(self.model, self.guide, args, self.kwargs):
+            for model_trace, guide_trace in get_traces(self.loss, self.model, self.guide, args, self.kwargs):
                 for trace in (guide_trace, model_trace):
                     for name, site in trace.nodes.items():
                         if site["type"] == "sample" and _site_is_bad(site):

@@ -1,0 +1,51 @@
+"""Every private name of Pyro that the package uses; no other module imports one.
+
+Tried on Pyro 1.9.1 and 1.9.2.  Methods that a subclass overrides or inherits are used where they stand:
+``_get_trace`` and ``_vectorized_num_particles`` of objectives, ``_setup_prototype``, ``_prototype_hide_fn``
+and ``_pyro_context`` of guides, ``_get_optim`` of optimizers, and the marks ``_pyro_...`` on tensors.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+from pyro.infer.traceenum_elbo import _compute_dice_elbo as compute_dice_elbo
+from pyro.infer.traceenum_elbo import _compute_model_factors as compute_model_factors
+from pyro.nn.module import _is_module_local_param_enabled as is_module_local_param_enabled
+from pyro.optim.optim import _load_state_dict as load_optimizer_state
+from pyro.poutine.runtime import _PYRO_STACK as PYRO_STACK
+from torch import Tensor
+
+from .._types import Program, Trace
+
+__all__ = [
+    "PYRO_STACK",
+    "compute_dice_elbo",
+    "compute_model_factors",
+    "get_traces",
+    "is_module_local_param_enabled",
+    "load_optimizer_state",
+    "replace_stored",
+    "stored_params",
+]
+
+
+def get_traces(
+    elbo: Any, model: Program, guide: Program, args: Any, kwargs: Any
+) -> Iterator[tuple[Trace, Trace]]:
+    """Traces of model and guide for each run of an objective, scored as it scores them."""
+    return iter(elbo._get_traces(model, guide, args, kwargs))
+
+
+def stored_params() -> dict[str, Tensor]:
+    """The unconstrained parameters of the param store: the dictionary itself, which a new store replaces."""
+    params: dict[str, Tensor] = pyro.get_param_store()._params
+    return params
+
+
+def replace_stored(full_name: str, param: Tensor) -> None:
+    """Puts a parameter into the place of the one that the param store has under its name."""
+    store = pyro.get_param_store()
+    store._param_to_name.pop(store._params[full_name], None)
+    store._params[full_name] = param
+    store._param_to_name[param] = full_name
