@@ -19,7 +19,7 @@ from .._compile.optimizers import inner_optimizer, meet
 from ..autoguide import AutoFlow
 from ..autoguide._affine import enter_frame, frame_of, has_frame
 from ._progress import Progress
-from ._training_loop import Driver
+from ._training_loop import TrainingLoop
 
 __all__ = ["Checkpoint", "fingerprint", "restore"]
 
@@ -95,7 +95,7 @@ class Checkpoint:
             )
         return state
 
-    def write(self, driver: Driver, identity: Mapping[str, str]) -> None:
+    def write(self, driver: TrainingLoop, identity: Mapping[str, str]) -> None:
         """Writes the run: to a neighbouring file first, which then takes this one's place."""
         partial = self.path.with_name(self.path.name + ".partial")
         with open(partial, "wb") as file:
@@ -105,7 +105,7 @@ class Checkpoint:
         os.replace(partial, self.path)
 
 
-def _state(driver: Driver) -> dict[str, Any]:
+def _state(driver: TrainingLoop) -> dict[str, Any]:
     run = driver.run
     guide: Any = run.guide
     params, optim = run.optim.params, run.optim.optim
@@ -126,10 +126,10 @@ def _state(driver: Driver) -> dict[str, Any]:
         "progress": dataclasses.asdict(driver.progress),
         "losses": list(run.losses),
         "params": {name: param.detach().clone() for name, param in params.items()},
-        "average": driver.average,
+        "average": driver.average.values,
         "best": run.best,
         "best_weights": run.best_weights,
-        "norms": list(driver.norms),
+        "norms": list(run.optim.norms),
         "limits": run.optim.limits.clone(),
         "optimizers": optimizers,
         "objective": {
@@ -148,7 +148,7 @@ def _state(driver: Driver) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore(driver: Driver, state: Mapping[str, Any]) -> None:
+def restore(driver: TrainingLoop, state: Mapping[str, Any]) -> None:
     """Puts a run back to where a checkpoint was written."""
     run = driver.run
     guide: Any = run.guide
@@ -173,8 +173,8 @@ def restore(driver: Driver, state: Mapping[str, Any]) -> None:
         getattr(run.loss, name).copy_(value)
     driver.progress = Progress(**state["progress"])
     driver.progress.elbos = [tuple(entry) for entry in driver.progress.elbos]  # type: ignore[misc]
-    driver.average = dict(state["average"])
-    driver.norms.extend(state["norms"])
+    driver.average.values = dict(state["average"])
+    run.optim.norms.extend(state["norms"])
     driver.start = state["start"]
     driver.arguments.restart(state["data"])
     run.losses[:] = state["losses"]

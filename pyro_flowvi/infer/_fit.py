@@ -29,7 +29,7 @@ from ._guarded_optim import GuardedOptim
 from ._result import FitResult
 from ._run_state import Run
 from ._start import locate
-from ._training_loop import Driver
+from ._training_loop import TrainingLoop
 
 __all__ = ["fit"]
 
@@ -227,7 +227,7 @@ def fit(
     elif judge.largest * run.comparison_draws > MANY_ELEMENTS:
         run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.largest)
     may_settle = not (particles.model_has_params or particles.point_masses()) and particles.has_latents
-    driver = Driver(
+    driver = TrainingLoop(
         run, num_steps, rate if optim is None else None, compile, supply, batches is not None, may_settle
     )
     identity: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,11 @@ __all__ = ["GuardedOptim", "NotFinite"]
 
 _ZERO_IS_FRESH = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, ClippedAdam)
 """Optimizers whose fresh state is zeros: set in place, since compiled steps hold views of it."""
+CLIP, SKIP = 5.0, 20.0
+"""Multiples of the running median of gradient norms: above the first a gradient is scaled down, above the
+second the step is left out."""
+NORMS = 100
+"""Gradient norms in the running median."""
 
 
 class NotFinite(Exception):
@@ -40,6 +46,8 @@ class GuardedOptim(PyroOptim):
         self.limits = torch.full((2,), math.inf, dtype=torch.float64)
         self.norm = math.nan
         """Of the last gradient that came this way."""
+        self.norms: deque[float] = deque(maxlen=NORMS)
+        """Of the last gradients, however their steps were taken."""
         self._modules = [program for program in programs if isinstance(program, torch.nn.Module)]
 
     def __getattr__(self, name: str) -> Any:
@@ -114,9 +122,22 @@ class GuardedOptim(PyroOptim):
                 torch._foreach_mul_(gradients, clip / self.norm)
         self.optim(params, *args, **kwargs)
 
+    def note(self, norm: float) -> None:
+        """Counts the norm of a step's gradient in the running median."""
+        if math.isfinite(norm) and norm > 0.0:
+            self.norms.append(norm)
+
+    def set_limits(self) -> None:
+        """Sets the limits to multiples of the running median, once there are enough norms."""
+        if len(self.norms) >= NORMS // 5:
+            median = sorted(self.norms)[len(self.norms) // 2]
+            self.limits.copy_(torch.tensor([CLIP * median, SKIP * median]))
+
     @torch.no_grad()
     def forget(self) -> None:
-        """Sets moments and step counts of the optimizers to zero."""
+        """Sets moments and step counts of the optimizers to zero, and lifts the limits."""
+        self.norms.clear()
+        self.limits.fill_(math.inf)
         for optimizer in map(inner_optimizer, self.optim.optim_objs.values()):
             if not isinstance(optimizer, _ZERO_IS_FRESH):
                 optimizer.state.clear()

@@ -15,6 +15,7 @@ from .._program.log_density import REFUSALS
 from .._program.log_weights import LogWeights
 from .._program.pyro_private import get_traces
 from .._types import Program
+from ._averaging import put_back, snapshot
 from ._guarded_optim import GuardedOptim
 
 __all__ = ["Run", "is_worse"]
@@ -80,7 +81,7 @@ class Run:
         weights = self.evaluate()
         if not (self.best and self.ranked and is_worse(weights, self.best_weights)):
             self.best_weights = weights
-            self.best = {name: param.detach().clone() for name, param in self.optim.params.items()}
+            self.best = snapshot(self.optim.params)
         return weights
 
     def keep_start(self) -> None:
@@ -93,11 +94,9 @@ class Run:
     def best_loss(self) -> float:
         return -float(self.best_weights.mean())
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Puts the best state back; what it does not know yet goes back to where it started."""
-        for name, param in self.optim.params.items():
-            param.copy_(self.best.get(name, self.optim.first[name]))
+        put_back(self.optim.params, self.optim.first | self.best)
 
     def find_bad_site(self, args: tuple[Any, ...]) -> str | None:
         """The first site of the step just run that is not finite, in value, density or gradient."""

@@ -1,10 +1,9 @@
-"""The loop of :func:`pyro_flowvi.fit`: rates, averages, plateaus, recovery."""
+"""The loop of :func:`pyro_flowvi.fit`: a race of rates, steps, checks, recovery."""
 
 import math
 import re
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,38 +14,27 @@ from tqdm import tqdm
 
 from .._compile.svi import CompiledSVI
 from .._program.log_density import REFUSALS
+from ._averaging import WeightAverage
 from ._batches import Supply
 from ._guarded_optim import NotFinite
 from ._progress import Progress
 from ._result import FitDiverged
 from ._run_state import Run, is_worse
+from ._schedule import PATIENCE, PLATEAU_FACTOR, CosineSchedule, is_rising
 
-__all__ = ["CHECKS", "Driver"]
+__all__ = ["CHECKS", "TrainingLoop"]
 
 CHECKS = 50
 """How often in a run the state is compared with the best and kept."""
 FINAL_RATE = 1e-2
 """The learning rate ends at this fraction of its start."""
 WARM_UP = 100
-CLIP, SKIP = 5.0, 20.0
-"""Multiples of the running median of gradient norms: above the first a gradient is scaled down, above the
-second the step is left out."""
-NORMS = 100
-"""Gradient norms in the running median."""
 AVERAGE_EVERY, AVERAGE_DECAY = 10, 0.99
 """The weights are averaged every so many steps, exponentially with this decay a step."""
 RACE_RATES = (1.0, 1 / 3, 3.0)
-RACE_STEPS = 100
+RACE_STEPS, RACE_WARM_UP = 100, 20
 ENOUGH_STEPS = 1000
 """Shorter runs have no race, and no plateau ends them."""
-PATIENCE = 6
-"""Checks over which a plateau is judged."""
-PLATEAU_GAIN = 2e-3
-"""Gain in ELBO, nats, over that time that still counts as progress."""
-BLURRED_ERROR = 0.05
-"""Standard error of that gain, doubled, above which no plateau can be told from a slow rise."""
-PLATEAU_FACTOR = 0.3
-"""What a first plateau does to the learning rate."""
 EARLIEST_STOP = 0.2
 """Fraction of the steps before which no plateau is looked for."""
 SETTLED_SD = 0.05
@@ -67,7 +55,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class Driver:
+class TrainingLoop:
     """Takes the steps of a run.
 
     :param run: the run.
@@ -96,12 +84,12 @@ class Driver:
         self.stops_early = early and num_steps >= ENOUGH_STEPS
         self.may_settle = may_settle
         self.progress = Progress(lr=lr)
-        self.average: dict[str, Tensor] = {}
+        self.schedule = CosineSchedule(num_steps, min(WARM_UP, 1 + num_steps // 10), FINAL_RATE)
+        self.average = WeightAverage(AVERAGE_DECAY, every=AVERAGE_EVERY)
         self.start: str | None = None
         """The kind of Gaussian that the guide was moved to."""
         self.svi = CompiledSVI(run.model, run.guide, run.optim, run.loss, compile=compile)
         self.svi._limits, self.svi._interprets = run.optim.limits, True
-        self.norms: deque[float] = deque(maxlen=NORMS)
         self.every = max(1, num_steps // CHECKS)
 
     @property
@@ -119,13 +107,16 @@ class Driver:
 
     # -- rates --------------------------------------------------------------------------------------
 
-    def rate(self, step: int) -> float | None:
-        """The learning rate of a step: a linear rise, then a cosine down to ``FINAL_RATE``."""
-        if self.progress.lr is None:
+    def _set_rate(self) -> float | None:
+        """Sets the learning rate of the next steps, unless the optimizer has a schedule of its own."""
+        progress = self.progress
+        if progress.lr is None:
             return None
-        rise = min(1.0, (step + 1) / min(WARM_UP, 1 + self.num_steps // 10))
-        fall = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * step / self.num_steps))
-        return self.progress.lr * self.progress.factor * rise * fall
+        # By tens of steps, however many are taken at once.
+        step = progress.step - progress.step % AVERAGE_EVERY
+        rate = self.schedule.rate(step, progress.lr * progress.factor)
+        self.run.optim.advance(rate)
+        return rate
 
     def prepare(self, race: bool) -> None:
         """Keeps the start as the first candidate, and lets rates race; Ctrl-C ends the run at the start."""
@@ -151,12 +142,7 @@ class Driver:
         for multiple in RACE_RATES:
             progress.lr = table * multiple
             try:
-                for step in range(RACE_STEPS):
-                    run.optim.advance(progress.lr * min(1.0, (step + 1) / 20))
-                    args = self.arguments(step)
-                    if args is None or not math.isfinite(self._steps(args, 1, self.num_steps)[0][0]):
-                        break
-                else:
+                if self._runs_at(progress.lr):
                     weights = run.evaluate()
                     progress.race[progress.lr] = float(weights.mean())
                     # The rate of the table, which is tried first, stays unless another is surely better.
@@ -170,6 +156,16 @@ class Driver:
                 getattr(run.loss, name).copy_(value)
             progress.num_dropped = 0
         progress.lr = best[0] if best else table / RACE_RATES[-1]
+
+    def _runs_at(self, lr: float) -> bool:
+        """Takes the steps of a race; whether there was data for all, and every loss finite."""
+        schedule = CosineSchedule(RACE_STEPS, RACE_WARM_UP, final_share=1.0)
+        for step in range(RACE_STEPS):
+            self.run.optim.advance(schedule.rate(step, lr))
+            args = self.arguments(step)
+            if args is None or not math.isfinite(self._steps(args, 1, self.num_steps)[0][0]):
+                return False
+        return True
 
     # -- steps --------------------------------------------------------------------------------------
 
@@ -185,15 +181,9 @@ class Driver:
             if math.isnan(dropped):  # the step was eager
                 dropped, norm = int(getattr(run.loss, "num_dropped", 0)) - dropped_before, run.optim.norm
             self.progress.num_dropped += int(dropped)
-            if math.isfinite(norm) and norm > 0.0:
-                self.norms.append(norm)
+            run.optim.note(norm)
             found.append((value, norm))
         return found
-
-    def _set_limits(self) -> None:
-        if len(self.norms) >= NORMS // 5:
-            median = sorted(self.norms)[len(self.norms) // 2]
-            self.run.optim.limits.copy_(torch.tensor([CLIP * median, SKIP * median]))
 
     def step(self) -> bool:
         """Takes a few steps, or recovers from one that failed; False if there is no more data."""
@@ -203,11 +193,7 @@ class Driver:
         args = self.arguments(progress.step)
         if args is None:
             return False
-        # By tens of steps, however many are taken at once.
-        rate = self.rate(progress.step - progress.step % AVERAGE_EVERY)
-        if rate is not None:
-            run.optim.advance(rate)
-        skip = float(run.optim.limits[1])
+        rate, skip = self._set_rate(), float(run.optim.limits[1])
         count, left = self._until_a_change(), self.num_steps - progress.step
         try:
             taken = self._steps(args, count, left)
@@ -222,19 +208,24 @@ class Driver:
             if not math.isfinite(value) or progress.skips >= MAX_SKIPS:
                 self._recover(args, random_state, cause)
                 return True
-            progress.good_steps += 1
-            if progress.good_steps >= RECOVERY_STEPS:
-                progress.failures = 0
-            run.losses.append(value)
-            progress.rates.append(math.nan if rate is None else rate)
-            progress.norms.append(norm)
-            progress.step += 1
-            if rate is None:
-                run.optim.advance(None)
+            self._record(value, norm, rate)
         if progress.step % AVERAGE_EVERY == 0:
-            self._set_limits()
-            self._update_average()
+            run.optim.set_limits()
+            self.average.update(run.optim.params, progress.step)
         return True
+
+    def _record(self, value: float, norm: float, rate: float | None) -> None:
+        """Counts a good step."""
+        progress = self.progress
+        progress.good_steps += 1
+        if progress.good_steps >= RECOVERY_STEPS:
+            progress.failures = 0
+        self.run.losses.append(value)
+        progress.rates.append(math.nan if rate is None else rate)
+        progress.norms.append(norm)
+        progress.step += 1
+        if rate is None:
+            self.run.optim.advance(None)
 
     def _until_a_change(self) -> int:
         """Steps that can be taken at once: up to the next update of averages, or one if the data change."""
@@ -244,6 +235,8 @@ class Driver:
         return min(
             AVERAGE_EVERY - step % AVERAGE_EVERY, self.every - step % self.every, self.num_steps - step
         )
+
+    # -- recovery -----------------------------------------------------------------------------------
 
     def _recover(self, args: tuple[Any, ...], random_state: Tensor, cause: Exception | None) -> None:
         """Goes back to the last good state with half the rate; gives up after several failures in a row."""
@@ -255,61 +248,36 @@ class Driver:
         for param in run.optim.params.values():
             param.grad = None
         if progress.failures >= MAX_FAILURES or not run.optim.params:
-            after = torch.get_rng_state()
-            torch.set_rng_state(random_state)
-            named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
-            site = named.group(1) if named else None
-            if cause is None:
-                site = run.find_bad_site(args)
-            torch.set_rng_state(after)
+            site = self._find_site(args, random_state, cause)
             run.restore()
-            told = str(cause).strip().splitlines()
+            told = str(cause).strip().splitlines() if cause else []
             losses = torch.tensor(run.losses)
-            raise FitDiverged(progress.step, site, losses, told[0] if told and cause else None) from cause
+            raise FitDiverged(progress.step, site, losses, told[0] if told else None) from cause
         self._go_back()
+
+    def _find_site(self, args: tuple[Any, ...], random_state: Tensor, cause: Exception | None) -> str | None:
+        """The site at which a step failed that began with a state of torch's generator."""
+        if cause is not None:
+            named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
+            return named.group(1) if named else None
+        after = torch.get_rng_state()
+        torch.set_rng_state(random_state)
+        site = self.run.find_bad_site(args)
+        torch.set_rng_state(after)
+        return site
 
     def _go_back(self) -> None:
         """To the best state so far, with fresh optimizers, averages and limits."""
         self.run.restore()
         self.run.optim.forget()
-        self.average = {}
-        self.norms.clear()
-        self.run.optim.limits.fill_(math.inf)
+        self.average.forget()
 
-    # -- averages and checks ------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        params = self.run.optim.params
-        if self.average.keys() != params.keys():
-            self.average = {name: param.detach().clone() for name, param in params.items()}
-            return
-        weight = 1.0 - AVERAGE_DECAY**AVERAGE_EVERY
-        # Early averages forget the start faster.
-        weight = max(weight, min(1.0, 10.0 * AVERAGE_EVERY / (self.progress.step + 1)))
-        torch._foreach_lerp_(list(self.average.values()), [params[n].detach() for n in self.average], weight)
-
-    @contextmanager
-    def _at_average(self) -> Iterator[None]:
-        """With the averaged weights in place of the present ones."""
-        params = self.run.optim.params
-        if self.average.keys() != params.keys():
-            yield
-            return
-        with torch.no_grad():
-            now = {name: param.detach().clone() for name, param in params.items()}
-            for name, param in params.items():
-                param.copy_(self.average[name])
-            try:
-                yield
-            finally:
-                for name, param in params.items():
-                    param.copy_(now[name])
+    # -- checks -------------------------------------------------------------------------------------
 
     def check(self) -> bool:
         """Keeps the averaged state unless an earlier one is better; whether the run is over."""
         progress = self.progress
-        with self._at_average():
+        with self.average.in_place(self.run.optim.params):
             weights = self.run.keep_unless_worse()
         se = float(weights.std() / math.sqrt(len(weights)))
         progress.elbos.append((progress.step, float(weights.mean()), se))
@@ -319,26 +287,20 @@ class Driver:
         early = progress.step < EARLIEST_STOP * self.num_steps
         if not self.stops_early or early or len(progress.recent) <= PATIENCE:
             return False
-        if self._gains(progress.recent):
-            return False
+        return not self._is_rising() and self._meet_plateau()
+
+    def _is_rising(self) -> bool:
+        """Whether the ELBO rose over the recent checks."""
+        return is_rising(self.progress.recent, blurred=not self.run.held_out)
+
+    def _meet_plateau(self) -> bool:
+        """Lowers the rate at the first plateau; whether it is a later one, which ends the run."""
+        progress = self.progress
         progress.recent = []
         progress.plateaus += 1
         if progress.plateaus == 1:
             progress.factor *= PLATEAU_FACTOR
-            return False
-        return True
-
-    def _gains(self, recent: list[Tensor]) -> bool:
-        """Whether the ELBO rose over the recent checks, on common random numbers, beyond its noise."""
-        half = len(recent) // 2
-        late, early = torch.stack(recent[half:]).mean(0), torch.stack(recent[:half]).mean(0)
-        gain = late - early
-        if not bool(gain.isfinite().all()):
-            return True
-        error = float(gain.std()) / math.sqrt(len(gain))
-        if 2.0 * error > BLURRED_ERROR and not self.run.held_out:
-            return True  # too noisy to tell
-        return float(gain.mean()) > max(2.0 * error, PLATEAU_GAIN)
+        return progress.plateaus > 1
 
     # -- the run ------------------------------------------------------------------------------------
 
@@ -350,25 +312,10 @@ class Driver:
         run, progress = self.run, self.progress
         if progress.stop_reason is not None:
             return progress.stop_reason
-        reason, saved = "completed", time.monotonic()
         name = type(run.guide).__name__
         with tqdm(total=self.num_steps, initial=progress.step, disable=not progress_bar, desc=name) as bar:
             try:
-                while progress.step < self.num_steps:
-                    before = progress.step
-                    if not self.step():
-                        reason = "no more batches"
-                        break
-                    bar.update(progress.step - before)
-                    if progress.step > before and progress.step % self.every == 0:
-                        over = self.check()
-                        bar.set_postfix_str(f"ELBO {-run.best_loss:.2f}", refresh=False)
-                        if over:
-                            reason = "converged"
-                            break
-                    if save is not None and time.monotonic() - saved >= seconds:
-                        save()
-                        saved = time.monotonic()
+                reason = self._take_all(bar, save, seconds)
             except KeyboardInterrupt:
                 reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
             except FitDiverged:
@@ -384,9 +331,27 @@ class Driver:
             save()
         return reason
 
+    def _take_all(self, bar: Any, save: Callable[[], None] | None, seconds: float) -> str:
+        """Steps, checks and checkpoints until there is a reason to stop, which is returned."""
+        progress, saved = self.progress, time.monotonic()
+        while progress.step < self.num_steps:
+            before = progress.step
+            if not self.step():
+                return "no more batches"
+            bar.update(progress.step - before)
+            if progress.step > before and progress.step % self.every == 0:
+                over = self.check()
+                bar.set_postfix_str(f"ELBO {-self.run.best_loss:.2f}", refresh=False)
+                if over:
+                    return "converged"
+            if save is not None and time.monotonic() - saved >= seconds:
+                save()
+                saved = time.monotonic()
+        return "completed"
+
     def _keep_last(self) -> None:
         """Lets the last state and its average compete with the best."""
-        with self._at_average():
+        with self.average.in_place(self.run.optim.params):
             self.run.keep_unless_worse()
         averaged = self.run.best_weights
         if self.run.ranked and is_worse(averaged, self.run.evaluate()):
@@ -395,7 +360,7 @@ class Driver:
     @property
     def converged(self) -> bool:
         """Whether the ELBO had stopped rising when the run ended."""
-        recent = self.progress.recent
         if self.progress.stop_reason == "converged":
             return True
-        return self.run.ranked and len(recent) >= PATIENCE // 2 and not self._gains(recent)
+        enough = len(self.progress.recent) >= PATIENCE // 2
+        return self.run.ranked and enough and not self._is_rising()

@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro_flowvi import AutoPlanar, AutoRealNVP, FitDiverged, fit
 from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.infer._run_state import SMALL_BATCH, Run
-from pyro_flowvi.infer._training_loop import PATIENCE
+from pyro_flowvi.infer._schedule import PATIENCE
 from tests import zoo
 
 ROOT = Path(__file__).parents[2]
