@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distributions.flow import FlowDistribution, Shape, is_scoring
+from .._program.scoring import is_scoring
+from ..distributions.flow import FlowDistribution, Shape
 
 __all__ = ["CallPosterior"]
 
@@ -23,7 +24,7 @@ class CallPosterior(FlowDistribution):
         return self._drawn[0]
 
     def drawn_score(self, value: Tensor) -> Tensor | None:
-        """∇ log q at the very tensor that was drawn within :func:`scoring`; None for any other."""
+        """∇ log q at the very tensor that was drawn within :class:`Scoring`; None for any other."""
         if self._drawn is None or value is not self._drawn[0] or len(self._drawn) < 3:
             return None
         return self._drawn[2]

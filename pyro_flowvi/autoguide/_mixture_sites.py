@@ -12,8 +12,9 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Size, Tensor
 
 from .._program.pyro_private import PYRO_STACK
+from .._program.scoring import is_scoring
 from ..distributions import MixtureOfFlows
-from ..distributions.flow import Shape, is_scoring
+from ..distributions.flow import Shape
 from ..distributions.mixture_of_flows import pick_component
 
 __all__ = ["ComponentCall", "ComponentIndex", "LatentGivenComponent"]
@@ -65,7 +66,7 @@ class ComponentCall:
         return self._log_weight[1]
 
     def log_q(self, value: Tensor) -> Tensor:
-        """The log density of the mixture; under ``scoring`` its gradient is that through the value alone."""
+        """The log density of the mixture; within :class:`Scoring` its gradient is that through the value."""
         if not self._path:
             return self.mixture.log_prob(value)
         with torch.enable_grad():

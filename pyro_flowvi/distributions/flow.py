@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -35,24 +33,6 @@ def _moved(distribution: Distribution, *args: Any, **kwargs: Any) -> Distributio
 
 
 Shape = Size | list[int] | tuple[int, ...]
-
-
-_scoring = [False]
-
-
-@contextmanager
-def scoring() -> Iterator[None]:
-    """Within it, draws of a guide's flow are made with the score of their density."""
-    before, _scoring[0] = _scoring[0], True
-    try:
-        yield
-    finally:
-        _scoring[0] = before
-
-
-def is_scoring() -> bool:
-    """Whether draws are wanted with their scores."""
-    return _scoring[0]
 
 
 class FlowDistribution(TorchDistribution):

@@ -16,10 +16,10 @@ from pyro.optim import PyroOptim
 from .._checks import check_positive, check_positive_int
 from .._compile.inductor import PARALLEL_FROM
 from .._program.log_weights import LogWeights
+from .._program.scoring import Scoring
 from .._types import Program
 from ..autoguide import AutoFlow, AutoFlowMixture
 from ..autoguide._affine import leave_frame
-from ..distributions.flow import scoring
 from ..flows import defaults_for
 from ..init import Effort
 from ..objectives._choice import objective_for
@@ -62,7 +62,7 @@ def _defaults(guide: Any) -> tuple[float, int]:
 
 def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
     """Whether a guide of flows can carry scores forward: a foreign transform may have no inverse."""
-    with torch.random.fork_rng(), poutine.block(), scoring():
+    with torch.random.fork_rng(), poutine.block(), Scoring():
         try:
             poutine.trace(guide).get_trace(*args, **kwargs)
         except NotImplementedError:

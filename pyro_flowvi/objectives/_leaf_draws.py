@@ -12,9 +12,9 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from .._program.scoring import Scoring
 from .._program.sites import innermost
 from .._types import Program, Trace
-from ..distributions.flow import scoring
 
 __all__ = ["Draws", "reaches_others"]
 
@@ -85,7 +85,7 @@ class Draws:
                 f"guide: expected a program, got the handler {type(poutine.unwrap(guide)).__name__}, "
                 "which runs the model itself; use Trace_ELBO"
             )
-        with scoring() if path else nullcontext():
+        with Scoring() if path else nullcontext():
             drawn: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
         names = [name for name, site in _sites(drawn) if _is_drawn(name, site, path)]
         self.values: dict[str, Tensor] = {}

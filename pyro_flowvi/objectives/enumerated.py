@@ -4,8 +4,8 @@ from typing import Any
 
 from pyro.infer import TraceEnum_ELBO
 
+from .._program.scoring import Scoring
 from .._types import Program
-from ..distributions.flow import scoring
 
 __all__ = ["TraceEnumSTL_ELBO"]
 
@@ -31,5 +31,5 @@ class TraceEnumSTL_ELBO(TraceEnum_ELBO):
     """
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        with scoring():
+        with Scoring():
             return super()._get_trace(model, guide, args, kwargs)

@@ -14,8 +14,10 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNorma
 from pyro.nn import PyroModule
 from pyro.optim import Adam
 from torch.distributions import constraints, kl_divergence
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flowvi import FLOWS, AutoFlow, CompiledSVI
+from pyro_flowvi._program.scoring import Scoring, is_scoring
 from pyro_flowvi.objectives.annealed import TraceAnnealed_ELBO
 from pyro_flowvi.objectives.importance_weighted import TraceIW_ELBO
 from pyro_flowvi.objectives.path_gradient import TraceSTL_ELBO
@@ -622,6 +624,26 @@ def test_autoregressive_guides_take_no_inverse_pass(kind, monkeypatch):
         svi = SVI(model, guide, Adam({"lr": 0.01}), elbo)
         assert all(math.isfinite(svi.step()) for _ in range(3))
         assert math.isfinite(svi.evaluate_loss())
+
+
+def test_scores_are_asked_for_within_other_handlers_and_traces():
+    seen = []
+
+    def guide(x):
+        with pyro.plate("rows", 2), poutine.scale(scale=2.0), poutine.block(), poutine.mask(mask=True):
+            seen.append(is_scoring())
+        return x + 1.0
+
+    def asked(x):
+        with Scoring():
+            return poutine.trace(guide)(x)
+
+    for run in (guide, asked, make_fx(asked), guide):
+        run(torch.zeros(2))
+    with pytest.raises(ZeroDivisionError), Scoring():
+        guide(1 / 0)
+    assert seen == [False, True, True, False]
+    assert not is_scoring()
 
 
 # -- what is left out, and what is refused -------------------------------------------------------------
