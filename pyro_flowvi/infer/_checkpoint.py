@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from .._compile.optimizers import inner_optimizer, meet
 from ..autoguide import AutoFlow
 from ..autoguide._affine import enter_frame, frame_of, has_frame
+from ..objectives._choice import state_of
 from ._progress import Progress
 from ._training_loop import TrainingLoop
 
@@ -132,9 +133,7 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
         "norms": list(run.optim.norms),
         "limits": run.optim.limits.clone(),
         "optimizers": optimizers,
-        "objective": {
-            name: value.clone() for name, value in vars(run.loss).items() if isinstance(value, Tensor)
-        },
+        "objective": state_of(run.loss),
         "frame": frame_of(guide) if known else None,
         "mode": driver.mode,
         "data": driver.arguments.start,
@@ -169,8 +168,8 @@ def restore(driver: TrainingLoop, state: Mapping[str, Any]) -> None:
             group.update(entries)
         if saved["schedule"] is not None:
             outer.load_state_dict(saved["schedule"])
-    for name, value in state["objective"].items():
-        getattr(run.loss, name).copy_(value)
+    if state["objective"]:
+        run.loss.load_state_dict(state["objective"])
     driver.progress = Progress(**state["progress"])
     driver.progress.elbos = [tuple(entry) for entry in driver.progress.elbos]  # type: ignore[misc]
     driver.average.values = dict(state["average"])

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .._compile.svi import CompiledSVI
 from .._program.log_density import REFUSALS
+from ..objectives._choice import state_of
 from ._averaging import WeightAverage
 from ._batches import Supply
 from ._guarded_optim import NotFinite
@@ -136,9 +137,7 @@ class TrainingLoop:
         if self.may_settle and bool(run.evaluate().std() < 2.0 * SETTLED_SD):
             return  # the start is as good as the posterior: there is little to win
         table, best = progress.lr, None
-        schedule = {
-            name: value.clone() for name, value in vars(run.loss).items() if isinstance(value, Tensor)
-        }
+        objective_state = state_of(run.loss)
         for multiple in RACE_RATES:
             progress.lr = table * multiple
             try:
@@ -152,8 +151,8 @@ class TrainingLoop:
                 if not self.svi._started:
                     raise  # most likely the model's own mistake: its message is the best
             self._go_back()
-            for name, value in schedule.items():
-                getattr(run.loss, name).copy_(value)
+            if objective_state:
+                run.loss.load_state_dict(objective_state)
             progress.num_dropped = 0
         progress.lr = best[0] if best else table / RACE_RATES[-1]
 

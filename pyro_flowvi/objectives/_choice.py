@@ -1,14 +1,15 @@
-"""The objective for a pair of model and guide."""
+"""The objective for a pair of model and guide, and its state."""
 
 from typing import Any
 
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from torch import Tensor
 
 from .._program.log_weights import LogWeights
 from .enumerated import TraceEnumSTL_ELBO
 from .path_gradient import TraceSTL_ELBO
 
-__all__ = ["objective_for"]
+__all__ = ["objective_for", "state_of"]
 
 
 def objective_for(weights: LogWeights, num_particles: int, path: bool = False) -> Any:
@@ -26,3 +27,8 @@ def objective_for(weights: LogWeights, num_particles: int, path: bool = False) -
         vectorize_particles=weights.vectorized and num_particles > 1,
         max_plate_nesting=weights.max_plate_nesting,
     )
+
+
+def state_of(loss: Any) -> dict[str, Tensor]:
+    """What steps have changed of an objective, copied; empty without a ``state_dict``, as Pyro's are."""
+    return loss.state_dict() if hasattr(loss, "state_dict") else {}

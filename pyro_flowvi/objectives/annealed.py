@@ -45,6 +45,9 @@ class TraceAnnealed_ELBO(TraceSTL_ELBO):
         """β of the present step."""
         self.steps = 0
 
+    def _state(self) -> dict[str, Tensor]:
+        return {**super()._state(), "steps": self._steps, "beta": self.beta}
+
     @property
     def steps(self) -> int:
         """How many steps have been taken; set it to resume."""

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,26 @@ class TraceSTL_ELBO(ELBO):
             **options,
         )
         self.num_dropped: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
+
+    def _state(self) -> dict[str, Tensor]:
+        """What steps change, by reference."""
+        return {"num_dropped": self.num_dropped}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What steps have changed so far, copied: to resume with :meth:`load_state_dict`."""
+        return {name: value.clone() for name, value in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a state.
+
+        :param state: one that :meth:`state_dict` of such an objective gave.
+        :raises ValueError: if it has other names.
+        """
+        own = self._state()
+        if own.keys() != state.keys():
+            raise ValueError(f"state: expected {sorted(own)}, got {sorted(state)}")
+        for name, value in own.items():
+            value.copy_(state[name])  # in place: a compiled step holds a reference
 
     # -- what subclasses change ---------------------------------------------------------------------
 

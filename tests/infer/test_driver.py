@@ -20,6 +20,7 @@ from pyro_flowvi import AutoPlanar, AutoRealNVP, FitDiverged, fit
 from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.infer._run_state import SMALL_BATCH, Run
 from pyro_flowvi.infer._schedule import PATIENCE
+from pyro_flowvi.objectives.annealed import TraceAnnealed_ELBO
 from tests import zoo
 
 ROOT = Path(__file__).parents[2]
@@ -330,6 +331,38 @@ class TestCheckpoint:
         assert int(end[0]) > steps[17]
         assert end[-1] == whole[-1]
         assert end[-1].startswith("end")
+
+    @pytest.mark.parametrize(("num_steps", "mode"), [(30, "eager"), (320, "interpreted")])
+    def test_an_objective_with_state_goes_on_where_it_was(self, num_steps, mode, tmp_path, monkeypatch):
+        model, args = hierarchy()
+        checkpoint = importlib.import_module("pyro_flowvi.infer._checkpoint").Checkpoint
+        write, half = checkpoint.write, tmp_path / "half"
+
+        def keep_half(self, driver, identity):
+            write(self, driver, identity)
+            if driver.progress.step >= num_steps // 2 and not half.exists():
+                half.write_bytes(self.path.read_bytes())
+
+        monkeypatch.setattr(checkpoint, "write", keep_half)
+        monkeypatch.setattr(importlib.import_module("pyro_flowvi.infer._fit"), "CHECKPOINT_SECONDS", 0.0)
+
+        def run(path):
+            pyro.clear_param_store()
+            elbo = TraceAnnealed_ELBO(
+                lambda step: min(1.0, 0.1 + step / num_steps), num_particles=4, vectorize_particles=True
+            )
+            guide = AutoPlanar(model, 2)
+            result = fit(
+                model, guide, *args, loss=elbo, num_steps=num_steps, seed=0, checkpoint=path, progress=False
+            )
+            return result.losses, result.best_state, elbo.state_dict()
+
+        (losses, state, after), (again, state_again, after_again) = run(tmp_path / "whole"), run(half)
+        assert torch.load(half, weights_only=True)["mode"] == mode
+        assert torch.equal(again, losses)
+        assert after["steps"] == num_steps
+        for one, other in ((state, state_again), (after, after_again)):
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
 
     def test_a_finished_run_is_not_run_again(self, tmp_path):
         model, args = hierarchy()

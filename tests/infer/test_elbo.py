@@ -854,6 +854,18 @@ def test_schedule_is_followed_and_resumed():
     assert asked == list(range(7))
     elbo.steps = 2
     assert elbo.beta.item() == pytest.approx(0.6)
+    state = elbo.state_dict()
+    svi.step()
+    assert {name: value.item() for name, value in state.items()} == {
+        "num_dropped": 0,
+        "steps": 2,
+        "beta": pytest.approx(0.6),
+    }
+    beta = elbo.beta
+    elbo.load_state_dict(state)
+    assert (elbo.steps, beta.item()) == (2, pytest.approx(0.6))  # in place
+    with pytest.raises(ValueError, match=r"expected \['beta', .*\], got \['num_dropped'\]"):
+        elbo.load_state_dict(TraceSTL_ELBO().state_dict())
     ends = TraceAnnealed_ELBO(lambda step: 3.0 - step)
     with pytest.raises(ValueError, match="at step 3"):
         ends.steps = 3
