@@ -29,7 +29,7 @@ class SafeInit:
 
     Example::
 
-        >>> site = {"name": "b", "fn": dist.ImproperUniform(constraints.positive, (), ())}
+        >>> site = {"name": "b", "fn": dist.ImproperUniform(dist.constraints.positive, (), ())}
         >>> SafeInit(init_to_median)(site)
         tensor(1.)
     """

@@ -69,7 +69,7 @@ import sys
 import pyro_flowvi, pyro_flowvi.models
 assert not [name for name in sys.modules if name.partition(".")[0] == "sklearn"]
 sys.modules["sklearn"] = None
-from pyro_flowvi.models import FlowMixture, mixture_search
+from pyro_flowvi.models import FlowMixture
 try:
     FlowMixture(2)
 except ImportError as error:
