@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._program.batching import in_parts
 from .._program.log_density import REFUSALS, UnconstrainedModel
 from .errors import CannotCompile
 from .trace import UNSUPPORTED_TORCH, trace
@@ -28,8 +29,7 @@ def traced(density: UnconstrainedModel, width: int = WIDTH) -> ValueAndGrad:
     """
 
     def plain(z: Tensor) -> tuple[Tensor, Tensor]:
-        values, gradients = zip(*map(density.value_and_grad, z.split(width)), strict=True)
-        return torch.cat(values), torch.cat(gradients)
+        return in_parts(density.value_and_grad, z, width)
 
     if UNSUPPORTED_TORCH or not density.batched or density.subsampled:
         return plain
@@ -41,21 +41,20 @@ def traced(density: UnconstrainedModel, width: int = WIDTH) -> ValueAndGrad:
     except CannotCompile:
         return plain
 
+    def fill_and_run(part: Tensor) -> tuple[Tensor, Tensor]:
+        filled = part.new_zeros(width, part.shape[1]) + part[:1]
+        filled[: len(part)] = part
+        try:
+            value, gradient = graph.graph(*graph.constants, filled)
+        except REFUSALS:
+            value, gradient = density.value_and_grad(filled)
+        return value[: len(part)], gradient[: len(part)]
+
     @torch.no_grad()
     def run(z: Tensor) -> tuple[Tensor, Tensor]:
         if any(value._version != version for value, version in graph.pinned):
             return plain(z)
-        values, gradients = [], []
-        for part in z.split(width):
-            filled = part.new_zeros(width, part.shape[1]) + part[:1]
-            filled[: len(part)] = part
-            try:
-                value, gradient = graph.graph(*graph.constants, filled)
-            except REFUSALS:
-                value, gradient = density.value_and_grad(filled)
-            values.append(value[: len(part)])
-            gradients.append(gradient[: len(part)])
-        return torch.cat(values), torch.cat(gradients)
+        return in_parts(fill_and_run, z, width)
 
     fresh = density.start + 0.3 * (offsets * waves.flip(0)).to(density.start)
     tolerance = 1e-6 if points.dtype == torch.float64 else 1e-3

@@ -16,18 +16,16 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .._types import Program, Site, Trace
-from .batching import sum_apart
+from .batching import NUM_PROBES, Score, align, batched, in_parts, runs_batched, site_log_probs
 from .enumeration import enumerated_log_weights
 from .packing import _Latent
 from .pyro_private import compute_model_factors, get_traces
 from .sites import latent_sites
 from .start_trace import prototype
+from .structure import ProgramStructure
 
 __all__ = ["REFUSALS", "UnconstrainedModel"]
 
-_PLATE = "_points"
-_PROBES = 3
-"""Points in the test of batching: not two, so that an event of size two is not taken for them."""
 REFUSALS: Final[tuple[type[Exception], ...]] = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 """What a model raises where it has no density: validation, a matrix that is not positive definite."""
 _ROUNDING = 1e4
@@ -71,21 +69,13 @@ class UnconstrainedModel:
         """The starting point, shape ``(D,)``."""
         self.dim: int = len(self.start)
         """The number D of unconstrained coordinates."""
-        sites = list(trace.nodes.values())
-        frames = [frame for site in sites for frame in site.get("cond_indep_stack", ())]
-        self._nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
-        self._enumerated = self._has_discrete(sites)
-        self.subsampled: bool = any(frame.full_size not in (None, frame.size) for frame in frames)
+        structure = ProgramStructure.of(trace)
+        self._nesting = structure.max_plate_nesting
+        self._enumerated = bool(structure.discrete)
+        self.subsampled: bool = structure.subsampled
         """Whether the model sees a random part of its data; here it is the same part at every call."""
         self.batched: bool = self._runs_batched()
         """Whether the model scores many points in one run."""
-
-    @staticmethod
-    def _has_discrete(sites: list[Site]) -> bool:
-        return any(
-            site["type"] == "sample" and not site["is_observed"] and site["fn"].support.is_discrete
-            for site in sites
-        )
 
     def split(self, z: Tensor) -> dict[str, Tensor]:
         """Unconstrained values by site, each ``batch + site shape``, of ``z`` ``(*batch, D)``."""
@@ -139,9 +129,7 @@ class UnconstrainedModel:
             latent = self._latents[name]
             if z.dim() == 2:
                 event = free.dim() - 1 - (len(latent.shape) - latent.fn.event_dim)
-                batch = free.shape[1 : free.dim() - event]
-                ones = (1,) * (self._nesting - len(batch))
-                free = free.reshape(free.shape[:1] + ones + free.shape[1:])
+                free = align(free, event, self._nesting)
             value, log_det = latent.constrain(free)
             yield name, value, log_det.reshape(z.shape[:-1] + (-1,)).sum(-1)
 
@@ -170,14 +158,12 @@ class UnconstrainedModel:
             if self._enumerated:
                 density = self._sum_out(model, size)
             else:
-                with pyro.plate(_PLATE, size, dim=-1 - self._nesting) if size > 1 else poutine.block():
-                    trace: Trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-                trace = prune_subsample_sites(trace)
-                trace.compute_log_prob()
-                parts = [site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"]
                 if size > 1:
-                    parts = [sum_apart(part, size, self._nesting) for part in parts]
-                density = torch.stack([part if size > 1 else part.sum() for part in parts]).sum(0)
+                    model = batched(model, size, self._nesting)
+                trace: Trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+                trace = prune_subsample_sites(trace)
+                parts = site_log_probs(trace, size if size > 1 else None, self._nesting)
+                density = torch.stack(list(parts.values())).sum(0)
         density = density + torch.stack(log_dets).sum(0)
         return density.reshape(z.shape[:-1])
 
@@ -198,18 +184,14 @@ class UnconstrainedModel:
     @torch.no_grad()
     def _runs_batched(self) -> bool:
         """Whether a batch of points has the densities that they have one by one."""
-        step = torch.linspace(-0.1, 0.1, _PROBES).unsqueeze(-1).to(self.start)
+        step = torch.linspace(-0.1, 0.1, NUM_PROBES).unsqueeze(-1).to(self.start)
         points = self.start + step * torch.cos(torch.arange(self.dim)).to(self.start)
         self.batched = True
-        try:
-            together = self.log_density(points)
-            if together.shape != (_PROBES,):
-                return False
-            alone = torch.stack([self.log_density(point) for point in points])
-        except Exception:  # whatever a program raises that was not written for batches
-            return False
-        allowed = _ROUNDING * torch.finfo(alone.dtype).eps
-        return torch.allclose(together, alone, rtol=allowed, atol=allowed, equal_nan=True)
+        return runs_batched(
+            lambda: {"density": Score(self.log_density(points))},
+            lambda i: {"density": Score(self.log_density(points[i]))},
+            _ROUNDING,
+        )
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log densities and their gradients, neither with a graph.
@@ -226,6 +208,4 @@ class UnconstrainedModel:
         except REFUSALS:
             if len(z) == 1:
                 return z.new_full((1,), -torch.inf), torch.zeros_like(z)
-            halves = [self.value_and_grad(half) for half in z.split(-(-len(z) // 2))]
-            values, gradients = zip(*halves, strict=True)
-            return torch.cat(values), torch.cat(gradients)
+            return in_parts(self.value_and_grad, z, -(-len(z) // 2))

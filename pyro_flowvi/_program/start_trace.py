@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 
 from .._types import Site, Trace
 from .sites import _bounds, latent_sites
+from .structure import is_subsampled
 
 __all__ = ["SafeInit", "prototype"]
 
@@ -119,7 +120,7 @@ def _check_latents(latents: Mapping[str, Site]) -> None:
                 f"TraceEnum_ELBO, or hide it with poutine.block(model, hide=[{name!r}])"
             )
         for frame in site["cond_indep_stack"]:
-            if frame.vectorized and frame.full_size is not None and frame.size != frame.full_size:
+            if frame.vectorized and is_subsampled(frame):
                 raise ValueError(
                     f"site {name!r}: local latents under the subsampled plate {frame.name!r} "
                     f"({frame.size} of {frame.full_size}) have no fixed dimension, which a flow over "

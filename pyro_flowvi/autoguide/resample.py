@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._program.batching import in_parts
 from .._program.log_density import UnconstrainedModel
 from ..psis import psis, resample
 
@@ -41,7 +42,7 @@ def importance_resample(
         tensor(True)
     """
     z, log_q = draw(max(MIN_POOL, POOL * num_samples))
-    log_p = torch.cat([density.log_density(part) for part in z.split(CHUNK)])
+    log_p = in_parts(density.log_density, z, CHUNK)
     ratios = (log_p - log_q).double().cpu().numpy()
     finite = np.isfinite(ratios)
     if finite.sum() < 100:

@@ -8,6 +8,7 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
+from .._program.batching import in_parts
 from ._chains import ValueAndGrad
 
 __all__ = ["Regions", "find_regions"]
@@ -163,13 +164,13 @@ def _log_mass(density: ValueAndGrad, region: Tensor, log_p: Tensor, reach: _Reac
     loc, scale = region.mean(0), region.std(0).clamp_min(1e-3)
     if dim > MAX_SPREAD_DIM:
         some = region[torch.randperm(size)[:NUM_STATES]]
-        slopes = torch.cat([density(part)[1] for part in some.split(NUM_STATES // 2)])
+        slopes = in_parts(density, some, NUM_STATES // 2)[1]
         by_slope = 1.0 / slopes.square().mean().clamp_min(0.25)
         return _by_entropy(log_p, (by_slope * scale.square().mean()).pow(0.25).expand(dim))
     wider = (1.0 + 0.7 / dim**0.5) ** 0.5
     noise = torch.randn(NUM_POINTS, dim).to(region)
     points = loc + wider * scale * noise
-    value = torch.cat([density(part)[0] for part in points.split(NUM_POINTS // 4)])
+    value = in_parts(density, points, NUM_POINTS // 4)[0]
     log_q = -0.5 * noise.square().sum(-1) - (wider * scale).log().sum() - 0.5 * dim * math.log(2 * math.pi)
     log_w = torch.where(reach.far(points), value - log_q, -torch.inf)
     top = log_w.max()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
 
+from .._program.batching import even_sizes
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._types import Program
@@ -56,13 +57,13 @@ class WeightedDraws:
 
 def _score_draws(particles: LogWeights, size: int) -> tuple[dict[str, Tensor], Tensor]:
     """Values by site and log q of ``size`` runs of the guide."""
-    args, kwargs, shapes = particles.args, particles.kwargs, particles._shapes
+    args, kwargs, shapes = particles.args, particles.kwargs, particles.structure.latents
     with poutine.block(), torch.no_grad():
         if particles.vectorized:
-            guide = particles._batched(particles.guide, size)
+            guide = particles.batched(particles.guide, size)
             trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)
             values = {k: trace.nodes[k]["value"].reshape((size,) + shape) for k, shape in shapes.items()}
-            return values, particles._score(trace, size)
+            return values, particles.score(trace, size)
         traces: list[Any] = [poutine.trace(particles.guide).get_trace(*args, **kwargs) for _ in range(size)]
         values = {k: torch.stack([trace.nodes[k]["value"] for trace in traces]) for k in shapes}
         return values, torch.stack([torch.as_tensor(trace.log_prob_sum()) for trace in traces])
@@ -96,18 +97,18 @@ def weighted_draws(
     particles = LogWeights(model, guide, args, kwargs)
     try:
         density = _density(model, guide, particles.args, particles.kwargs)
-        missing = sorted(set(density._latents) ^ set(particles._shapes))
+        missing = sorted(set(density._latents) ^ set(particles.structure.latents))
         why = f"model and guide differ in the sites {missing}" if missing else ""
     except (ValueError, NotImplementedError) as error:  # the latents are no vector of fixed support
         why = str(error).partition(";")[0]
-    if particles._guide_enumerates:
+    if particles.structure.summed_by_guide:
         why = "the guide has discrete sites that are summed out"
     if why:
         return WeightedDraws(_array(particles.log_weights(num_samples)), particles, why=why)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     values: list[dict[str, Tensor]] = []
     with torch.no_grad(), pyro.validation_enabled(False):
-        for size in _sizes(num_samples):
+        for size in even_sizes(num_samples, MAX_BATCH):
             if isinstance(guide, AutoFlow):
                 z, log_q = guide.get_posterior().rsample_and_log_prob((size,))
                 sites = density.constrain(z)
@@ -120,11 +121,6 @@ def weighted_draws(
         z, log_p, log_q = (torch.cat([part[i] for part in parts]) for i in range(3))
         sites = {name: torch.cat([part[name] for part in values]) for name in density._latents}
     return WeightedDraws(_array(log_p - log_q), particles, sites, z, log_p, density)
-
-
-def _sizes(total: int) -> list[int]:
-    count = -(-total // MAX_BATCH)
-    return [total // count + (i < total % count) for i in range(count)]
 
 
 def _array(value: Tensor) -> NDArray[np.float64]:

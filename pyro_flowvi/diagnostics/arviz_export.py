@@ -14,6 +14,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from .._checks import check_positive_int
+from .._program.batching import align
 from .._program.call import as_keywords, check_programs
 from .._program.log_weights import LogWeights
 from ..psis import psis
@@ -24,7 +25,6 @@ __all__ = ["to_arviz"]
 
 Array = NDArray[Any]
 Group = dict[str, Array]
-_PLATE = "_draws"
 
 
 def to_arviz(
@@ -133,15 +133,10 @@ def _run(particles: LogWeights, sites: Mapping[str, Tensor], model: Callable[...
 
     :param shapes: name -> event dimensions of the site.
     """
-    nesting, size = particles.max_plate_nesting, len(next(iter(sites.values())))
-    values = {}
-    for name, value in sites.items():
-        batch = value.dim() - 1 - shapes[name]
-        values[name] = value.reshape(value.shape[:1] + (1,) * (nesting - batch) + value.shape[1:])
-    with pyro.plate(_PLATE, size, dim=-1 - nesting):
-        return poutine.trace(poutine.condition(model, data=values)).get_trace(
-            *particles.args, **particles.kwargs
-        )
+    nesting, size = particles.structure.max_plate_nesting, len(next(iter(sites.values())))
+    values = {name: align(value, shapes[name], nesting) for name, value in sites.items()}
+    program = particles.batched(poutine.condition(model, data=values), size)
+    return poutine.trace(program).get_trace(*particles.args, **particles.kwargs)
 
 
 def _traces(
@@ -199,7 +194,7 @@ def _data_groups(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str
             "observed_data": {name: _numpy(site["value"]) for name, site in data.items()}
         }
         # A value that depends on a site that is summed out, or is subsampled, has no density of its own.
-        if not (particles.sums_out or particles.subsampled):
+        if not (particles.structure.sums_out or particles.structure.subsampled):
             traces = _traces(particles, sites, particles.model, shapes)
             for trace in traces:
                 trace.compute_log_prob()

@@ -206,9 +206,9 @@ def diagnose(
     judgement = judge(figures)
     if fixed:
         judgement.add(f"the guide is a point mass at {fixed}: it has no density there to weigh by", 0)
-    if draws.particles.subsampled:
+    if draws.particles.structure.subsampled:
         judgement.add("the model subsamples its data: the weights contain that noise as well")
-    if draws.particles.indexed:
+    if draws.particles.structure.indexed:
         judgement.add("weights, k-hat and ELBO are those of the extended space of latents and indices")
     if probes and skipped:
         judgement.add(f"no coverage probes: {skipped}")
@@ -237,6 +237,6 @@ def _why_no_probes(draws: WeightedDraws, fixed: list[str]) -> str:
         return draws.why
     if fixed:
         return "a point mass has no spread to start chains with"
-    if draws.particles.subsampled:
+    if draws.particles.structure.subsampled:
         return "the density is another one at each call, since the model subsamples its data"
     return ""

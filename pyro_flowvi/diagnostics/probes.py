@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from .._program.batching import in_parts
 from ..psis import generalized_pareto_shape
 from ._chains import Chains, ValueAndGrad, Whitening, guarded, run_chains
 from ._regions import Regions, find_regions
@@ -172,7 +173,7 @@ def _far_starts(density: ValueAndGrad, draws: Tensor, whitening: Whitening, coun
     from_box = (group % 3 == 1) & (turn % 2 == 1)
     points = torch.where(from_box.unsqueeze(-1).to(draws.device), box, points)
     # Of each few candidates the likeliest: the others of a sharp likelihood are beyond what a float holds.
-    log_p = torch.cat([density(part)[0] for part in points.split(NUM_CHAINS)]).reshape(count, CANDIDATES)
+    log_p = in_parts(density, points, NUM_CHAINS)[0].reshape(count, CANDIDATES)
     chosen = points.reshape(count, CANDIDATES, dim)[torch.arange(count), log_p.argmax(-1)]
     finite = log_p.amax(-1).isfinite().unsqueeze(-1)
     return torch.where(finite, chosen, draws[torch.randint(len(draws), (count,))])

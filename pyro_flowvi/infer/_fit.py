@@ -200,12 +200,13 @@ def fit(
         guide.materialize(*first, **kwargs)
         guide._data = (first, kwargs) if batches is None else None
     particles = LogWeights(model, guide, first, kwargs)
+    structure = particles.structure
     judge = particles if validation is None else LogWeights(model, guide, as_args(validation), kwargs)
     default_lr, default_particles = _defaults(guide)
     if not particles.vectorized:
         default_particles = NUM_PARTICLES_APART
     if loss is None:
-        path = particles.path_gradients and _has_scores(guide, first, kwargs)
+        path = structure.path_gradients and _has_scores(guide, first, kwargs)
         objective = objective_for(particles, num_particles or default_particles, path)
     else:
         objective = loss
@@ -220,13 +221,13 @@ def fit(
         objective,
         judge,
         GuardedOptim(PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim, guide, model),
-        ranked=validation is not None or (loss is None and batches is None and not particles.subsampled),
+        ranked=validation is not None or (loss is None and batches is None and not structure.subsampled),
     )
     if validation is not None:
         run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
-    elif judge.largest * run.comparison_draws > MANY_ELEMENTS:
-        run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.largest)
-    may_settle = not (particles.model_has_params or particles.point_masses()) and particles.has_latents
+    elif judge.structure.largest * run.comparison_draws > MANY_ELEMENTS:
+        run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.structure.largest)
+    may_settle = bool(structure.latents) and not (structure.model_params or particles.point_masses())
     driver = TrainingLoop(
         run, num_steps, rate if optim is None else None, compile, supply, batches is not None, may_settle
     )
@@ -243,7 +244,7 @@ def fit(
         settings |= {
             "compile": compile,
             "guide": type(guide).__name__,
-            "parameters": sorted(particles.params.items()),
+            "parameters": sorted(structure.params.items()),
         }
         options = getattr(optim, "pt_optim_args", None)  # a function's repr differs between processes
         if isinstance(guide, AutoFlow):  # settings that no parameter's shape tells
@@ -253,14 +254,14 @@ def fit(
         saved = file.read(identity)
     save = None if file is None else partial(file.write, driver, identity)
     try:
-        with _threads_for(particles.largest * int(objective.num_particles)):
+        with _threads_for(structure.largest * int(objective.num_particles)):
             if saved is not None:
                 restore(driver, saved)
             else:
                 if isinstance(guide, AutoFlow):
                     density = guide.density(*first, **kwargs)
                     thorough = density.batched and num_steps * objective.num_particles >= THOROUGH_FROM
-                    effort = Effort.within(particles.largest) if thorough else Effort.small()
+                    effort = Effort.within(structure.largest) if thorough else Effort.small()
                     driver.start = locate(run, guide, density, effort)
                 driver.prepare(race=lr is None and (batches is None or callable(batches)))
             stop_reason = driver.train(progress, save, CHECKPOINT_SECONDS)

@@ -86,7 +86,7 @@ class Run:
 
     def keep_start(self) -> None:
         """Makes the state before the first step the best so far."""
-        self.optim.meet_trained(self.judge.params)
+        self.optim.meet_trained(self.judge.structure.params)
         meet(self.optim.optim, self.optim.params.values())
         self.keep_unless_worse()
 

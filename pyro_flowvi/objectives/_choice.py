@@ -20,12 +20,12 @@ def objective_for(weights: LogWeights, num_particles: int, path: bool = False) -
     :param path: with path gradients, where they exist.
     """
     kind: Any = TraceSTL_ELBO if path else Trace_ELBO
-    if weights.enumerated:
-        kind = TraceEnumSTL_ELBO if weights.marginal else TraceEnum_ELBO
+    if weights.structure.enumerated:
+        kind = TraceEnumSTL_ELBO if weights.structure.marginal else TraceEnum_ELBO
     return kind(
         num_particles=num_particles,
         vectorize_particles=weights.vectorized and num_particles > 1,
-        max_plate_nesting=weights.max_plate_nesting,
+        max_plate_nesting=weights.structure.max_plate_nesting,
     )
 
 
