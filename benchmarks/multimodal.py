@@ -254,7 +254,7 @@ def fit_one(targets: dict[str, Callable[[], Target]], key: Row) -> Row:
     with torch.no_grad():
         z, log_q = guide.get_posterior().rsample_and_log_prob((NUM_DRAWS,))
         log_p = torch.cat([density.log_density(part) for part in z.split(4000)])
-        sites = density.constrain(z)
+        sites = density.packing.constrain(z)
     weights = (log_p - log_q).double().numpy()
     row = {
         "elbo": float(weights.mean()),

@@ -13,12 +13,11 @@ from pyro.infer.autoguide.initialization import init_to_median
 from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import biject_to
 
 from .._types import Program, Site, Trace
 from .batching import NUM_PROBES, Score, align, batched, in_parts, runs_batched, site_log_probs
 from .enumeration import enumerated_log_weights
-from .packing import _Latent
+from .packing import Packing
 from .pyro_private import compute_model_factors, get_traces
 from .sites import latent_sites
 from .start_trace import prototype
@@ -59,13 +58,11 @@ class UnconstrainedModel:
     ) -> None:
         self._model, self._args, self._kwargs = model, args, dict(kwargs or {})
         trace = prototype(model, args, kwargs, init_loc_fn)
-        self._latents: dict[str, _Latent] = {}
-        start = []
-        for name, site in latent_sites(trace):
-            free = biject_to(site["fn"].support).inv(site["value"])
-            self._latents[name] = _Latent(site["fn"], site["value"].shape, free.shape)
-            start.append(free.reshape(-1))
-        self.start: Tensor = torch.cat(start).nan_to_num(0.0, 0.0, 0.0)
+        sites = dict(latent_sites(trace))
+        self.packing: Packing = Packing(sites)
+        """The sites' places in the vector."""
+        start = self.packing.unconstrain({name: site["value"] for name, site in sites.items()})[0]
+        self.start: Tensor = start.nan_to_num(0.0, 0.0, 0.0)
         """The starting point, shape ``(D,)``."""
         self.dim: int = len(self.start)
         """The number D of unconstrained coordinates."""
@@ -76,33 +73,6 @@ class UnconstrainedModel:
         """Whether the model sees a random part of its data; here it is the same part at every call."""
         self.batched: bool = self._runs_batched()
         """Whether the model scores many points in one run."""
-
-    def split(self, z: Tensor) -> dict[str, Tensor]:
-        """Unconstrained values by site, each ``batch + site shape``, of ``z`` ``(*batch, D)``."""
-        sizes = [latent.free_shape.numel() for latent in self._latents.values()]
-        return {
-            name: part.reshape(z.shape[:-1] + latent.free_shape)
-            for (name, latent), part in zip(self._latents.items(), z.split(sizes, -1), strict=True)
-        }
-
-    def constrain(self, z: Tensor) -> dict[str, Tensor]:
-        """The sites' values at ``z`` of shape ``(*batch, D)``, each ``batch + site shape``."""
-        return {name: self._latents[name].constrain(free)[0] for name, free in self.split(z).items()}
-
-    def unconstrain(self, sites: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`constrain`, and log |dx/dz|.
-
-        :param sites: name -> ``(S,) + site shape``.
-        :return: shapes ``(S, D)`` and ``(S,)``.
-        """
-        parts, log_dets = [], []
-        for name, latent in self._latents.items():
-            value = sites[name]
-            free = latent.bijection.inv(value)
-            log_det = latent.bijection.log_abs_det_jacobian(free, value)
-            log_dets.append(log_det.reshape(len(value), -1).sum(-1))
-            parts.append(free.reshape(len(value), -1))
-        return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
 
     @torch.no_grad()
     def prior_draws(self, num: int) -> Tensor:
@@ -117,16 +87,16 @@ class UnconstrainedModel:
             try:
                 for _ in range(num):
                     trace: Trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
-                    sites = {name: trace.nodes[name]["value"].unsqueeze(0) for name in self._latents}
-                    rows.append(self.unconstrain(sites)[0])
+                    values = {name: trace.nodes[name]["value"] for name in self.packing.latents}
+                    rows.append(self.packing.unconstrain(values)[0])
             except Exception:  # whatever a program raises at values that it does not expect
                 rows = []
-        return torch.cat(rows).to(self.start) if rows else self.start.new_zeros(0, self.dim)
+        return torch.stack(rows).to(self.start) if rows else self.start.new_zeros(0, self.dim)
 
     def _values(self, z: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, value with the points at dimension ``-1 - nesting``, log |det J| for each point."""
-        for name, free in self.split(z).items():
-            latent = self._latents[name]
+        for name, free in self.packing.split(z).items():
+            latent = self.packing.latents[name]
             if z.dim() == 2:
                 event = free.dim() - 1 - (len(latent.shape) - latent.fn.event_dim)
                 free = align(free, event, self._nesting)

@@ -17,7 +17,7 @@ from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
 from .._program.log_density import UnconstrainedModel
-from .._program.packing import pack
+from .._program.packing import Packing
 from .._program.pyro_private import is_module_local_param_enabled
 from .._program.sites import is_enumerated
 from .._program.start_trace import SafeInit, prototype
@@ -308,14 +308,13 @@ class AutoFlow(NamedGuide):
         drawn: dict[str, Tensor] = super().forward(*args, **kwargs)
         return drawn
 
+    @property
+    def _packing(self) -> Packing:
+        return Packing({name: self._site(name) for name in self._unconstrained_shapes})
+
     def _split(self, latent: Tensor) -> dict[str, Tensor]:
         """Unconstrained values by site, each ``batch + site shape``, of ``latent`` ``(*batch, D)``."""
-        sizes = [shape.numel() for shape in self._unconstrained_shapes.values()]
-        parts = latent.split(sizes, -1)
-        return {
-            name: part.reshape(latent.shape[:-1] + shape)
-            for (name, shape), part in zip(self._unconstrained_shapes.items(), parts, strict=True)
-        }
+        return self._packing.split(latent)
 
     def _site(self, name: str) -> Any:
         trace: Any = self.prototype_trace
@@ -351,7 +350,7 @@ class AutoFlow(NamedGuide):
             ).reshape(*shape, self.latent_dim)
         else:
             latent = posterior.sample(shape)
-        return {name: self._bijection(name)(free) for name, free in self._split(latent).items()}
+        return self._packing.constrain(latent)
 
     def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
         """Log density of values of all latent sites, in their constrained space.
@@ -361,7 +360,7 @@ class AutoFlow(NamedGuide):
         :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
         """
         like = next(self._flow.parameters(), torch.zeros(()))
-        latent, log_det, inside = pack(samples, {n: self._site(n) for n in self._unconstrained_shapes}, like)
+        latent, log_det, inside = self._packing.pack(samples, like)
         log_prob = self.get_posterior().log_prob(latent) - log_det
         return torch.where(inside, log_prob, -torch.inf)
 

@@ -49,7 +49,7 @@ class WeightedDraws:
         if self.density is None:
             return []
         names = []
-        for site, index in self.density.split(torch.arange(self.density.dim)).items():
+        for site, index in self.density.packing.split(torch.arange(self.density.dim)).items():
             for place in np.ndindex(tuple(index.shape)):
                 names.append(site + (f"[{','.join(map(str, place))}]" if place else ""))
         return names
@@ -97,7 +97,7 @@ def weighted_draws(
     particles = LogWeights(model, guide, args, kwargs)
     try:
         density = _density(model, guide, particles.args, particles.kwargs)
-        missing = sorted(set(density._latents) ^ set(particles.structure.latents))
+        missing = sorted(set(density.packing.latents) ^ set(particles.structure.latents))
         why = f"model and guide differ in the sites {missing}" if missing else ""
     except (ValueError, NotImplementedError) as error:  # the latents are no vector of fixed support
         why = str(error).partition(";")[0]
@@ -111,15 +111,15 @@ def weighted_draws(
         for size in even_sizes(num_samples, MAX_BATCH):
             if isinstance(guide, AutoFlow):
                 z, log_q = guide.get_posterior().rsample_and_log_prob((size,))
-                sites = density.constrain(z)
+                sites = density.packing.constrain(z)
             else:
                 sites, log_q = _score_draws(particles, size)
-                z, log_det = density.unconstrain(sites)
+                z, log_det = density.packing.unconstrain(sites)
                 log_q = log_q + log_det
             parts.append((z, density.log_density(z), log_q))
             values.append(sites)
         z, log_p, log_q = (torch.cat([part[i] for part in parts]) for i in range(3))
-        sites = {name: torch.cat([part[name] for part in values]) for name in density._latents}
+        sites = {name: torch.cat([part[name] for part in values]) for name in density.packing.latents}
     return WeightedDraws(_array(log_p - log_q), particles, sites, z, log_p, density)
 
 
