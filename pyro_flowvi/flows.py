@@ -1,7 +1,7 @@
 """The named flows: of each its layers and, measured, its sizes and learning rate by dimension.
 
 The measurements are of ``fit`` at 3,000 steps on targets whose normaliser is known (divergence in nats; the
-scripts are ``benchmarks/dimensions.py`` and ``benchmarks/energies.py``; without the present search
+scripts are ``benchmarks/fits/dimensions.py`` and ``benchmarks/fits/energies.py``; without the present search
 for a start):
 
 - *Learning rate.*  RealNVP at 1e-3 / 3e-3 / 1e-2: funnel in 2 dimensions .027 / .011 / .067, five curved
@@ -10,7 +10,7 @@ for a start):
 - *Particles.*  RealNVP, the five valleys: 16 / 64 / 256 give .95 / .39 / .10, at a cost a step that grows
   less than in proportion.
 - *Layers.*  The same with 4 / 8 / 16 couplings and 64 particles: .53 / .39 / .23.  On eight real posteriors
-  of 4 to 13 dimensions (``benchmarks/posteriordb.py``) 8 couplings are as good as 12, for two thirds of
+  of 4 to 13 dimensions (``benchmarks/fits/posteriordb.py``) 8 couplings are as good as 12, for two thirds of
   the cost.
 """
 

@@ -1,10 +1,7 @@
 """The models of the posteriordb benchmark: against plain formulas, and by Stein's identities."""
 
-import importlib.util
 import math
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -13,22 +10,10 @@ import scipy.stats
 import torch
 from pyro import poutine
 
+from benchmarks.common import posteriors
 from pyro_flowvi._program.log_density import UnconstrainedModel
 
 FOLDER = os.environ.get("PYRO_FLOWVI_POSTERIORDB")
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def benchmark(name):
-    """A module of ``benchmarks/``, which is a folder of scripts and no package."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-posteriors = benchmark("posteriors")
 NAMES = list(posteriors.RECIPES)
 EACH = pytest.mark.parametrize("name", NAMES)
 
@@ -213,13 +198,13 @@ def test_ordered_means_start_in_order():
 
 
 @EACH
-def test_numpyro_has_the_same_density(name, monkeypatch):
+def test_numpyro_has_the_same_density(name):
     pytest.importorskip("numpyro")
     import jax.numpy as jnp
     from numpyro.infer.util import log_density
 
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    peers = benchmark("posteriors_numpyro")
+    from benchmarks.common import posteriors_numpyro as peers
+
     posterior = simulated(name)
     sites, log_det = posterior.unpack(z := points(posterior, 2))
     expected = posterior.log_density(z) - log_det

@@ -42,7 +42,7 @@ class Reference:
 def eight_schools_reference() -> Reference:
     """The stored long NUTS run on the eight schools.
 
-    ``benchmarks/eight_schools_reference.py`` regenerates it.  Sampled in the non-centred form,
+    ``benchmarks/fits/eight_schools_reference.py`` regenerates it.  Sampled in the non-centred form,
     since NUTS on the centred funnel is biased.
 
     Example::

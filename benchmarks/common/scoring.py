@@ -221,7 +221,8 @@ def isolated(key: Row, timeout: float, cold: bool) -> Row:
 
     With ``cold`` the compiler's cache is empty, and a second process measures what is left with a full one.
     """
-    command = [sys.executable, *sys.argv, "--one", json.dumps(key)]
+    module: Any = sys.modules["__main__"].__spec__  # there is one under ``python -m``
+    command = [sys.executable, "-m", module.name, *sys.argv[1:], "--one", json.dumps(key)]
 
     def child(**variables: str) -> Row:
         try:

@@ -1,6 +1,7 @@
 """Fit flows to the four energies of Rezende and Mohamed (2015), and measure KL(q || p) exactly.
 
-    python benchmarks/energies.py [--quick | --full] [--seeds 3] [--rows REGEX] [--json FILE] [--figure FILE]
+    python -m benchmarks.fits.energies [--quick | --full] [--seeds 3] [--rows REGEX] [--json FILE]
+        [--figure FILE]
 
 A row is ``family/K``: a flow of the registry with K layers, for couplings half-layers, under ``AutoFlow``
 with its trainable affine map, on the Pyro models of ``pyro_flowvi.datasets.ENERGIES``.  Every family has

@@ -1,6 +1,6 @@
 """What K flows in one batched call cost against one: steps of maximum likelihood, 8 layers of width 8.
 
-    python benchmarks/mixture_speed.py [--batch 512] [--repeats 40] [--compile]
+    python -m benchmarks.steps.mixture_speed [--batch 512] [--repeats 40] [--compile]
 
 The steps are interleaved; the table has medians of their times in milliseconds, on one thread.  "loop"
 evaluates K separate flows one after another, which is what the batched call replaces.

@@ -1,8 +1,8 @@
 """What a fit at its defaults does on hard targets, whether the verdict says so, and what it says of bad fits.
 
-    python benchmarks/hard_targets.py [--targets NAME ...] [--guides NAME ...] [--seeds 3] [--isolate]
+    python -m benchmarks.fits.hard_targets [--targets NAME ...] [--guides NAME ...] [--seeds 3] [--isolate]
         [--output hard.jsonl]
-    python benchmarks/hard_targets.py --report hard.jsonl
+    python -m benchmarks.fits.hard_targets --report hard.jsonl
 
 Every target is normalised and can be sampled, so that minus the ELBO is KL(q || p) itself, and means and
 scales are compared with 100,000 exact draws:
@@ -38,7 +38,10 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.infer.autoguide.initialization import init_to_value
-from scoring import (
+from torch import Tensor
+
+import pyro_flowvi
+from benchmarks.common.scoring import (
     OURS,
     Row,
     accuracy,
@@ -56,9 +59,6 @@ from scoring import (
     scalars,
     worst_ratio,
 )
-from torch import Tensor
-
-import pyro_flowvi
 
 DEFAULT_GUIDES = ("AutoPlanar", "AutoRealNVP", "AutoNeuralSpline")
 NUM_EXACT, NUM_DRAWS = 100_000, 10_000

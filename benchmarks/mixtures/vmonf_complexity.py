@@ -1,6 +1,6 @@
 """The balance of complexities in an amortised mixture of flows: which components survive, and why.
 
-    python benchmarks/vmonf_complexity.py [--seeds 5] [--steps 2000] [--output complexity.jsonl]
+    python -m benchmarks.mixtures.vmonf_complexity [--seeds 5] [--steps 2000] [--output complexity.jsonl]
 
 Five wings of a pinwheel, no labels and no warm start.  The published training is amortised: components and a
 classifier q(c | x) learn together, and what a strong component takes first it keeps.  Rows differ in the
@@ -21,8 +21,8 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import TraceEnum_ELBO
-from vmonf import matched_accuracy
 
+from benchmarks.mixtures.vmonf import matched_accuracy
 from pyro_flowvi.datasets import pinwheel
 from pyro_flowvi.infer import CompiledSVI
 from pyro_flowvi.models import VMoNF

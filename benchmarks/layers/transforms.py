@@ -15,7 +15,7 @@ not: torch 2.13 compiles the gradient of some peers' splines wrongly, by float64
 The variants of a row, both modes, take turns in every round, so that a disturbance of the machine meets all
 of them.  The tables have medians over rounds and ratios ours / fastest peer, with an interval over rounds::
 
-    python benchmarks/transforms.py [--flows planar radial] [--mode eager] [--rounds 30] [--json FILE]
+    python -m benchmarks.layers.transforms [--flows planar radial] [--mode eager] [--rounds 30] [--json FILE]
 
 The peers come with ``pip install "pyro-flowvi[bench]"``; one that is not installed is left out.  How their
 layers differ from ours is said in ``peers.py``.
@@ -38,8 +38,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import FLOWS, INSTALLED, NETWORK_FLOWS, OURS, PEERS, Variant, build
 from torch import Tensor
+
+from benchmarks.layers.peers import FLOWS, INSTALLED, NETWORK_FLOWS, OURS, PEERS, Variant, build
 
 Call = Callable[[], tuple[Tensor, ...]]
 Ratio = tuple[str, float, float, float]

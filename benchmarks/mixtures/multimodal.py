@@ -1,8 +1,9 @@
 """Posteriors with several modes: a mixture of flows beside one flow; and two posteriors with one mode.
 
-    python benchmarks/multimodal.py [--targets nine ...] [--guides mixture ...] [--seeds 3] [--output m.jsonl]
-    python benchmarks/multimodal.py --report m.jsonl [--figure docs/multimodal.png]
-    python benchmarks/multimodal.py --targets kidiq --data CLONE    # needs the files of posteriordb
+    python -m benchmarks.mixtures.multimodal [--targets nine ...] [--guides mixture ...] [--seeds 3]
+        [--output m.jsonl]
+    python -m benchmarks.mixtures.multimodal --report m.jsonl [--figure docs/multimodal.png]
+    python -m benchmarks.mixtures.multimodal --targets kidiq --data CLONE    # needs the files of posteriordb
 
 Targets, of which the masses of the modes are known:
 
@@ -37,14 +38,14 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from cif_mixture import TARGETS as ISLANDS
-from cif_mixture import model as lattice
-from posteriors import eight_schools_noncentered, load
 from pyro.distributions import constraints
-from scoring import Row, collect, markdown, median, number, read
 from torch import Tensor
 
 import pyro_flowvi
+from benchmarks.common.posteriors import eight_schools_noncentered, load
+from benchmarks.common.scoring import Row, collect, markdown, median, number, read
+from benchmarks.mixtures.cif_mixture import TARGETS as ISLANDS
+from benchmarks.mixtures.cif_mixture import model as lattice
 from pyro_flowvi import AutoFlowMixture, AutoRealNVP
 from pyro_flowvi.psis import effective_sample_size, psis
 

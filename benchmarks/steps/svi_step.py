@@ -1,6 +1,6 @@
 """Time a step of SVI: eager Pyro, compiled Pyro (``CompiledSVI``) and NumPyro, interleaved in one run.
 
-    python benchmarks/svi_step.py [--rows REGEX | --quick] [--rounds 7] [--json FILE]
+    python -m benchmarks.steps.svi_step [--rows REGEX | --quick] [--rounds 7] [--json FILE]
 
 A row is ``model/guide/particles``; ``--help`` has more options.  All systems have the same float32 data,
 vectorized particles, and Adam with rate 1e-2.  torch has one thread, and the process is pinned to one core,

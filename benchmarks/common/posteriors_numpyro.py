@@ -18,8 +18,8 @@ import numpyro.distributions as dist
 import torch
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO, autoguide
-from scoring import FINAL_RATE, LEARNING_RATE, PARTICLES
 
+from benchmarks.common.scoring import FINAL_RATE, LEARNING_RATE, PARTICLES
 from pyro_flowvi.psis import psis
 
 numpyro.enable_x64()

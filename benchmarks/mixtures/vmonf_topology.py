@@ -1,6 +1,6 @@
 """What a mixture of flows does without a clustering to start from, and with too many components.
 
-    python benchmarks/vmonf_topology.py [--tests rings ...] [--seeds 5] [--output topology.jsonl]
+    python -m benchmarks.mixtures.vmonf_topology [--tests rings ...] [--seeds 5] [--output topology.jsonl]
 
 - ``rings``: two circles, no labels; components over ``PolarNormal`` from many random starts at once;
 - ``normal``: the same with splines over a normal base;
@@ -29,8 +29,8 @@ import pyro
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO
 from torch import Tensor
-from vmonf import matched_accuracy
 
+from benchmarks.mixtures.vmonf import matched_accuracy
 from pyro_flowvi.datasets import hide_labels, pinwheel, two_circles
 from pyro_flowvi.distributions import PolarNormal
 from pyro_flowvi.models import VMoNF, annihilate, class_map_by_overlap, multistart, ring_flow

@@ -1,8 +1,8 @@
 """Fit guides to real posteriors, and compare their draws with reference draws, raw and resampled.
 
-    python benchmarks/posteriordb.py --data DIR [--posteriors NAME ...] [--guides NAME ...] [--seeds 3]
+    python -m benchmarks.fits.posteriordb --data DIR [--posteriors NAME ...] [--guides NAME ...] [--seeds 3]
         [--steps 3000] [--isolate] [--cold] [--output results.jsonl]
-    python benchmarks/posteriordb.py --report results.jsonl [--figure docs/posteriordb.png]
+    python -m benchmarks.fits.posteriordb --report results.jsonl [--figure docs/posteriordb.png]
 
 ``DIR`` is a clone of github.com/stan-dev/posteriordb, which has the data and ten chains of 1,000 reference
 draws of each posterior.  A name may be shortened to its start.  Everything is in float64.
@@ -35,8 +35,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from posteriors import RECIPES, Posterior, load
-from scoring import (
+
+from benchmarks.common.posteriors import RECIPES, Posterior, load
+from benchmarks.common.scoring import (
     MEAN_BOUND,
     OURS,
     STOCK,
@@ -86,7 +87,7 @@ def fit_one(posteriors: dict[str, Posterior], key: Row) -> Row:
     redrawn = None
     started = time.perf_counter()
     if guide_name in NUMPYRO:
-        import posteriors_numpyro
+        from benchmarks.common import posteriors_numpyro
 
         draws_of, judge_it = posteriors_numpyro.train(guide_name, posterior.name, args, key["steps"], seed)
         result["seconds"] = time.perf_counter() - started

@@ -1,8 +1,8 @@
 """The bound of a flow VAE against the number of flow layers, as in figure 4 of Rezende and Mohamed.
 
-    python benchmarks/flow_vae.py [--flows planar radial planar_radial] [--layers 0 2 5 10 20 40] [--seeds 2]
-        [--steps 2000] [--output rows.jsonl] [--figure docs/flow_vae_bound.png]
-    python benchmarks/flow_vae.py --report rows.jsonl [--figure docs/flow_vae_bound.png]
+    python -m benchmarks.fits.flow_vae [--flows planar radial planar_radial] [--layers 0 2 5 10 20 40]
+        [--seeds 2] [--steps 2000] [--output rows.jsonl] [--figure docs/flow_vae_bound.png]
+    python -m benchmarks.fits.flow_vae --report rows.jsonl [--figure docs/flow_vae_bound.png]
 
 Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015, section 6.2, on the digits of
 scikit-learn, 8 x 8 pixels with pixel / 16 as the mean, binarised anew for each batch: a fully connected
@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from scoring import Row, collect, markdown, read
 from torch import Tensor
 
+from benchmarks.common.scoring import Row, collect, markdown, read
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits
 from pyro_flowvi.infer import TraceAnnealed_ELBO

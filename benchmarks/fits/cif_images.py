@@ -1,8 +1,9 @@
 """Posteriors of a variational autoencoder on binary images: no flow, a spline flow, continuously indexed.
 
-    python benchmarks/cif_images.py [--test joint frozen] [--seeds 5] [--steps 3000] [--output rows.jsonl]
-    python benchmarks/cif_images.py --data DIR [--device cuda] [--checkpoints DIR] [--seeds 3]
-    python benchmarks/cif_images.py --report rows.jsonl
+    python -m benchmarks.fits.cif_images [--test joint frozen] [--seeds 5] [--steps 3000]
+        [--output rows.jsonl]
+    python -m benchmarks.fits.cif_images --data DIR [--device cuda] [--checkpoints DIR] [--seeds 3]
+    python -m benchmarks.fits.cif_images --report rows.jsonl
 
 The experiment of Caterini, Cornish, Sejdinovic and Doucet, *Variational Inference with Continuously-Indexed
 Normalizing Flows*, 2020: the posteriors "VAE" (a diagonal normal), "NSF" (that, and layers of an
@@ -40,9 +41,9 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from scoring import Row, collect, markdown, read
 from torch import Tensor, nn
 
+from benchmarks.common.scoring import Row, collect, markdown, read
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits, idx_images
 from pyro_flowvi.infer import TraceAnnealed_ELBO, TraceSTL_ELBO

@@ -9,7 +9,7 @@ Every cell runs in a process of its own, at the defaults of the guide and of ``f
 ``fit`` alone), and reports the time of an eager and of a compiled step, the peak of resident memory during
 eager training above that before it, and the divergence after ``--steps`` steps over 4,000 draws::
 
-    python benchmarks/dimensions.py [--dims 2 10 100 1000] [--guides realnvp nice ...] [--steps 3000]
+    python -m benchmarks.fits.dimensions [--dims 2 10 100 1000] [--guides realnvp nice ...] [--steps 3000]
         [--threads 1] [--json FILE]
 """
 

@@ -5,7 +5,7 @@ biased, since no step size suits both the neck and the mouth.  Draws are mapped 
 ``mu``, ``tau`` and ``theta`` and written to ``pyro_flowvi/data/eight_schools_reference.npz``
 with the moments of the whole run and a thinned subset for pictures::
 
-    python benchmarks/eight_schools_reference.py [--chains 4] [--draws 5000]
+    python -m benchmarks.fits.eight_schools_reference [--chains 4] [--draws 5000]
 
 It takes about ten minutes on two cores.
 """
@@ -22,7 +22,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 
 from pyro_flowvi.datasets import EIGHT_SCHOOLS
 
-TARGET = Path(__file__).parents[1] / "pyro_flowvi" / "data" / "eight_schools_reference.npz"
+TARGET = Path(__file__).parents[2] / "pyro_flowvi" / "datasets" / "eight_schools_reference.npz"
 NUM_STORED = 2000
 
 

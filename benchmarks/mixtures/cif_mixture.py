@@ -1,9 +1,10 @@
 """Continuously-indexed flows on targets with islands and holes, beside the flows that they are made from.
 
-    python benchmarks/cif_mixture.py [--targets nine ...] [--seeds 3] [--output cif.jsonl] [--shard 0/2]
-    python benchmarks/cif_mixture.py --elsewhere      # rings, four dimensions, few layers
-    python benchmarks/cif_mixture.py --speed          # milliseconds a step
-    python benchmarks/cif_mixture.py --report cif.jsonl [--figure docs/cif_mixture.png]
+    python -m benchmarks.mixtures.cif_mixture [--targets nine ...] [--seeds 3] [--output cif.jsonl]
+        [--shard 0/2]
+    python -m benchmarks.mixtures.cif_mixture --elsewhere      # rings, four dimensions, few layers
+    python -m benchmarks.mixtures.cif_mixture --speed          # milliseconds a step
+    python -m benchmarks.mixtures.cif_mixture --report cif.jsonl [--figure docs/cif_mixture.png]
 
 The targets are normalised, so that the best ELBO is 0: nine or sixteen normals of standard deviation .25 on a
 lattice of step 2 (Caterini, Cornish, Sejdinovic and Doucet 2020), where one mode alone gives
@@ -38,10 +39,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from scoring import Row, collect, markdown, median, number, read
 from torch import Tensor, nn
 
 import pyro_flowvi
+from benchmarks.common.scoring import Row, collect, markdown, median, number, read
 from pyro_flowvi import AutoCIF, AutoFlow, CompiledSVI
 from pyro_flowvi.datasets import NINE_MODES, NormalLattice
 from pyro_flowvi.flows import FLOWS

@@ -1,9 +1,9 @@
 """Mixtures of flows beside scikit-learn's mixtures: clustering, density and few labels.
 
-    python benchmarks/vmonf.py [--tests pinwheel5 ...] [--seeds 5] [--output vmonf.jsonl]
-    python benchmarks/vmonf.py --report vmonf.jsonl
-    python benchmarks/vmonf.py --tests digits5 --picture digits.png
-    python benchmarks/vmonf.py --data DIR [--device cuda] [--steps 30000] [--picture mnist.png]
+    python -m benchmarks.mixtures.vmonf [--tests pinwheel5 ...] [--seeds 5] [--output vmonf.jsonl]
+    python -m benchmarks.mixtures.vmonf --report vmonf.jsonl
+    python -m benchmarks.mixtures.vmonf --tests digits5 --picture digits.png
+    python -m benchmarks.mixtures.vmonf --data DIR [--device cuda] [--steps 30000] [--picture mnist.png]
 
 - ``pinwheel5``, ``pinwheel3``: 512 points of each wing, no labels.
 - ``circles``: 512 points of each of two thin circles, no labels; ``circles32``: 1024 points without and 32
@@ -42,7 +42,6 @@ import torch
 from numpy.typing import NDArray
 from pyro.infer import TraceEnum_ELBO
 from scipy.optimize import linear_sum_assignment
-from scoring import Row, collect, markdown, median, read
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
@@ -50,6 +49,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 from sklearn.semi_supervised import LabelSpreading
 
+from benchmarks.common.scoring import Row, collect, markdown, median, read
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import (
     hide_labels,
