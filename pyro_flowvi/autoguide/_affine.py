@@ -1,17 +1,21 @@
-"""A fixed affine map behind a guide's flow while it is trained, in which the posterior has unit scale."""
+"""The affine map of a guide, and the fixed one behind it in which the posterior has unit scale."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..init.gaussians import MAX_DENSE_DIM
-from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine, Stacked
+from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine, ParametricTransform
+from ..transforms.base import Raw
 
 __all__ = [
     "AFFINES",
-    "Frame",
+    "FramedAffine",
+    "FramedElementwise",
+    "FramedLower",
     "affine_layer",
     "enter_frame",
     "frame_of",
@@ -20,63 +24,91 @@ __all__ = [
     "set_affine",
 ]
 
+_FIXED = ("fixed_loc", "fixed_scale", "fixed_log_det")
 
-class Frame(FlowTransform):
-    """y = loc + C x with fixed numbers, C lower triangular with a positive diagonal, or diagonal.
 
-    With it in place an optimizer's steps are in units of the posterior's scale, whatever the units and
-    correlations of the latents.
+class FramedAffine(ParametricTransform):
+    """A guide's trainable affine map f, and after it a fixed one, y = loc + C f(x): the guide's frame.
+
+    C is lower triangular with a positive diagonal, or diagonal.  In a frame an optimizer's steps are in units
+    of the posterior's scale, whatever the units and correlations of the latents.  The fixed numbers are
+    buffers of the layer, so that entering a frame and leaving it changes values alone; they are None for the
+    identity, which costs a step nothing.
     """
 
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
-        super().__init__(len(loc))
-        self.loc: Tensor
-        self.scale: Tensor
-        self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer("scale", scale.detach().clone())
-        diagonal = scale if scale.dim() == 1 else scale.diagonal()
-        self.log_det: Tensor
-        self.register_buffer("log_det", diagonal.log().sum())
+    fixed_loc: Any
+    fixed_scale: Any
+    fixed_log_det: Any
 
-    def _spread(self, x: Tensor) -> Tensor:
-        return x * self.scale if self.scale.dim() == 1 else x @ self.scale.mT
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in _FIXED:
+            self.register_buffer(name, None)
 
-    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loc + self._spread(x), self.log_det.expand(x.shape[:-1])
+    def set_frame(self, loc: Tensor | None, scale: Tensor | None) -> None:
+        """Sets the fixed map alone, to the identity with None; K of them for K stacked layers."""
+        self.fixed_loc, self.fixed_scale, self.fixed_log_det = loc, scale, None
+        if loc is not None and scale is not None:
+            diagonal = scale if scale.dim() == loc.dim() else scale.diagonal(dim1=-2, dim2=-1)
+            self.fixed_log_det = diagonal.log().sum(-1)
+
+    def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = super().forward_given(raw, x)
+        if self.fixed_loc is None:
+            return y, log_det
+        if self.fixed_scale.dim() == 1:
+            return torch.addcmul(self.fixed_loc, self.fixed_scale, y), log_det + self.fixed_log_det
+        return F.linear(y, self.fixed_scale, self.fixed_loc), log_det + self.fixed_log_det
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.scale.dim() == 1:
-            score = score / self.scale
-        else:
-            score = torch.linalg.solve_triangular(self.scale, score, upper=False, left=False)
-        return *self.forward_and_log_det(x), score
+        y, log_det, score = super().forward_with_score(x, score)
+        if self.fixed_loc is not None:
+            score = _solve_rows(self.fixed_scale, score)
+        return y, log_det, score
 
-    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = y - self.loc
-        if self.scale.dim() == 1:
-            x = x / self.scale
-        else:
-            shape = x.shape
-            x = x.reshape(-1, self.dim)
-            x = torch.linalg.solve_triangular(self.scale.mT, x, upper=True, left=False).reshape(shape)
-        return x, -self.log_det.expand(y.shape[:-1])
+    def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fixed_loc is None:
+            return super().inverse_given(raw, y)
+        y = _solve_rows(self.fixed_scale, y - self.fixed_loc, transposed=True)
+        x, log_det = super().inverse_given(raw, y)
+        return x, log_det - self.fixed_log_det
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if f"{prefix}loc" in state_dict:  # the frame of the saved layer, or none
+            own: Any = self.loc
+            for name in _FIXED:
+                saved = state_dict.get(prefix + name)
+                self._buffers[name] = None if saved is None else own.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def has_frame(guide: Any) -> bool:
-    """Whether the guide is in a frame, or each of its components."""
-    last = guide._flow[-1]
-    return isinstance(last.each if isinstance(last, Stacked) else last, Frame)
+class FramedLower(FramedAffine, LowerAffine):
+    """:class:`~pyro_flowvi.transforms.LowerAffine` in a frame."""
 
 
-def frame_of(guide: Any) -> tuple[Tensor, Tensor] | None:
-    """Location and scale of the guide's frame, or of those of its components; None without one."""
-    if not has_frame(guide):
-        return None
-    last = guide._flow[-1]
-    if not isinstance(last, Stacked):
-        return last.loc.clone(), last.scale.clone()
-    parts = [last.part(index) for index in range(last.num)]
-    return torch.stack([part.loc for part in parts]), torch.stack([part.scale for part in parts])
+class FramedElementwise(FramedAffine, ElementwiseAffine):
+    """:class:`~pyro_flowvi.transforms.ElementwiseAffine` in a frame."""
+
+
+def _solve_rows(scale: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """x C⁻¹, or x C⁻ᵀ, for row vectors x and a lower triangular matrix, or the diagonal, C."""
+    if scale.dim() == 1:
+        return x / scale
+    matrix, rows = scale.mT if transposed else scale, x.reshape(-1, x.shape[-1])
+    solved: Tensor = torch.linalg.solve_triangular(matrix, rows, upper=transposed, left=False)
+    return solved.reshape(x.shape)
+
+
+def has_frame(affine: Any) -> bool:
+    """Whether a guide's affine map, or each of K stacked ones, is in a frame."""
+    return isinstance(affine, FramedAffine) and affine.fixed_loc is not None
+
+
+def frame_of(affine: Any) -> tuple[Tensor, Tensor] | None:
+    """Location and scale of the frame, or of those of K stacked layers; None without one."""
+    return (affine.fixed_loc.clone(), affine.fixed_scale.clone()) if has_frame(affine) else None
 
 
 def _times(scale: Tensor, x: Tensor, dense: bool) -> Tensor:
@@ -128,54 +160,47 @@ def set_affine(affine: Any, loc: Tensor, scale: Tensor) -> None:
 
 
 @torch.no_grad()
-def enter_frame(guide: Any, loc: Tensor | None = None, scale: Tensor | None = None) -> bool:
-    """Gives the guide's affine map the role of a correction to a fixed one, from which it starts as identity.
+def enter_frame(affine: Any, loc: Tensor | None = None, scale: Tensor | None = None) -> bool:
+    """Gives a guide's affine map the role of a correction to a fixed one, from which it starts as identity.
 
-    A guide with K components has one of each for each of them: arguments then have K as first dimension.
+    K stacked maps have a fixed one each: arguments then have K as first dimension.
 
-    :param guide: a guide with a triangular or diagonal affine map.
-    :param loc: where the fixed map has its origin, shape ``(D,)``; by default it takes over the guide's own
-        location and scale, so that its posterior stays what it is.
+    :param affine: the map.
+    :param loc: where the fixed map has its origin, shape ``(D,)``; by default location and scale of the
+        map itself, so that the guide's posterior stays what it is.
     :param scale: a lower factor ``(D, D)``, or a diagonal ``(D,)``.
-    :return: False, and nothing is done, for a guide with any other affine map, or with one that is frozen.
+    :return: False, and nothing is done, for a map that has no frame, or is frozen.
     """
-    affine = guide.affine
-    if not isinstance(affine, LowerAffine | ElementwiseAffine) or has_frame(guide):
+    if not isinstance(affine, FramedAffine) or not all(param.requires_grad for param in affine.parameters()):
         return False
-    if not all(param.requires_grad for param in affine.parameters()):
-        return False
+    leave_frame(affine)
+    own: Any = affine
     if loc is None or scale is None:
-        loc, scale = affine.loc.detach().clone(), _matrix(affine).detach()
-    loc, scale = loc.to(affine.loc), scale.to(affine.loc)
+        loc, scale = own.loc.detach().clone(), _matrix(affine).detach()
+    loc, scale = loc.to(own.loc), scale.to(own.loc)
     scale = _as_taken(affine, scale, scale.dim() > loc.dim())
     one = torch.ones_like(loc)
     _set_matrix(affine, torch.zeros_like(loc), torch.diag_embed(one) if scale.dim() > loc.dim() else one)
-    frame: FlowTransform
-    if loc.dim() == 1:
-        frame = Frame(loc, scale)
-    else:
-        frame = Stacked([Frame(*each) for each in zip(loc, scale, strict=True)])
-    guide._modules["flow"] = guide._compose([*guide._flow, frame])
+    affine.set_frame(loc.detach().clone(), scale.detach().clone())
     return True
 
 
 @torch.no_grad()
-def leave_frame(guide: Any) -> None:
-    """Makes one affine map of the guide's and the fixed one: the posterior stays what it is."""
-    frame = frame_of(guide)
+def leave_frame(affine: Any) -> None:
+    """Makes one map of the trainable and the fixed one: the posterior stays what it is."""
+    frame = frame_of(affine)
     if frame is None:
         return
     loc, scale = frame
-    guide._modules["flow"] = guide._compose(list(guide._flow)[:-1])
-    affine = guide.affine
     own, dense = _matrix(affine), isinstance(affine, LowerAffine)
     _set_matrix(affine, loc + _times(scale, affine.loc, dense), scale @ own if dense else scale * own)
+    affine.set_frame(None, None)
 
 
 AFFINES: Final[dict[str, Callable[..., FlowTransform]]] = {
-    "lower": LowerAffine,
+    "lower": FramedLower,
     "low_rank": LowRankAffine,
-    "elementwise": ElementwiseAffine,
+    "elementwise": FramedElementwise,
 }
 
 

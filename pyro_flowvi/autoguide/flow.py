@@ -202,7 +202,6 @@ class AutoFlow(NamedGuide):
         loc = loc.to(device=device, dtype=dtype).nan_to_num(0.0, 0.0, 0.0)
         check_dtype("dtype of the latents", loc.dtype)
         parts = self._parts()
-        self._affine_place = len(parts) - 1
         flow = self._compose(parts).to(device=loc.device, dtype=loc.dtype)
         for param in flow.parameters():
             param.data = param.data.contiguous()
@@ -280,7 +279,7 @@ class AutoFlow(NamedGuide):
     @property
     def affine(self) -> Any:
         """The trainable affine map after the flow, with ``loc`` and ``log_scale``; None without one."""
-        return None if self._affine is None else self._flow[self._affine_place]
+        return None if self._affine is None else self._flow[-1]
 
     def get_base_dist(self) -> Any:
         """The standard normal over the latents."""

@@ -132,11 +132,7 @@ class AutoFlowMixture(AutoFlow):
         return parts
 
     def _compose(self, parts: list[Any]) -> Chain:
-        before = self._modules.get("flow")
-        if isinstance(before, WeightedStack):
-            logits = before.logits
-        else:
-            logits = nn.Parameter(torch.zeros(self.num_components), requires_grad=self.num_components > 1)
+        logits = nn.Parameter(torch.zeros(self.num_components), requires_grad=self.num_components > 1)
         return WeightedStack(parts, self.latent_dim, logits)
 
     def _start_at(self, affine: Any, loc: Tensor) -> None:

@@ -134,7 +134,7 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
         "limits": run.optim.limits.clone(),
         "optimizers": optimizers,
         "objective": state_of(run.loss),
-        "frame": frame_of(guide) if known else None,
+        "frame": frame_of(guide.affine) if known else None,
         "mode": driver.mode,
         "data": driver.arguments.start,
         "start": driver.start,
@@ -152,8 +152,8 @@ def restore(driver: TrainingLoop, state: Mapping[str, Any]) -> None:
     run = driver.run
     guide: Any = run.guide
     if state["frame"] is not None:
-        enter_frame(guide, *state["frame"])
-    elif isinstance(guide, AutoFlow) and has_frame(guide):
+        enter_frame(guide.affine, *state["frame"])
+    elif isinstance(guide, AutoFlow) and has_frame(guide.affine):
         raise AssertionError("a guide that has no frame yet")
     params = run.optim.find(state["params"])
     for name, value in state["params"].items():

@@ -267,7 +267,7 @@ def fit(
             stop_reason = driver.train(progress, save, CHECKPOINT_SECONDS)
     finally:
         if isinstance(guide, AutoFlow):
-            leave_frame(guide)
+            leave_frame(guide.affine)
     done = driver.progress
     return FitResult(
         guide=guide,

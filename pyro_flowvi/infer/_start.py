@@ -41,14 +41,14 @@ def locate(run: Run, guide: AutoFlow, density: UnconstrainedModel, effort: Effor
     before = run.evaluate()
     kept = {name: param.detach().clone() for name, param in guide._flow.named_parameters()}
     kind, loc, scale = _found(guide, density, effort)
-    if not enter_frame(guide, loc, scale):
+    if not enter_frame(affine, loc, scale):
         set_affine(affine, loc, scale)
     # A start that covers several modes is a good one in spite of its ELBO.
     if kind == "modes" or is_worse(before, run.evaluate()):
         return kind
-    leave_frame(guide)
+    leave_frame(affine)
     with torch.no_grad():
         for name, param in guide._flow.named_parameters():
             param.copy_(kept[name])
-    enter_frame(guide)
+    enter_frame(affine)
     return None

@@ -148,10 +148,10 @@ class TestSearch:
         z = torch.randn(20, 5)
         before = guide.get_posterior().log_prob(z)
         names = [name for name, _ in guide.named_parameters()]
-        assert enter_frame(guide)
+        assert enter_frame(guide.affine)
         torch.testing.assert_close(guide.get_posterior().log_prob(z), before)
         assert not guide.affine.loc.any()
-        leave_frame(guide)
+        leave_frame(guide.affine)
         torch.testing.assert_close(guide.get_posterior().log_prob(z), before)
         assert [name for name, _ in guide.named_parameters()] == names
 
