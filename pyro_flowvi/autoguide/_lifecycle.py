@@ -17,7 +17,7 @@ from .._program.param_store import adopt_stored, claim_name, register
 from .._program.pyro_private import is_module_local_param_enabled
 from ..transforms import Compose
 
-__all__ = ["PROTOTYPE_STATE", "NamedGuide", "signature"]
+__all__ = ["PROTOTYPE_STATE", "NamedGuide"]
 
 PROTOTYPE_STATE = (
     "prototype_trace",
@@ -34,7 +34,7 @@ PROTOTYPE_STATE = (
 class NamedGuide(AutoContinuous):
     """A guide with one transform as its parameters, known to the param store by the guide's own name.
 
-    Knows nothing of the posterior; :class:`~pyro_flowvi.autoguide.AutoFlow` builds on it.
+    Knows nothing of the model's latents; :class:`PrototypeGuide` builds on it.
 
     :param model: a Pyro model.
     :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
@@ -167,15 +167,3 @@ class NamedGuide(AutoContinuous):
                 memo[id(state[key])] = state[key]  # by reference
         new.__setstate__(copy.deepcopy(state, memo))
         return new
-
-
-def signature(value: Any) -> Any:
-    """What of a model's arguments can change the number of its latents; hashable."""
-    if isinstance(value, Mapping):
-        return tuple((key, signature(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(signature, value))
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple):  # of a distribution it is a method
-        return tuple(shape)
-    return value if isinstance(value, bool | int | str | None) else type(value)

@@ -1,26 +1,20 @@
 """AutoFlow: a normalizing flow over all continuous latents of an unmodified Pyro model."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
-from .._program.log_density import UnconstrainedModel
 from .._program.packing import Packing
 from .._program.pyro_private import is_module_local_param_enabled
-from .._program.sites import is_enumerated
-from .._program.start_trace import SafeInit, prototype
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
 from ..distributions.flow import Shape
 from ..flows import FLOWS, recipe_name
@@ -28,16 +22,14 @@ from ..transforms import Compose, HeavyTails
 from ..transforms.compose import Chain
 from ._affine import AFFINES, affine_layer
 from ._latent_site import CallPosterior
-from ._lifecycle import PROTOTYPE_STATE, NamedGuide, signature
+from ._prototype import PrototypeGuide
 from ._summaries import marginal_quantiles
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
 
-_MAX_SIGNATURES = 100
 
-
-class AutoFlow(NamedGuide):
+class AutoFlow(PrototypeGuide):
     """A guide whose posterior is a normalizing flow over all continuous latents of the model.
 
     Posterior = flow(standard normal) followed by a trainable affine map that starts from
@@ -104,73 +96,14 @@ class AutoFlow(NamedGuide):
             raise ValueError(f"tails: expected True or False, got {tails!r}")
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
-        super().__init__(model, SafeInit(init_loc_fn), name)
+        super().__init__(model, init_loc_fn, name)
         self._build = build
         self._init_scale = check_positive("init_scale", init_scale)
         self._affine = affine
         self._tails = tails
         self.flow_name = build if isinstance(build, str) else recipe_name(build)
-        self._signatures: set[Any] = set()
-        self._data: tuple[Any, Any] | None = None
 
     # -- set-up --------------------------------------------------------------------------------
-
-    def materialize(self, *args: Any, **kwargs: Any) -> Self:
-        """Sets the guide up with the model's arguments, so that its parameters exist; returns it.
-
-        :raises RuntimeError: if the guide lost its model in a copy or a pickle.
-        :raises ValueError: as the class says.
-        """
-        if self.prototype_trace is None:
-            with self._pyro_context:
-                self._setup_prototype(*args, **kwargs)
-        elif self._stale:
-            self._require_model()
-            self._reset_prototype(args, kwargs)
-        self._data = args, kwargs
-        return self
-
-    _prototype_hide_fn = staticmethod(lambda msg: _hidden(msg))
-
-    def _require_model(self) -> Callable[..., Any]:
-        if self._raw_model[0] is None:
-            raise RuntimeError(
-                f"{self.name}: the guide lost its model, which could not be pickled; build the guide "
-                "from the model again and load its state_dict"
-            )
-        return self._raw_model[0]
-
-    @contextmanager
-    def _apart(self) -> Iterator[Callable[[], None]]:
-        """Runs of the model that are no part of the step that happens to be under way.
-
-        No handler sees them, and what a PyroModule caches in a call is neither used nor lost.  Gives the
-        function that empties that cache, to be called between runs.
-        """
-        cache = self._pyro_context.cache
-        kept = dict(cache)
-        cache.clear()
-        try:
-            with poutine.block(), torch.no_grad():
-                yield cache.clear
-        finally:
-            cache.clear()
-            cache.update(kept)
-
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        model = self._require_model()
-        with self._apart() as clear:
-            prototype(model, args, kwargs, self._init_fn.init_loc_fn, before_run=clear)
-            try:
-                clear()
-                super()._setup_prototype(*args, **kwargs)
-                if self.master is None:
-                    self._create_plates(*args, **kwargs)
-                self._build_flow()
-            except BaseException:
-                self.prototype_trace = None
-                raise
-        self._signatures = {signature((args, kwargs))}
 
     def _layers(self) -> list[Any]:
         """The flow's parts, first one first."""
@@ -212,47 +145,6 @@ class AutoFlow(NamedGuide):
             state, self._pending_state = self._pending_state, {}
             flow.load_state_dict(state)
 
-    def _reset_prototype(self, args: Any, kwargs: Any) -> None:
-        """Traces the model again; the latents must be those that the flow was built for."""
-        before = dict(self._unconstrained_shapes)
-        saved = {key: self.__dict__[key] for key in PROTOTYPE_STATE}
-        # Sites that were observed at set-up and now are not (a prediction) are the model's to draw.
-        self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in before
-        try:
-            # What the model draws here is no part of the user's stream of random numbers.
-            with torch.random.fork_rng(), self._apart():
-                super()._setup_prototype(*args, **kwargs)
-        except BaseException:
-            self.__dict__.update(saved)
-            raise
-        finally:
-            del self.__dict__["_prototype_hide_fn"]
-        after = self._unconstrained_shapes
-        if after != before:
-            self.__dict__.update(saved)
-            for name in {**before, **after}:
-                old, new = before.get(name), after.get(name)
-                if old != new:
-                    raise ValueError(
-                        f"site {name!r}: expected unconstrained shape "
-                        f"{None if old is None else tuple(old)}, which the guide was set up with, "
-                        f"got {None if new is None else tuple(new)}; build a guide for this data"
-                    )
-        self._stale = False
-
-    def _ready(self, args: Any, kwargs: Any) -> None:
-        """Sets the guide up, or checks that the latents are still the same."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-            return
-        if torch._C._get_tracing_state():  # of torch.jit: sizes are tensors then
-            return
-        seen = signature((args, kwargs))
-        known = seen in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
-        if (self._stale or not known) and self._raw_model[0] is not None:
-            self._reset_prototype(args, kwargs)
-        self._signatures.add(seen)
-
     @property
     def _flow(self) -> Chain:
         """The whole transform, in step with the param store."""
@@ -266,13 +158,6 @@ class AutoFlow(NamedGuide):
             self._adopt_store(flow)
         whole: Chain = flow
         return whole
-
-    def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
-        """The log density of the guide's model over the latents as the guide packs them.
-
-        :raises RuntimeError: if the guide lost its model in a copy or a pickle.
-        """
-        return UnconstrainedModel(self._require_model(), args, kwargs, self._init_fn.init_loc_fn)
 
     # -- posterior -----------------------------------------------------------------------------
 
@@ -395,8 +280,3 @@ class AutoFlow(NamedGuide):
         if bool(((probs < 0) | (probs > 1)).any()):
             raise ValueError(f"quantiles: expected probabilities in [0, 1], got {quantiles}")
         return self._quantile(probs)
-
-
-def _hidden(msg: dict[str, Any]) -> bool:
-    """What the prototype leaves out: all but latents, and of those what the model enumerates."""
-    return bool(AutoContinuous._prototype_hide_fn(msg)) or is_enumerated(msg)
