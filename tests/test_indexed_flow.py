@@ -249,7 +249,7 @@ def test_starts_as_the_flow_that_it_is_made_of(name, order):
     """With s = t = 0 and r = q the indices change nothing, and both bounds are the density."""
     layers = indexed_layers(name, 3, num_layers=2, hidden=(5,), index_dim=2, order=order, index_scale=0.0)
     inner = moved(Compose([layer.transform for layer in layers]))
-    plain = FlowDistribution(inner)
+    plain = FlowDistribution(None, inner)
     q = IndexedFlow(None, layers)
     z, lower, upper = q.rsample_with_bound((7,), 3)
     for bound in (lower, upper, q.log_prob_bound(z, 1)):
@@ -406,7 +406,7 @@ def test_chunks_with_a_graph_have_the_same_gradient(monkeypatch):
 
 
 def test_empty_batches():
-    for q in (IndexedFlow(None, indexed_layers("planar", 2)), FlowDistribution(Planar(2))):
+    for q in (IndexedFlow(None, indexed_layers("planar", 2)), FlowDistribution(None, Planar(2))):
         assert q.log_prob(torch.zeros(0, 2)).shape == (0,)
         assert q.rsample((0,)).shape == (0, 2)
 
@@ -437,7 +437,7 @@ def test_the_sum_over_a_guide_that_is_written_by_hand():
 def test_flags_copies_and_moves():
     q = IndexedFlow(None, affine_layers(2, 1, 2, "after"))
     assert q.lower_bound
-    assert not FlowDistribution(Planar(2)).lower_bound
+    assert not FlowDistribution(None, Planar(2)).lower_bound
     assert q.has_rsample
     z = torch.randn(3, 2)
     q.rsample((3,))

@@ -30,7 +30,7 @@ LOGITS = torch.tensor([0.5, -0.3, 0.9], dtype=torch.float64)
 
 def test_scores_as_torch_does_one_by_one():
     each = flows()
-    mixture = MixtureOfFlows(Stacked(each), LOGITS)
+    mixture = MixtureOfFlows(None, Stacked(each), LOGITS)
     base = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
     theirs = [dist.TransformedDistribution(base, [transform]) for transform in each]
     x = 3 * torch.randn(50, 2, dtype=torch.float64)
@@ -51,11 +51,13 @@ def test_affine_components_are_a_gaussian_mixture():
     components = dist.MultivariateNormal(torch.stack([a.loc for a in maps]), matrices @ matrices.mT)
     theirs = dist.MixtureSameFamily(dist.Categorical(logits=LOGITS), components)
     x = 3 * torch.randn(20, 2, dtype=torch.float64)
-    assert torch.allclose(MixtureOfFlows(Stacked(maps), LOGITS).log_prob(x), theirs.log_prob(x), atol=1e-10)
+    assert torch.allclose(
+        MixtureOfFlows(None, Stacked(maps), LOGITS).log_prob(x), theirs.log_prob(x), atol=1e-10
+    )
 
 
 def test_density_integrates_to_one():
-    mixture = MixtureOfFlows(Stacked(flows(scale=0.2)), LOGITS)
+    mixture = MixtureOfFlows(None, Stacked(flows(scale=0.2)), LOGITS)
     grid = torch.linspace(-12.0, 12.0, 601, dtype=torch.float64)
     with torch.no_grad():
         density = mixture.log_prob(torch.cartesian_prod(grid, grid)).exp()
@@ -66,23 +68,23 @@ def test_density_integrates_to_one():
 def test_other_families(key):
     each = flows(key=key)
     x = torch.randn(5, 2, dtype=torch.float64)
-    mixture = MixtureOfFlows(Stacked(each))
-    expected = torch.stack([FlowDistribution(one).log_prob(x) for one in each], -1)
+    mixture = MixtureOfFlows(None, Stacked(each))
+    expected = torch.stack([FlowDistribution(None, one).log_prob(x) for one in each], -1)
     assert torch.allclose(mixture.component_log_prob(x), expected, atol=1e-9)
 
 
 def test_shared_layers_and_base():
     each, shared = flows(), flows(1)[0]
     base = dist.StudentT(5.0, torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
-    mixture = MixtureOfFlows(Compose([Stacked(each), shared]), LOGITS, base=base)
+    mixture = MixtureOfFlows(base, Compose([Stacked(each), shared]), LOGITS)
     x = torch.randn(5, 2, dtype=torch.float64)
-    alone = [FlowDistribution(Compose([one, shared]), base).log_prob(x) for one in each]
+    alone = [FlowDistribution(base, Compose([one, shared])).log_prob(x) for one in each]
     assert torch.allclose(mixture.component_log_prob(x), torch.stack(alone, -1), atol=1e-10)
     assert mixture.sample((4,)).shape == (4, 2)
 
 
 def test_shapes():
-    mixture = MixtureOfFlows(Stacked(flows()), LOGITS)
+    mixture = MixtureOfFlows(None, Stacked(flows()), LOGITS)
     assert mixture.batch_shape == ()
     assert mixture.event_shape == (2,)
     assert mixture.num_components == 3
@@ -98,7 +100,7 @@ def test_shapes():
 
 
 def test_draws_have_the_moments_of_quadrature():
-    mixture = MixtureOfFlows(Stacked(flows(scale=0.2)), LOGITS)
+    mixture = MixtureOfFlows(None, Stacked(flows(scale=0.2)), LOGITS)
     grid = torch.linspace(-12.0, 12.0, 601, dtype=torch.float64)
     points = torch.cartesian_prod(grid, grid)
     with torch.no_grad():
@@ -124,7 +126,7 @@ def test_draws_of_a_component_come_from_it():
     maps = [ElementwiseAffine(1).double() for _ in range(3)]
     for k, affine in enumerate(maps):
         affine.loc.data.fill_(100.0 * k)
-    mixture = MixtureOfFlows(Stacked(maps), LOGITS)
+    mixture = MixtureOfFlows(None, Stacked(maps), LOGITS)
     z, index = mixture.rsample_with_component((200,))
     assert ((z[:, 0] - 100.0 * index).abs() < 10).all()
     chosen = torch.tensor([2, 0, 1, 1])
@@ -143,14 +145,14 @@ def test_gradient_under_trace_elbo_is_unbiased():
     logits = LOGITS.clone().requires_grad_()
     params = [logits, each.each[-1].loc]
     target = dist.Normal(torch.tensor([1.0, -1.0], dtype=torch.float64), 1.0).to_event(1)
-    expected = exact_gradient(MixtureOfFlows(each, logits), params, target.log_prob)
+    expected = exact_gradient(MixtureOfFlows(None, each, logits), params, target.log_prob)
     elbo = Trace_ELBO(num_particles=4000, vectorize_particles=True, max_plate_nesting=0)
 
     def model():
         pyro.sample("z", target)
 
     def guide():
-        pyro.sample("z", MixtureOfFlows(each, logits))
+        pyro.sample("z", MixtureOfFlows(None, each, logits))
 
     found = [torch.autograd.grad(elbo.differentiable_loss(model, guide), params) for _ in range(40)]
     for i, true in enumerate(expected):
@@ -160,7 +162,7 @@ def test_gradient_under_trace_elbo_is_unbiased():
 
 
 def test_last_draw_only_has_score_parts():
-    mixture = MixtureOfFlows(Stacked(flows()), LOGITS)
+    mixture = MixtureOfFlows(None, Stacked(flows()), LOGITS)
     mixture.score_parts(mixture.rsample((3,)))
     with pytest.raises(ValueError, match="x: expected the last draw"):
         mixture.score_parts(torch.zeros(3, 2).double())
@@ -168,8 +170,10 @@ def test_last_draw_only_has_score_parts():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="transform: expected a batch shape"):
-        MixtureOfFlows(Planar(2))
+        MixtureOfFlows(None, Planar(2))
     with pytest.raises(ValueError, match=r"logits: expected shape \(\*, 3\), got \(2,\)"):
-        MixtureOfFlows(Stacked(flows()), torch.zeros(2))
+        MixtureOfFlows(None, Stacked(flows()), torch.zeros(2))
     with pytest.raises(ValueError, match="value"):
-        MixtureOfFlows(Stacked(flows()), LOGITS, validate_args=True).log_prob(torch.full((2,), torch.nan))
+        MixtureOfFlows(None, Stacked(flows()), LOGITS, validate_args=True).log_prob(
+            torch.full((2,), torch.nan)
+        )

@@ -27,7 +27,7 @@ def two_normals():
     flows = Stacked(Compose([FLOWS["realnvp"](2, num_layers=2), LowerAffine(2)]) for _ in range(2))
     with torch.no_grad():
         flows.each[-1].loc.copy_(torch.tensor([[-3.0, 0.0], [3.0, 0.0]]))
-    return MixtureOfFlows(flows, torch.tensor([0.25, 0.75]).log())
+    return MixtureOfFlows(None, flows, torch.tensor([0.25, 0.75]).log())
 
 
 class TestPlot:

@@ -116,7 +116,7 @@ class TestRadialPower:
         """The image of PolarNormal(D, s) is PolarNormal(D, p s)."""
         flow = RadialPower(3)
         torch.nn.init.constant_(flow.a, (math.log(power) if power < 1 else power - 1) / 5)
-        image, expected = FlowDistribution(flow, PolarNormal(3, 0.2)), PolarNormal(3, 0.2 * power)
+        image, expected = FlowDistribution(PolarNormal(3, 0.2), flow), PolarNormal(3, 0.2 * power)
         x = expected.sample((50,))
         torch.testing.assert_close(image.log_prob(x), expected.log_prob(x))
 
@@ -143,7 +143,7 @@ def rings(num):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_base_of_a_mixture(dtype):
     base = PolarNormal(2, torch.tensor(0.2, dtype=dtype))
-    mixture = MixtureOfFlows(rings(3).to(dtype), torch.zeros(3, dtype=dtype), base=base)
+    mixture = MixtureOfFlows(base, rings(3).to(dtype), torch.zeros(3, dtype=dtype))
     x = mixture.rsample((100,))
     assert x.dtype == dtype
     assert mixture.component_log_prob(x).shape == (100, 3)
@@ -156,7 +156,7 @@ def test_a_component_becomes_a_ring():
     angle = 2 * math.pi * torch.rand(1000)
     x = (2 + 0.05 * torch.randn(1000)).unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1) + 1.0
     flow = Compose([RadialPower(2), LowerAffine(2)])
-    law, optim = FlowDistribution(flow, PolarNormal(2)), torch.optim.Adam(flow.parameters(), 0.02)
+    law, optim = FlowDistribution(PolarNormal(2), flow), torch.optim.Adam(flow.parameters(), 0.02)
     for _ in range(300):
         optim.zero_grad()
         loss = -law.log_prob(x).mean()

@@ -25,13 +25,13 @@ SIZES = {"num_layers": 8, "hidden": (8,)}
 
 
 def batched(num: int, x: torch.Tensor) -> Callable[[], None]:
-    mixture = MixtureOfFlows(Stacked(FLOWS["realnvp"](2, **SIZES) for _ in range(num)))
+    mixture = MixtureOfFlows(None, Stacked(FLOWS["realnvp"](2, **SIZES) for _ in range(num)))
     params = list(mixture.components.transform.parameters())
     return lambda: torch.autograd.grad(mixture.log_prob(x).sum(), params)
 
 
 def loop(num: int, x: torch.Tensor) -> Callable[[], None]:
-    flows = [FlowDistribution(FLOWS["realnvp"](2, **SIZES)) for _ in range(num)]
+    flows = [FlowDistribution(None, FLOWS["realnvp"](2, **SIZES)) for _ in range(num)]
     params = [param for flow in flows for param in flow.transform.parameters()]
 
     def step() -> None:

@@ -40,7 +40,7 @@ class ComponentCall:
     Example::
 
         >>> from pyro_flowvi.transforms import Planar, Stacked
-        >>> mixture = MixtureOfFlows(Stacked(Planar(2) for _ in range(2)))
+        >>> mixture = MixtureOfFlows(None, Stacked(Planar(2) for _ in range(2)))
         >>> ComponentCall(mixture, [0]).log_weight(torch.tensor([0, 1, 1])).exp()
         tensor([0.5000, 0.5000, 0.5000])
     """
@@ -132,7 +132,7 @@ class ComponentIndex(dist.Categorical):
     Example::
 
         >>> from pyro_flowvi.transforms import Planar, Stacked
-        >>> mixture = MixtureOfFlows(Stacked(Planar(2) for _ in range(3)))
+        >>> mixture = MixtureOfFlows(None, Stacked(Planar(2) for _ in range(3)))
         >>> ComponentIndex.of(ComponentCall(mixture, [0])).sample((5,)).max() < 3
         tensor(True)
     """
@@ -166,7 +166,7 @@ class LatentGivenComponent(TorchDistribution):
     Example::
 
         >>> from pyro_flowvi.transforms import Planar, Stacked
-        >>> mixture = MixtureOfFlows(Stacked(Planar(2) for _ in range(3)))
+        >>> mixture = MixtureOfFlows(None, Stacked(Planar(2) for _ in range(3)))
         >>> LatentGivenComponent(ComponentCall(mixture, [0]), torch.tensor([2, 0])).rsample().shape
         torch.Size([2, 2])
     """

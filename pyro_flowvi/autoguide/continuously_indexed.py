@@ -40,7 +40,7 @@ class IndexedCallPosterior(CallPosterior):
     indexed: ClassVar[bool] = True
 
     def __init__(self, transform: Chain, *, num_extra: int) -> None:
-        super().__init__(transform)
+        super().__init__(None, transform)
         self.num_extra = num_extra
 
     @property
@@ -58,7 +58,7 @@ class IndexedCallPosterior(CallPosterior):
     def log_prob(self, value: Tensor) -> Tensor:
         dim = self._inner_dim
         own = super().log_prob(value) - standard_normal_log_prob(value[..., dim:])
-        return tightened(FlowDistribution(self.transform), dim, value[..., :dim], own, self.num_extra)
+        return tightened(FlowDistribution(None, self.transform), dim, value[..., :dim], own, self.num_extra)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "IndexedCallPosterior":
         new = self._get_checked_instance(IndexedCallPosterior, _instance)

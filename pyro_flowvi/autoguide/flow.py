@@ -177,11 +177,11 @@ class AutoFlow(PrototypeGuide):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution | IndexedFlow | MixtureOfFlows:
         """The distribution over the packed unconstrained latents; scores any value."""
-        return FlowDistribution(self._flow, dim=self.latent_dim)
+        return FlowDistribution(None, self._flow, dim=self.latent_dim)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the packed unconstrained latents as an auxiliary site."""
-        posterior = CallPosterior(self._flow, dim=self.latent_dim)
+        posterior = CallPosterior(None, self._flow, dim=self.latent_dim)
         latent: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         return latent
 

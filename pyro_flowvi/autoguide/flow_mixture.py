@@ -213,7 +213,7 @@ class AutoFlowMixture(AutoFlow):
     def get_posterior(self, *args: Any, **kwargs: Any) -> MixtureOfFlows:
         """The distribution over the packed unconstrained latents; scores any value."""
         flow: Any = self._flow
-        return MixtureOfFlows(flow, flow.logits, validate_args=False)
+        return MixtureOfFlows(None, flow, flow.logits, validate_args=False)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the component and, given it, the packed unconstrained latents, as auxiliary sites."""

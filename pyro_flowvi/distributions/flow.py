@@ -41,9 +41,9 @@ class FlowDistribution(TorchDistribution):
     Unlike torch's ``TransformedDistribution`` it draws and scores in one pass and caches nothing: any
     value is scored through the inverse, at the parameters of the moment.
 
+    :param base: a distribution over vectors; the standard normal if None.
     :param transform: a bijection of vectors, of this package, of torch or of Pyro.  A conditional one is
         conditioned first, and the context's batch shape becomes part of ``batch_shape``.
-    :param base: a distribution over vectors; the standard normal if None.
     :param dim: the length of the vectors, needed only if neither transform nor base tells it.
     :param validate_args: as in torch.
     :raises ValueError: if ``transform`` is no transform, or ``base`` is not over vectors of its length.
@@ -53,7 +53,7 @@ class FlowDistribution(TorchDistribution):
     Example::
 
         >>> from pyro_flowvi.transforms import Planar
-        >>> q = FlowDistribution(Planar(3, num_layers=4))
+        >>> q = FlowDistribution(None, Planar(3, num_layers=4))
         >>> z, log_q = q.rsample_and_log_prob((1000,))
         >>> z.shape, torch.allclose(log_q, q.log_prob(z), atol=1e-4)
         (torch.Size([1000, 3]), True)
@@ -66,12 +66,14 @@ class FlowDistribution(TorchDistribution):
 
     def __init__(
         self,
+        base: Distribution | None,
         transform: Transform,
-        base: Distribution | None = None,
         *,
         dim: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        if not (base is None or isinstance(base, Distribution)):
+            raise ValueError(f"base: expected a distribution or None, ahead of the transform, got {base!r}")
         if not isinstance(transform, Transform):
             hint = ": condition it on a context first" if hasattr(transform, "condition") else ""
             raise ValueError(f"transform: expected a Transform, got {type(transform).__name__}{hint}")

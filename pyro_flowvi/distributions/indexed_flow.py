@@ -49,7 +49,7 @@ def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_i
 
         >>> from pyro_flowvi.transforms import IndexedLayer, Planar
         >>> flow = IndexedCompose([IndexedLayer(Planar(2))])
-        >>> index_log_ratios(FlowDistribution(flow), 2, torch.zeros(5, 2), 10).shape
+        >>> index_log_ratios(FlowDistribution(None, flow), 2, torch.zeros(5, 2), 10).shape
         torch.Size([10, 5])
     """
     index_dim = density.event_shape[0] - inner_dim
@@ -202,7 +202,7 @@ class IndexedFlow(TorchDistribution):
         self.num_index_samples = check_positive_int("num_index_samples", num_index_samples)
         self.num_extra = check_count("num_extra", num_extra)
         joint = None if base is None else WithNoise(base, flow.index_dim)
-        self.extended = FlowDistribution(flow, joint)
+        self.extended = FlowDistribution(joint, flow)
         """The law of the value and the standardised indices, tractable: :class:`FlowDistribution`."""
         self._context = context
         self._memo: _Memo | None = None

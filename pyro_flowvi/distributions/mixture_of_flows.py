@@ -64,12 +64,12 @@ class MixtureOfFlows(TorchDistribution):
     the scikit-learn estimator that trains one; and :class:`~pyro_flowvi.distributions.MixtureOfFlows` the
     distribution that all are made of.
 
+    :param base: a distribution over vectors, the same for all components or with a batch shape ``(K,)``;
+        the standard normal if None.
     :param transform: K transforms of vectors as one whose ``batch_shape`` ends with K, such as
         :class:`~pyro_flowvi.transforms.Stacked`, or a composition of it with transforms that all components
         share.
     :param logits: the logarithms of the weights, up to a constant, shape ``(*, K)``; equal weights if None.
-    :param base: a distribution over vectors, the same for all components or with a batch shape ``(K,)``;
-        the standard normal if None.
     :param index_dim: of continuously-indexed components, which are transforms of D + ``index_dim``
         coordinates (:class:`~pyro_flowvi.transforms.IndexedCompose`): the number of the indices' noise.
     :param num_index_samples: the number of index draws with which the density of such components is
@@ -91,7 +91,7 @@ class MixtureOfFlows(TorchDistribution):
 
         >>> from pyro_flowvi import FLOWS
         >>> from pyro_flowvi.transforms import Stacked
-        >>> mixture = MixtureOfFlows(Stacked(FLOWS["realnvp"](2) for _ in range(3)), torch.zeros(3))
+        >>> mixture = MixtureOfFlows(None, Stacked(FLOWS["realnvp"](2) for _ in range(3)), torch.zeros(3))
         >>> x = mixture.sample((100,))
         >>> mixture.log_prob(x).shape, mixture.component_log_prob(x).shape
         (torch.Size([100]), torch.Size([100, 3]))
@@ -105,10 +105,10 @@ class MixtureOfFlows(TorchDistribution):
 
     def __init__(
         self,
+        base: Distribution | None,
         transform: Transform,
         logits: Tensor | None = None,
         *,
-        base: Distribution | None = None,
         index_dim: int = 0,
         num_index_samples: int = NUM_INDEX_SAMPLES,
         validate_args: bool | None = None,
@@ -117,7 +117,7 @@ class MixtureOfFlows(TorchDistribution):
         self.num_index_samples = check_positive_int("num_index_samples", num_index_samples)
         if base is not None and index_dim:
             base = WithNoise(base, index_dim)
-        self.components = FlowDistribution(transform, base, validate_args=False)
+        self.components = FlowDistribution(base, transform, validate_args=False)
         """The components: a distribution whose batch shape ends with K."""
         shape = self.components.batch_shape
         if not shape or not getattr(transform, "batch_shape", ()):
@@ -256,7 +256,7 @@ class GivenComponent(TorchDistribution):
 
         >>> from pyro_flowvi import FLOWS
         >>> from pyro_flowvi.transforms import Stacked
-        >>> mixture = MixtureOfFlows(Stacked(FLOWS["realnvp"](2) for _ in range(3)))
+        >>> mixture = MixtureOfFlows(None, Stacked(FLOWS["realnvp"](2) for _ in range(3)))
         >>> mixture.given(torch.arange(3).unsqueeze(-1)).log_prob(torch.zeros(5, 2)).shape
         torch.Size([3, 5])
     """

@@ -44,7 +44,7 @@ class PolarNormal(TorchDistribution):
         >>> 0.5 < x.norm(dim=-1).min() < x.norm(dim=-1).max() < 1.6
         tensor(True)
         >>> from pyro_flowvi import FLOWS
-        >>> ring = pyro_flowvi.distributions.FlowDistribution(FLOWS["realnvp"](2), base)
+        >>> ring = pyro_flowvi.distributions.FlowDistribution(base, FLOWS["realnvp"](2))
         >>> ring.log_prob(x).shape
         torch.Size([1000])
     """

@@ -293,7 +293,7 @@ def multiscale_realnvp(
     Example::
 
         >>> flow = multiscale_realnvp((1, 8, 8), num_scales=2, num_layers=2, channels=4, num_blocks=1)
-        >>> pyro_flowvi.distributions.FlowDistribution(flow).sample((5,)).reshape(5, 1, 8, 8).shape
+        >>> pyro_flowvi.distributions.FlowDistribution(None, flow).sample((5,)).reshape(5, 1, 8, 8).shape
         torch.Size([5, 1, 8, 8])
     """
     now = check_image_shape("shape", shape)

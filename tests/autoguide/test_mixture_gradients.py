@@ -203,7 +203,7 @@ class TestGradients:
 
         def own_guide(y):
             flows = Stacked(FLOWS["planar"](1) for _ in range(2))
-            pyro.sample("x", dist.Delta(MixtureOfFlows(flows).rsample()[0]))
+            pyro.sample("x", dist.Delta(MixtureOfFlows(None, flows).rsample()[0]))
 
         with pytest.raises(NotImplementedError, match="MixtureOfFlows: expected TraceEnum_ELBO"):
             TraceGraph_ELBO().loss(square_root, own_guide, Y)

@@ -76,7 +76,7 @@ def test_amortised(name):
         def guide(rows):
             pyro.module("flow", flow)
             with pyro.plate("rows", len(rows)):
-                pyro.sample("z", FlowDistribution(flow.condition(rows)))
+                pyro.sample("z", FlowDistribution(None, flow.condition(rows)))
 
         return guide
 

@@ -154,7 +154,7 @@ def test_several_components_of_a_class():
 def test_one_component_is_maximum_likelihood():
     x, _ = data()
     vmonf = small(1)
-    alone = FlowDistribution(vmonf.components.part(0))
+    alone = FlowDistribution(None, vmonf.components.part(0))
     assert elbo().loss(vmonf.model, vmonf.guide, x) == pytest.approx(
         -alone.log_prob(x).sum().item(), abs=1e-9
     )

@@ -295,7 +295,7 @@ class TestMultiscale:
         optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
         losses = []
         for _ in range(60):
-            loss = -FlowDistribution(flow).log_prob(data).mean()
+            loss = -FlowDistribution(None, flow).log_prob(data).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -441,7 +441,7 @@ class TestBitsPerDim:
         flow = Compose([LowerAffine(2), Logit(2, alpha=0.05)])
         grid = (torch.arange(400) + 0.5) / 400
         points = torch.cartesian_prod(grid, grid)
-        inside = FlowDistribution(flow).log_prob(points).exp().mean()
+        inside = FlowDistribution(None, flow).log_prob(points).exp().mean()
         end = torch.special.logit(torch.tensor(0.05))
         expected = (1 - 2 * torch.special.ndtr(end)) ** 2
         torch.testing.assert_close(inside, expected, atol=1e-4, rtol=0)

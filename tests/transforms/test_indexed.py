@@ -46,7 +46,7 @@ class TestBijection:
         check_transform(IndexedCompose(parts), torch.randn(7, 4, 5), context=torch.randn(4, 3))
 
     def test_scores_are_autodiffs(self, order):
-        q = FlowDistribution(flow(order))
+        q = FlowDistribution(None, flow(order))
         y, log_prob, score = q.rsample_with_score((6,))
         at = y.detach().requires_grad_()
         (expected,) = torch.autograd.grad(q.log_prob(at).sum(), at)

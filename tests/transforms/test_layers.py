@@ -164,7 +164,7 @@ class TestRefusals:
 def test_inverse_keeps_the_batch_of_the_context():
     flow = Inverse(Conditional(Planar(2), 3).condition(torch.zeros(5, 3)))
     assert flow.batch_shape == (5,)
-    assert (FlowDistribution(flow).sample().std(0) > 0).all()
+    assert (FlowDistribution(None, flow).sample().std(0) > 0).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])

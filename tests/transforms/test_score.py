@@ -239,7 +239,7 @@ def test_frozen_parameters(name):
 @pytest.mark.parametrize("sample_shape", [(), (5,), (5, 1)])
 def test_distribution(sample_shape):
     flow = randomized(FLOWS["realnvp"](3, num_layers=2, hidden=(4,)), 0.3)
-    q = FlowDistribution(flow)
+    q = FlowDistribution(None, flow)
     torch.manual_seed(1)
     z, log_prob, score = q.rsample_with_score(sample_shape)
     torch.manual_seed(1)
@@ -253,7 +253,7 @@ def test_distribution(sample_shape):
 
 def test_distribution_with_context():
     flow = randomized(FLOWS["realnvp"](3, num_layers=2, hidden=(4,), context_dim=2), 0.3)
-    q = FlowDistribution(flow.condition(torch.randn(6, 2)))
+    q = FlowDistribution(None, flow.condition(torch.randn(6, 2)))
     z, _, score = q.rsample_with_score((4,))
     at = z.detach().requires_grad_()
     (expected,) = torch.autograd.grad(q.log_prob(at).sum(), at)
@@ -261,7 +261,7 @@ def test_distribution_with_context():
 
 
 def test_draws_within_no_grad():
-    q = FlowDistribution(FLOWS["realnvp"](3, num_layers=2, hidden=(4,)))
+    q = FlowDistribution(None, FLOWS["realnvp"](3, num_layers=2, hidden=(4,)))
     with torch.no_grad():
         assert q.rsample_with_score((4,))[2].shape == (4, 3)
 

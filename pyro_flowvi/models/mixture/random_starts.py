@@ -98,7 +98,7 @@ def multistart(
     judge, rows = x[order[:count]], x[order[count:]]
     flows = _simple_flows(model, starts)
     _scatter(flows, rows, starts, generator)
-    law = FlowDistribution(Compose([flows, *list(model.flow)[1:]]), model.base, validate_args=False)
+    law = FlowDistribution(model.base, Compose([flows, *list(model.flow)[1:]]), validate_args=False)
     logits = nn.Parameter(x.new_zeros(starts, num))
 
     def joint(x: Tensor) -> Tensor:

@@ -277,9 +277,9 @@ class VMoNF(NamedModel):
 
     def _mixture(self, logits: Tensor) -> MixtureOfFlows:
         return MixtureOfFlows(
+            self.base,
             self.flow,
             logits,
-            base=self.base,
             index_dim=self.index_dim,
             num_index_samples=self.num_index_samples,
         )

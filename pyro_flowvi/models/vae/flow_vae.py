@@ -147,7 +147,7 @@ class FlowVAE(NamedModel):
         flow = self._conditioned(x)
         with pyro.plate("images", len(x), dim=-1):
             if not self.indexed:
-                z: Tensor = pyro.sample("z", CallPosterior(flow))
+                z: Tensor = pyro.sample("z", CallPosterior(None, flow))
                 return z
             site = IndexedCallPosterior(flow, num_extra=self.num_extra)
             extended = pyro.sample("_z_indexed", site, infer={"is_auxiliary": True})
@@ -194,7 +194,7 @@ class FlowVAE(NamedModel):
     def _distribution(self, flow: Chain) -> FlowDistribution | IndexedFlow:
         if self.indexed:
             return IndexedFlow(None, flow, num_extra=self.num_extra)
-        return FlowDistribution(flow)
+        return FlowDistribution(None, flow)
 
     # -- bounds -------------------------------------------------------------------------------------
 
