@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyro
 import torch
+from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
 from .._checks import check_count, check_positive, check_positive_int, check_widths
+from .._types import AffineKind, InitFn, Program
 from ..distributions import FlowDistribution, IndexedFlow
 from ..distributions.flow import Shape, standard_normal_log_prob
 from ..distributions.indexed_flow import NUM_INDEX_SAMPLES, tightened
@@ -93,7 +95,7 @@ class AutoCIF(AutoFlow):
     :param num_extra: index draws beside its own in the bound of each draw.  0 is the auxiliary ELBO, more are
         the importance-weighted auxiliary ELBO of that many and one: tighter, at the cost of an inverse each.
     :param num_index_samples: index draws for each value that :meth:`log_prob` scores.
-    :param options: keyword options of :class:`AutoFlow`.
+    :param name: as of :class:`AutoFlow`, as are the other keywords.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::
@@ -111,18 +113,22 @@ class AutoCIF(AutoFlow):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         flow: str | Callable[[int], nn.Module] = "neural_spline_ar",
         num_layers: int = 5,
         index_dim: int = 1,
         hidden: Sequence[int] | None = None,
         index_hidden: Sequence[int] = HIDDEN,
         *,
-        order: str = "after",
+        order: Literal["after", "before"] = "after",
         index_scale: float = INDEX_SCALE,
         num_extra: int = 0,
         num_index_samples: int = NUM_INDEX_SAMPLES,
-        **options: Any,
+        name: str | None = None,
+        init_loc_fn: InitFn = init_to_median,
+        init_scale: float = 0.1,
+        affine: AffineKind | None = "auto",
+        tails: bool = False,
     ) -> None:
         check_layer_flow(flow, hidden)
         if order not in ORDERS:
@@ -139,7 +145,15 @@ class AutoCIF(AutoFlow):
             order=order,
             index_scale=float(index_scale) and check_positive("index_scale", index_scale),
         )
-        super().__init__(model, build, **options)
+        super().__init__(
+            model,
+            build,
+            name=name,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            affine=affine,
+            tails=tails,
+        )
         self.num_extra, self.num_index_samples = extra, samples
         self.flow_name = flow if isinstance(flow, str) else None
 

@@ -15,6 +15,7 @@ from torch.distributions import Transform, biject_to
 from .._checks import check_dtype, check_positive
 from .._program.packing import Packing
 from .._program.pyro_private import is_module_local_param_enabled
+from .._types import AffineKind, InitFn, Program
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
 from ..distributions.flow import Shape
 from ..flows import FLOWS, recipe_name
@@ -38,7 +39,7 @@ class AutoFlow(PrototypeGuide):
     and latent mixtures included.  Discrete sites that the model enumerates are left to it.
 
     :param model: a Pyro model.
-    :param build: a key of :data:`pyro_flowvi.FLOWS`, or a callable from the number of latents to a
+    :param flow: a key of :data:`pyro_flowvi.FLOWS`, or a callable from the number of latents to a
         transform of vectors, Pyro's own included.
     :param name: prefix of the guide's parameters in the param store; by default the class name, with
         _1, _2, ... while another live guide holds it.  A guide adopts the values of a restored store; one
@@ -75,21 +76,21 @@ class AutoFlow(PrototypeGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        build: str | Callable[[int], Any],
+        model: Program,
+        flow: str | Callable[[int], Any],
         *,
         name: str | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: InitFn = init_to_median,
         init_scale: float = 0.1,
-        affine: str | None = "auto",
+        affine: AffineKind | None = "auto",
         tails: bool = False,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable, got {model!r}")
-        if isinstance(build, str) and build not in FLOWS:
-            raise ValueError(f"build: expected one of {sorted(FLOWS)}, got {build!r}")
-        if (not callable(build) and not isinstance(build, str)) or isinstance(build, Transform):
-            raise ValueError(f"build: expected a key of FLOWS or a callable dim -> Transform, got {build!r}")
+        if isinstance(flow, str) and flow not in FLOWS:
+            raise ValueError(f"flow: expected one of {sorted(FLOWS)}, got {flow!r}")
+        if (not callable(flow) and not isinstance(flow, str)) or isinstance(flow, Transform):
+            raise ValueError(f"flow: expected a key of FLOWS or a callable dim -> Transform, got {flow!r}")
         if affine not in ("auto", None, *AFFINES):
             raise ValueError(f"affine: expected 'auto', None or {list(AFFINES)}, got {affine!r}")
         if not isinstance(tails, bool):
@@ -97,11 +98,11 @@ class AutoFlow(PrototypeGuide):
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
         super().__init__(model, init_loc_fn, name)
-        self._build = build
+        self._build = flow
         self._init_scale = check_positive("init_scale", init_scale)
         self._affine = affine
         self._tails = tails
-        self.flow_name = build if isinstance(build, str) else recipe_name(build)
+        self.flow_name = flow if isinstance(flow, str) else recipe_name(flow)
 
     # -- set-up --------------------------------------------------------------------------------
 
@@ -110,7 +111,7 @@ class AutoFlow(PrototypeGuide):
         build = FLOWS[self._build] if isinstance(self._build, str) else self._build
         transform = build(self.latent_dim)
         if not isinstance(transform, Transform):
-            raise ValueError(f"build: expected it to return a Transform, got {transform!r}")
+            raise ValueError(f"flow: expected it to return a Transform, got {transform!r}")
         return [transform]
 
     def _parts(self) -> list[Any]:

@@ -1,13 +1,15 @@
 """AutoFlowMixture: a mixture of flows over all continuous latents of an unmodified Pyro model."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pyro
 import torch
+from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
+from .._types import AffineKind, InitFn, Program
 from ..distributions import MixtureOfFlows
 from ..distributions.mixture_of_flows import pick_component, refuse_dense_traces
 from ..flows import check_layer_flow
@@ -48,6 +50,11 @@ class WeightedStack(Compose):
 class AutoFlowMixture(AutoFlow):
     r"""A mixture of K flows over all continuous latents, for posteriors with several modes.
 
+    Of the four mixtures of flows this is the guide, over the latents of a model;
+    :class:`~pyro_flowvi.VMoNF` is a Pyro model of rows of data, :class:`~pyro_flowvi.models.FlowMixture` the
+    scikit-learn estimator that trains one, and :class:`~pyro_flowvi.distributions.MixtureOfFlows` the
+    distribution that all are made of.
+
     :math:`q(z) = \sum_k w_k q_k(z)`, where each component is a flow of a standard normal and then a trainable
     affine map of its own.  The component is a discrete site of the guide, which ``TraceEnum_ELBO`` sums out:
     the bound is exact in the weights, at K times the model's cost a step.  ``fit`` takes it, with the path
@@ -70,7 +77,8 @@ class AutoFlowMixture(AutoFlow):
         former the densities that it gives single values.
     :param init_spread: standard deviation, in unconstrained units, of where the components but the first
         start, around ``init_loc_fn``.
-    :param options: keyword options of :class:`AutoFlow`; ``affine`` None leaves nothing to start apart.
+    :param name: as of :class:`AutoFlow`, as are the other keywords; ``affine`` None leaves nothing to start
+        apart.
     :raises ValueError: if an argument is not of the described kind.
     :raises NotImplementedError: at a call under ``TraceGraph_ELBO``.
 
@@ -90,15 +98,19 @@ class AutoFlowMixture(AutoFlow):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         num_components: int = 4,
         flow: str | Callable[[int], nn.Module] = "realnvp",
         num_layers: int | None = None,
         hidden: Sequence[int] | None = None,
         *,
-        enumerate: str = "auto",
+        enumerate: Literal["auto", "parallel", "sequential"] = "auto",
         init_spread: float = 1.0,
-        **options: Any,
+        name: str | None = None,
+        init_loc_fn: InitFn = init_to_median,
+        init_scale: float = 0.1,
+        affine: AffineKind | None = "auto",
+        tails: bool = False,
     ) -> None:
         check_layer_flow(flow, hidden)
         if enumerate not in ENUMERATIONS:
@@ -106,7 +118,15 @@ class AutoFlowMixture(AutoFlow):
         if not isinstance(flow, str) and num_layers is not None:
             raise ValueError(f"num_layers: expected None with a callable flow, got {num_layers}")
         build = sized_flow(flow, num_layers, hidden) if isinstance(flow, str) else flow
-        super().__init__(model, build, **options)
+        super().__init__(
+            model,
+            build,
+            name=name,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            affine=affine,
+            tails=tails,
+        )
         self.num_components = check_positive_int("num_components", num_components)
         self._init_spread = float(init_spread) and check_positive("init_spread", init_spread)
         self._enumerate = enumerate

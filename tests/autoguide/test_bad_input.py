@@ -47,21 +47,21 @@ class TestConstructor:
 
 class TestBuild:
     def test_unknown_key(self):
-        with pytest.raises(ValueError, match=r"build: expected one of .*'planar'.*got 'plannar'"):
+        with pytest.raises(ValueError, match=r"flow: expected one of .*'planar'.*got 'plannar'"):
             AutoFlow(zoo.hierarchy, "plannar")
 
     @pytest.mark.parametrize("build", [None, 3])
     def test_not_callable(self, build):
-        with pytest.raises(ValueError, match="build: expected a key of FLOWS or a callable"):
+        with pytest.raises(ValueError, match="flow: expected a key of FLOWS or a callable"):
             AutoFlow(zoo.hierarchy, build)
 
     def test_transform_instead_of_its_builder(self):
-        with pytest.raises(ValueError, match="build: expected a key of FLOWS or a callable"):
+        with pytest.raises(ValueError, match="flow: expected a key of FLOWS or a callable"):
             AutoFlow(zoo.hierarchy, Planar(5))
 
     def test_builder_of_something_else(self):
         model, args = hierarchy()
-        with pytest.raises(ValueError, match="build: expected it to return a Transform"):
+        with pytest.raises(ValueError, match="flow: expected it to return a Transform"):
             AutoFlow(model, lambda dim: torch.nn.Linear(dim, dim)).materialize(*args)
 
 
