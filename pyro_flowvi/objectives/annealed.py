@@ -23,7 +23,7 @@ class TraceAnnealed_ELBO(TraceSTL_ELBO):
     :param schedule: β as a function of the step, from 0: a number above 0, as a rule rising to 1.
     :param path: takes the path gradient; otherwise that of ``Trace_ELBO``, which costs less a step and is the
         less noisy one far from the posterior.
-    :param options: those of :class:`TraceSTL_ELBO`.
+    :param num_particles: as in :class:`TraceSTL_ELBO`, as are the other keywords.
     :raises ValueError: if ``schedule`` is not callable; at a step, if it gives no positive number.
 
     Example::
@@ -34,10 +34,19 @@ class TraceAnnealed_ELBO(TraceSTL_ELBO):
         0.5
     """
 
-    def __init__(self, schedule: Callable[[int], float], path: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        schedule: Callable[[int], float],
+        path: bool = True,
+        *,
+        num_particles: int = 1,
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False,
+        retain_graph: bool | None = None,
+    ) -> None:
         if not callable(schedule):
             raise ValueError(f"schedule: expected a callable of the step, got {schedule!r}")
-        super().__init__(**options)
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles, retain_graph=retain_graph)
         self.schedule, self._path = schedule, bool(path)
         # Tensors, of which a compiled step holds a reference and an audit restores the values.
         self._steps: Tensor = torch.zeros((), dtype=torch.long, device="cpu")

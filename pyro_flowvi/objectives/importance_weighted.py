@@ -1,6 +1,6 @@
 """The importance-weighted ELBO and its doubly reparameterised gradient."""
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class TraceIW_ELBO(TraceSTL_ELBO):
 
     :param num_particles: importance samples of the bound, at least 2.
     :param dreg: whether to take the doubly reparameterised gradient.
-    :param options: those of :class:`TraceSTL_ELBO`.
+    :param max_plate_nesting: as in :class:`TraceSTL_ELBO`, as are the other keywords.
     :raises ValueError: if ``num_particles`` is below 2; at the first step as :class:`TraceSTL_ELBO`.
 
     Example::
@@ -37,10 +37,18 @@ class TraceIW_ELBO(TraceSTL_ELBO):
         True
     """
 
-    def __init__(self, num_particles: int = 2, dreg: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        num_particles: int = 2,
+        dreg: bool = True,
+        *,
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False,
+        retain_graph: bool | None = None,
+    ) -> None:
         if check_positive_int("num_particles", num_particles) < 2:
             raise ValueError(f"num_particles: expected at least 2, got {num_particles}")
-        super().__init__(num_particles=num_particles, **options)
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles, retain_graph=retain_graph)
         self.dreg = self._path = bool(dreg)
 
     def _counts(self, weights: Tensor, good: Tensor) -> Tensor:

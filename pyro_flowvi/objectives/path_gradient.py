@@ -49,7 +49,7 @@ class TraceSTL_ELBO(ELBO):
     :param num_particles: draws a step.
     :param max_plate_nesting: as in Pyro.
     :param vectorize_particles: draws them in one run of model and guide.
-    :param options: the other options of ``pyro.infer.ELBO``.
+    :param retain_graph: as in Pyro.
     :raises ValueError: at the first step, naming the site, if the guide has a site that is not
         reparameterised, or a site is enumerated; if the guide is one of Pyro's messengers.
 
@@ -70,13 +70,14 @@ class TraceSTL_ELBO(ELBO):
         num_particles: int = 1,
         max_plate_nesting: float = math.inf,
         vectorize_particles: bool = False,
-        **options: Any,
+        *,
+        retain_graph: bool | None = None,
     ) -> None:
         super().__init__(
             num_particles=check_positive_int("num_particles", num_particles),
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
-            **options,
+            retain_graph=retain_graph,
         )
         self.num_dropped: Tensor = torch.zeros((), dtype=torch.long, device="cpu")
 
