@@ -23,7 +23,7 @@ from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import TraceEnumSTL_ELBO
 from pyro_flowvi.transforms import Stacked
 from tests import zoo
-from tests.autoguide.test_mixture import SMALL, Y, log_density, square_root, two_modes
+from tests.autoguide.test_flow_mixture import SMALL, Y, log_density, square_root, two_modes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:_Auto.*_component"),
