@@ -1,6 +1,7 @@
 """AutoCIF: a continuously-indexed flow over all continuous latents of an unmodified Pyro model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from ..transforms import IndexedCompose
 from ..transforms.compose import Chain
 from ..transforms.indexed import HIDDEN, INDEX_SCALE, ORDERS
 from ._latent_site import CallPosterior
+from ._protocol import FitOptions
 from .flow import AutoFlow
 
 __all__ = ["AutoCIF", "IndexedCallPosterior"]
@@ -163,6 +165,11 @@ class AutoCIF(AutoFlow):
 
     def _compose(self, parts: list[Any]) -> Chain:
         return IndexedCompose(parts, self.latent_dim)
+
+    def fit_options(self) -> FitOptions:
+        """As of :class:`AutoFlow`."""
+        options = super().fit_options()
+        return replace(options, settings={**options.settings, "num_extra": self.num_extra})
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Chain:
         """There is none.

@@ -13,16 +13,20 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from .._checks import check_dtype, check_positive
+from .._compile.log_density import traced
+from .._program.log_density import UnconstrainedModel
 from .._program.packing import Packing
 from .._program.pyro_private import is_module_local_param_enabled
 from .._types import AffineKind, InitFn, Program
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
 from ..distributions.flow import Shape
-from ..flows import FLOWS, recipe_name
+from ..flows import FLOWS, defaults_for, recipe_name
+from ..init import Effort, find_gaussian
 from ..transforms import Compose, HeavyTails
 from ..transforms.compose import Chain
-from ._affine import AFFINES, affine_layer
+from ._affine import AFFINES, affine_layer, enter_frame, frame_of, leave_frame, set_affine
 from ._latent_site import CallPosterior
+from ._protocol import FitOptions, Frame
 from ._prototype import PrototypeGuide
 from ._summaries import marginal_quantiles
 from .resample import importance_resample
@@ -160,6 +164,73 @@ class AutoFlow(PrototypeGuide):
         whole: Chain = flow
         return whole
 
+    # -- fitting -------------------------------------------------------------------------------
+
+    def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
+        """:meth:`materialize`; a part of the data is not remembered."""
+        self.materialize(*args, **kwargs)
+        if not all_data:
+            self._data = None
+
+    def fit_options(self) -> FitOptions:
+        """Learning rate and number of particles of a flow of the registry, by the number of latents."""
+        settings = {"flow": repr(self._flow)}
+        if self.flow_name is None:
+            return FitOptions(settings=settings)
+        choice = defaults_for(self.latent_dim).flows[self.flow_name]
+        return FitOptions(choice.lr, choice.num_particles, settings)
+
+    def can_move(self) -> bool:
+        """Whether there is an affine map whose location and scale are trained."""
+        affine = self.affine
+        return affine is not None and bool(affine.loc.requires_grad and affine.log_scale.requires_grad)
+
+    def move_to_start(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Callable[[], None]]:
+        """Moves to the best Gaussian that a search finds, and into its frame.
+
+        :param density: the model.
+        :param effort: how much to spend on the search.
+        :return: the kind of candidate that it came from; a function that moves back.
+        """
+        kept = {name: param.detach().clone() for name, param in self._flow.named_parameters()}
+        kind, loc, scale = self._search(density, effort)
+        if not enter_frame(self.affine, loc, scale):
+            set_affine(self.affine, loc, scale)
+
+        @torch.no_grad()
+        def move_back() -> None:
+            self.leave_frame()
+            for name, param in self._flow.named_parameters():
+                param.copy_(kept[name])
+            enter_frame(self.affine)
+
+        return kind, move_back
+
+    def _search(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Tensor, Tensor]:
+        """The kind of the best Gaussian, its location and scale."""
+        value_and_grad = traced(density, effort.starts)
+        found = find_gaussian(value_and_grad, density.start, effort, cover=self.covers_modes)
+        return found.kinds[0], found.loc[0], found.scale[0]
+
+    def frame(self) -> Frame | None:
+        """Location and scale of the fixed map behind the affine one; None outside of a fit."""
+        return frame_of(self.affine)
+
+    def set_frame(self, frame: Frame | None) -> None:
+        """Sets the fixed map, and leaves the parameters as they are."""
+        if frame is not None or self.frame() is not None:
+            self.affine.set_frame(*(frame or (None, None)))
+
+    def leave_frame(self) -> None:
+        """Makes one affine map of the trainable and the fixed one."""
+        leave_frame(self.affine)
+
+    @torch.no_grad()
+    def draw_latent(self, size: int) -> tuple[Tensor, Tensor]:
+        """Packed unconstrained latents, ``(size, D)``, and their log densities, ``(size,)``."""
+        drawn: tuple[Tensor, Tensor] = self.get_posterior().rsample_and_log_prob((size,))
+        return drawn
+
     # -- posterior -----------------------------------------------------------------------------
 
     @property
@@ -221,7 +292,6 @@ class AutoFlow(PrototypeGuide):
         """
         single = isinstance(num_samples, Integral)
         shape: Any = (int(num_samples),) if single else tuple(num_samples)  # type: ignore[arg-type]
-        posterior = self.get_posterior()
         if resample:
             if self._data is None:
                 raise RuntimeError(
@@ -230,11 +300,10 @@ class AutoFlow(PrototypeGuide):
             density = self.density(*self._data[0], **self._data[1])
             if density.subsampled:
                 raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
-            latent = importance_resample(
-                lambda size: posterior.rsample_and_log_prob((size,)), density, math.prod(shape)
-            ).reshape(*shape, self.latent_dim)
+            latent = importance_resample(self.draw_latent, density, math.prod(shape))
+            latent = latent.reshape(*shape, self.latent_dim)
         else:
-            latent = posterior.sample(shape)
+            latent = self.get_posterior().sample(shape)
         return self._packing.constrain(latent)
 
     def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:

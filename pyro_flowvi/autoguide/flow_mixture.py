@@ -1,6 +1,7 @@
 """AutoFlowMixture: a mixture of flows over all continuous latents of an unmodified Pyro model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import pyro
@@ -9,21 +10,26 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
+from .._compile.log_density import ValueAndGrad, traced
+from .._program.log_density import UnconstrainedModel
 from .._types import AffineKind, InitFn, Program
 from ..distributions import MixtureOfFlows
 from ..distributions.mixture_of_flows import pick_component, refuse_dense_traces
 from ..flows import check_layer_flow
-from ..init import PRIOR_DRAWS, Effort, find_modes
+from ..init import PRIOR_DRAWS, Effort, Gaussian, find_modes
 from ..transforms import Compose, Stacked
 from ..transforms.compose import Chain
 from ._affine import set_affine
 from ._mixture_sites import ComponentCall, ComponentIndex, LatentGivenComponent
+from ._protocol import FitOptions
 from ._summaries import QUANTILE_DRAWS, QUANTILE_ELEMENTS, reference_normal, sample_quantiles
 from .flow import AutoFlow
 from .named import sized_flow
 
 __all__ = ["AutoFlowMixture", "WeightedStack"]
 
+LEAST_PARTICLES = 32
+"""Draws a step of each component, where all together are as many as another guide has."""
 ENUMERATIONS = ("auto", "parallel", "sequential")
 _NO_PLACE = "affine: expected an affine map, by which a component has its place, got None"
 
@@ -178,10 +184,29 @@ class AutoFlowMixture(AutoFlow):
         with self._apart():
             density = self.density(*args, **kwargs)
             effort = Effort() if density.batched else Effort.small()
-            prior = density.prior_draws(PRIOR_DRAWS)
-            modes = find_modes(density.value_and_grad, density.start, self.num_components, effort, prior)
-        self.place(modes.gaussian.loc, modes.gaussian.scale, modes.weights)
+            self._place_at_modes(density, density.value_and_grad, effort)
         return self
+
+    def _place_at_modes(
+        self, density: UnconstrainedModel, value_and_grad: ValueAndGrad, effort: Effort
+    ) -> Gaussian:
+        prior = density.prior_draws(PRIOR_DRAWS)
+        modes = find_modes(value_and_grad, density.start, self.num_components, effort, prior)
+        self.place(modes.gaussian.loc, modes.gaussian.scale, modes.weights)
+        return modes.gaussian
+
+    def _search(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Tensor, Tensor]:
+        value_and_grad = traced(density, 2 * effort.starts)  # from the prior's draws and wide ones as well
+        found = self._place_at_modes(density, value_and_grad, effort)
+        return found.kinds[0], found.loc, found.scale
+
+    def fit_options(self) -> FitOptions:
+        """Every component has a share of the particles of one flow, but not too small a one."""
+        options = super().fit_options()
+        if self.flow_name is None:
+            return options
+        share = max(LEAST_PARTICLES, options.num_particles // self.num_components)
+        return replace(options, num_particles=share)
 
     @torch.no_grad()
     def place(self, loc: Tensor, scale: Tensor, weights: Tensor) -> None:

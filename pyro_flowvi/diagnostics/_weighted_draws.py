@@ -15,7 +15,7 @@ from .._program.batching import even_sizes
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._types import Program
-from ..autoguide import AutoFlow
+from ..autoguide._protocol import as_fit_guide
 
 __all__ = ["WeightedDraws", "weighted_draws"]
 
@@ -69,12 +69,6 @@ def _score_draws(particles: LogWeights, size: int) -> tuple[dict[str, Tensor], T
         return values, torch.stack([torch.as_tensor(trace.log_prob_sum()) for trace in traces])
 
 
-def _density(model: Program, guide: Program, args: Any, kwargs: Any) -> UnconstrainedModel:
-    if isinstance(guide, AutoFlow):
-        return guide.density(*args, **kwargs)
-    return UnconstrainedModel(model, args, kwargs)
-
-
 def weighted_draws(
     model: Program,
     guide: Program,
@@ -92,11 +86,11 @@ def weighted_draws(
         >>> draws.z.shape, round(float(abs(draws.log_weights).max()), 3)
         (torch.Size([100, 1]), 0.0)
     """
-    if isinstance(guide, AutoFlow):
-        guide.materialize(*args, **(kwargs or {}))
+    answers = as_fit_guide(model, guide)
+    answers.set_up(args, kwargs or {})
     particles = LogWeights(model, guide, args, kwargs)
     try:
-        density = _density(model, guide, particles.args, particles.kwargs)
+        density = answers.density(*particles.args, **particles.kwargs)
         missing = sorted(set(density.packing.latents) ^ set(particles.structure.latents))
         why = f"model and guide differ in the sites {missing}" if missing else ""
     except (ValueError, NotImplementedError) as error:  # the latents are no vector of fixed support
@@ -109,13 +103,14 @@ def weighted_draws(
     values: list[dict[str, Tensor]] = []
     with torch.no_grad(), pyro.validation_enabled(False):
         for size in even_sizes(num_samples, MAX_BATCH):
-            if isinstance(guide, AutoFlow):
-                z, log_q = guide.get_posterior().rsample_and_log_prob((size,))
-                sites = density.packing.constrain(z)
-            else:
+            drawn = answers.draw_latent(size)
+            if drawn is None:
                 sites, log_q = _score_draws(particles, size)
                 z, log_det = density.packing.unconstrain(sites)
                 log_q = log_q + log_det
+            else:
+                z, log_q = drawn
+                sites = density.packing.constrain(z)
             parts.append((z, density.log_density(z), log_q))
             values.append(sites)
         z, log_p, log_q = (torch.cat([part[i] for part in parts]) for i in range(3))

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._compile.optimizers import inner_optimizer, meet
-from ..autoguide import AutoFlow
-from ..autoguide._affine import enter_frame, frame_of, has_frame
+from ..autoguide._protocol import as_fit_guide
 from ..objectives._choice import state_of
 from ._progress import Progress
 from ._training_loop import TrainingLoop
@@ -108,7 +107,6 @@ class Checkpoint:
 
 def _state(driver: TrainingLoop) -> dict[str, Any]:
     run = driver.run
-    guide: Any = run.guide
     params, optim = run.optim.params, run.optim.optim
     optimizers = {}
     for name, param in params.items():
@@ -122,7 +120,6 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
                 "schedule": outer.state_dict() if outer is not inner else None,
             }
     numpy: Any = np.random.get_state(legacy=True)
-    known = isinstance(guide, AutoFlow) and guide.prototype_trace is not None
     return {
         "progress": dataclasses.asdict(driver.progress),
         "losses": list(run.losses),
@@ -134,7 +131,7 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
         "limits": run.optim.limits.clone(),
         "optimizers": optimizers,
         "objective": state_of(run.loss),
-        "frame": frame_of(guide.affine) if known else None,
+        "frame": as_fit_guide(run.model, run.guide).frame(),
         "mode": driver.mode,
         "data": driver.arguments.start,
         "start": driver.start,
@@ -150,11 +147,7 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
 def restore(driver: TrainingLoop, state: Mapping[str, Any]) -> None:
     """Puts a run back to where a checkpoint was written."""
     run = driver.run
-    guide: Any = run.guide
-    if state["frame"] is not None:
-        enter_frame(guide.affine, *state["frame"])
-    elif isinstance(guide, AutoFlow) and has_frame(guide.affine):
-        raise AssertionError("a guide that has no frame yet")
+    as_fit_guide(run.model, run.guide).set_frame(state["frame"])
     params = run.optim.find(state["params"])
     for name, value in state["params"].items():
         params[name].copy_(value)

@@ -18,9 +18,7 @@ from .._compile.inductor import PARALLEL_FROM
 from .._program.log_weights import LogWeights
 from .._program.scoring import Scoring
 from .._types import Program
-from ..autoguide import AutoFlow, AutoFlowMixture
-from ..autoguide._affine import leave_frame
-from ..flows import defaults_for
+from ..autoguide._protocol import FitGuide, as_fit_guide
 from ..init import Effort
 from ..objectives._choice import objective_for
 from ._batches import Supply, as_args
@@ -34,13 +32,8 @@ from ._training_loop import TrainingLoop
 __all__ = ["fit"]
 
 NUM_STEPS = 3000
-LEARNING_RATE = 1e-2
-NUM_PARTICLES = 16
-"""This rate and number are for guides that the table of defaults does not know."""
 NUM_PARTICLES_APART = 4
 """Particles a step where the model cannot run them together, so that each costs a full step."""
-LEAST_PARTICLES = 32
-"""Draws a step of each component of a mixture, where all together are as many as another guide has."""
 COMPARISON_DRAWS_ON_DATA = 16
 """Draws on which states are compared on validation data, as a rule many rows with latents of their own."""
 MANY_ELEMENTS = 5_000_000
@@ -48,16 +41,6 @@ MANY_ELEMENTS = 5_000_000
 CHECKPOINT_SECONDS = 30.0
 THOROUGH_FROM = 2000
 """Draws in a whole run from which a thorough search for the start is worth its own."""
-
-
-def _defaults(guide: Any) -> tuple[float, int]:
-    """Learning rate and number of particles of a flow of the registry, by the number of latents."""
-    if not isinstance(guide, AutoFlow) or guide.flow_name is None:
-        return LEARNING_RATE, NUM_PARTICLES
-    choice = defaults_for(guide.latent_dim).flows[guide.flow_name]
-    if isinstance(guide, AutoFlowMixture):  # every component has so many
-        return choice.lr, max(LEAST_PARTICLES, choice.num_particles // guide.num_components)
-    return choice.lr, choice.num_particles
 
 
 def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
@@ -68,6 +51,17 @@ def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
         except NotImplementedError:
             return False
     return True
+
+
+def _objective(loss: ELBO | None, pair: LogWeights, num_particles: int) -> Any:
+    """The user's objective, or the one for the pair."""
+    if loss is None:
+        path = pair.structure.path_gradients and _has_scores(pair.guide, pair.args, pair.kwargs)
+        return objective_for(pair, num_particles, path)
+    if loss.max_plate_nesting == math.inf:  # Pyro guesses at the first step, which may be compiled
+        with torch.random.fork_rng():
+            loss._guess_max_plate_nesting(pair.model, pair.guide, pair.args, pair.kwargs)
+    return loss
 
 
 @contextmanager
@@ -110,6 +104,65 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
         raise ValueError(f"compile: expected True, False or 'auto', got {options['compile']!r}")
 
 
+def _new_run(pair: LogWeights, judge: LogWeights, objective: Any, optim: PyroOptim, ranked: bool) -> Run:
+    guarded = GuardedOptim(optim, pair.guide, pair.model)
+    run = Run(pair.model, pair.guide, pair.kwargs, objective, judge, guarded, ranked)
+    if judge is not pair:
+        run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
+    elif judge.structure.largest * run.comparison_draws > MANY_ELEMENTS:
+        run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.structure.largest)
+    return run
+
+
+def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -> dict[str, Any]:
+    """What of a call of ``fit`` a run can go on only with."""
+    optim_args = getattr(
+        options["optim"], "pt_optim_args", None
+    )  # a function's repr differs between processes
+    return {
+        **{name: options[name] for name in ("num_steps", "lr", "num_particles", "seed", "compile")},
+        "objective": type(options["objective"]).__name__,
+        "optim": type(options["optim"]).__name__,
+        # A function has no text that is the same in every process.
+        "optim_args": optim_args if isinstance(optim_args, dict) else None,
+        "guide": type(pair.guide).__name__,
+        "parameters": sorted(pair.structure.params.items()),
+        **answers.fit_options().settings,
+    }
+
+
+def _begin(driver: TrainingLoop, pair: LogWeights, answers: FitGuide, race: bool) -> None:
+    """Moves the guide to where it starts, and finds the learning rate."""
+    if answers.can_move():
+        density = answers.density(*pair.args, **pair.kwargs)
+        draws = driver.num_steps * driver.run.loss.num_particles
+        thorough = density.batched and draws >= THOROUGH_FROM
+        effort = Effort.within(pair.structure.largest) if thorough else Effort.small()
+        driver.start = locate(driver.run, answers, density, effort)
+    driver.prepare(race)
+
+
+def _result(driver: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
+    run, done = driver.run, driver.progress
+    return FitResult(
+        guide=run.guide,
+        losses=torch.tensor(run.losses),
+        best_loss=run.best_loss,
+        best_state={name: param.detach().clone() for name, param in run.optim.params.items()},
+        stop_reason=stop_reason,
+        wall_time=wall_time,
+        start=driver.start,
+        converged=driver.converged,
+        rates=torch.tensor(done.rates),
+        gradient_norms=torch.tensor(done.norms),
+        elbos=list(done.elbos),
+        race=dict(done.race),
+        num_dropped=done.num_dropped,
+        num_skipped=done.num_skipped,
+        num_restarts=done.num_restarts,
+    )
+
+
 def fit(
     model: Program,
     guide: Program,
@@ -134,7 +187,7 @@ def fit(
     the ELBO, and its flow is trained in that Gaussian's frame; of :class:`AutoFlowMixture` each component
     moves to a mode, and is trained in a frame of its own.  Then Adam at the best of three learning
     rates, along a cosine.  The weights are averaged; on draws that are the same each time, the average is
-    compared with the best so far, which is what remains.  When the ELBO stops to rise the rate falls; when
+    compared with the best so far, which is what remains.  When the ELBO stops rising the rate falls; when
     it does so again, the run ends.  The Gaussian stays in the comparison to the end.
 
     Gradients above five times their running median are scaled down, steps above twenty times left out.  A
@@ -185,104 +238,43 @@ def fit(
         >>> result.stop_reason, abs(guide.median()["mu"].item() - 100.0) < 0.5
         ('completed', True)
     """
-    _check_arguments(locals())
+    options = dict(locals())
+    _check_arguments(options)
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
     file = None if checkpoint is None else Checkpoint(checkpoint)
     started = time.perf_counter()
     if seed is not None:
         pyro.set_rng_seed(seed)
-    kwargs = dict(model_kwargs or {})
-    supply = Supply(batches, args)
+    kwargs, supply, changing = dict(model_kwargs or {}), Supply(batches, args), batches is not None
     first = supply(0)
     if first is None:
         raise ValueError("batches: expected at least one batch, got none")
-    if isinstance(guide, AutoFlow):
-        guide.materialize(*first, **kwargs)
-        guide._data = (first, kwargs) if batches is None else None
-    particles = LogWeights(model, guide, first, kwargs)
-    structure = particles.structure
-    judge = particles if validation is None else LogWeights(model, guide, as_args(validation), kwargs)
-    default_lr, default_particles = _defaults(guide)
-    if not particles.vectorized:
-        default_particles = NUM_PARTICLES_APART
-    if loss is None:
-        path = structure.path_gradients and _has_scores(guide, first, kwargs)
-        objective = objective_for(particles, num_particles or default_particles, path)
-    else:
-        objective = loss
-        if objective.max_plate_nesting == math.inf:  # Pyro guesses at the first step, which may be compiled
-            with torch.random.fork_rng():
-                objective._guess_max_plate_nesting(model, guide, first, kwargs)
-    rate = default_lr if lr is None else float(lr)
-    run = Run(
-        model,
-        guide,
-        kwargs,
-        objective,
-        judge,
-        GuardedOptim(PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim, guide, model),
-        ranked=validation is not None or (loss is None and batches is None and not structure.subsampled),
-    )
-    if validation is not None:
-        run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
-    elif judge.structure.largest * run.comparison_draws > MANY_ELEMENTS:
-        run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.structure.largest)
-    may_settle = bool(structure.latents) and not (structure.model_params or particles.point_masses())
-    driver = TrainingLoop(
-        run, num_steps, rate if optim is None else None, compile, supply, batches is not None, may_settle
-    )
-    identity: dict[str, str] = {}
-    saved = None
+    answers = as_fit_guide(model, guide)
+    answers.set_up(first, kwargs, all_data=not changing)
+    pair = LogWeights(model, guide, first, kwargs)
+    judge = pair if validation is None else LogWeights(model, guide, as_args(validation), kwargs)
+    default = answers.fit_options()
+    particles = num_particles or (default.num_particles if pair.vectorized else NUM_PARTICLES_APART)
+    objective = _objective(loss, pair, particles)
+    rate = default.lr if lr is None else float(lr)
+    ranked = validation is not None or (loss is None and not changing and not pair.structure.subsampled)
+    adam = PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim
+    run = _new_run(pair, judge, objective, adam, ranked)
+    may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
+    own_rate = rate if optim is None else None
+    driver = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle)
+    saved = save = None
     if file is not None:
-        settings: dict[str, Any] = {
-            "num_steps": num_steps,
-            "lr": lr,
-            "num_particles": num_particles,
-            "seed": seed,
-        }
-        settings |= {"objective": type(objective).__name__, "optim": type(optim).__name__}
-        settings |= {
-            "compile": compile,
-            "guide": type(guide).__name__,
-            "parameters": sorted(structure.params.items()),
-        }
-        options = getattr(optim, "pt_optim_args", None)  # a function's repr differs between processes
-        if isinstance(guide, AutoFlow):  # settings that no parameter's shape tells
-            settings["flow"] = repr(guide._flow), getattr(guide, "num_extra", None)
-        settings["optim_args"] = options if isinstance(options, dict) else None
+        settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
         identity = fingerprint(settings, (first, kwargs, validation))
-        saved = file.read(identity)
-    save = None if file is None else partial(file.write, driver, identity)
+        saved, save = file.read(identity), partial(file.write, driver, identity)
     try:
-        with _threads_for(structure.largest * int(objective.num_particles)):
-            if saved is not None:
-                restore(driver, saved)
+        with _threads_for(pair.structure.largest * int(objective.num_particles)):
+            if saved is None:
+                _begin(driver, pair, answers, race=lr is None and (not changing or callable(batches)))
             else:
-                if isinstance(guide, AutoFlow):
-                    density = guide.density(*first, **kwargs)
-                    thorough = density.batched and num_steps * objective.num_particles >= THOROUGH_FROM
-                    effort = Effort.within(structure.largest) if thorough else Effort.small()
-                    driver.start = locate(run, guide, density, effort)
-                driver.prepare(race=lr is None and (batches is None or callable(batches)))
+                restore(driver, saved)
             stop_reason = driver.train(progress, save, CHECKPOINT_SECONDS)
     finally:
-        if isinstance(guide, AutoFlow):
-            leave_frame(guide.affine)
-    done = driver.progress
-    return FitResult(
-        guide=guide,
-        losses=torch.tensor(run.losses),
-        best_loss=run.best_loss,
-        best_state={name: param.detach().clone() for name, param in run.optim.params.items()},
-        stop_reason=stop_reason,
-        wall_time=time.perf_counter() - started,
-        start=driver.start,
-        converged=driver.converged,
-        rates=torch.tensor(done.rates),
-        gradient_norms=torch.tensor(done.norms),
-        elbos=list(done.elbos),
-        race=dict(done.race),
-        num_dropped=done.num_dropped,
-        num_skipped=done.num_skipped,
-        num_restarts=done.num_restarts,
-    )
+        answers.leave_frame()
+    return _result(driver, stop_reason, time.perf_counter() - started)

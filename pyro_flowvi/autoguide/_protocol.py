@@ -1,0 +1,106 @@
+"""What fit and the diagnostics ask of a guide, so that they need not know its class."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from .._program.log_density import UnconstrainedModel
+from .._types import Program
+from ..init import Effort
+
+__all__ = ["FitGuide", "FitOptions", "Frame", "as_fit_guide"]
+
+Frame = tuple[Tensor, Tensor]
+"""Location and scale of the fixed map behind a guide's affine one, or of those of its components."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a guide is fitted where the user does not say.
+
+    :param lr: the learning rate to start from.
+    :param num_particles: draws a step, in one run of the model.
+    :param settings: what no parameter's shape tells of the guide, and a run goes on only with the same.
+    """
+
+    lr: float = 1e-2
+    num_particles: int = 16
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class FitGuide(Protocol):
+    """A guide that answers for itself; :func:`as_fit_guide` answers for any other."""
+
+    def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
+        """Makes the parameters exist; ``all_data`` tells whether the arguments hold all data, or a part."""
+
+    def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
+        """The model over the packed unconstrained latents."""
+
+    def fit_options(self) -> FitOptions:
+        """The defaults of a fit."""
+
+    def can_move(self) -> bool:
+        """Whether the guide can be moved to a Gaussian before it is trained."""
+
+    def move_to_start(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Callable[[], None]]:
+        """Searches for Gaussians to start from, and moves there, and into their frame.
+
+        :param density: the model.
+        :param effort: how much to spend on the search.
+        :return: the kind of Gaussian; a function that moves back, and into the frame of the old place.
+        """
+
+    def frame(self) -> Frame | None:
+        """The frame that the guide is in; None without one."""
+
+    def set_frame(self, frame: Frame | None) -> None:
+        """Puts the guide into a frame as it is, for parameters that are given their values afterwards."""
+
+    def leave_frame(self) -> None:
+        """Out of the frame, with the posterior as it is."""
+
+    def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
+        """Packed unconstrained latents, ``(size, D)``, and their log densities; None if it has none."""
+
+
+class _PyroGuide:
+    """The answers for a guide that knows of none of this: Pyro's own, a list of guides, a function."""
+
+    def __init__(self, model: Program) -> None:
+        self.model = model
+
+    def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
+        pass
+
+    def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
+        return UnconstrainedModel(self.model, args, kwargs)
+
+    def fit_options(self) -> FitOptions:
+        return FitOptions()
+
+    def can_move(self) -> bool:
+        return False
+
+    def move_to_start(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Callable[[], None]]:
+        raise NotImplementedError("the guide cannot be moved")
+
+    def frame(self) -> Frame | None:
+        return None
+
+    def set_frame(self, frame: Frame | None) -> None:
+        pass
+
+    def leave_frame(self) -> None:
+        pass
+
+    def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
+        return None
+
+
+def as_fit_guide(model: Program, guide: Program) -> FitGuide:
+    """The guide itself if it answers, else one that answers for it."""
+    return guide if isinstance(guide, FitGuide) else _PyroGuide(model)
