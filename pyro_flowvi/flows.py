@@ -16,7 +16,7 @@ for a start):
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -51,12 +51,6 @@ Layers = Callable[[int, int, Sequence[int]], list[ParametricTransform]]
 NUM_INDEXED: Final = 5
 MASKS: Final = ("first", "second", "even", "odd")
 """The masks of successive coupling layers: halves, then every second one, so that all places mix."""
-WIDTHS: Final = ((32, (32, 32)), (200, (64, 64)), (math.inf, (100, 100)))
-"""The rows of the table of defaults: the largest dimension of each, and the widths of its networks."""
-
-
-def _row(dim: int) -> int:
-    return next(i for i, (max_dim, _) in enumerate(WIDTHS) if dim <= max_dim)
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,48 @@ class FlowDefaults:
     num_layers: int
     num_particles: int
     lr: float
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is chosen for targets of up to ``max_dim`` dimensions.
+
+    :param max_dim: the largest dimension D of the row.
+    :param hidden: widths of every network.
+
+    Example::
+
+        >>> defaults_for(10).hidden
+        (32, 32)
+    """
+
+    max_dim: float
+    hidden: tuple[int, ...]
+
+    @property
+    def flows(self) -> dict[str, FlowDefaults]:
+        """What is chosen for each flow, by its key in the registry."""
+        row = _row(self.max_dim)
+        return {name: flow.by_row[row] for name, flow in FLOWS.items()}
+
+
+DEFAULTS: Final = (Defaults(32, (32, 32)), Defaults(200, (64, 64)), Defaults(math.inf, (100, 100)))
+"""Rows by increasing dimension."""
+
+
+def _row(dim: float) -> int:
+    return next(i for i, row in enumerate(DEFAULTS) if dim <= row.max_dim)
+
+
+def defaults_for(dim: int) -> Defaults:
+    """The row of :data:`DEFAULTS` for targets of ``dim`` dimensions.
+
+    Example::
+
+        >>> defaults_for(2).flows["realnvp"].num_layers
+        8
+    """
+    return DEFAULTS[_row(dim)]
 
 
 @dataclass(frozen=True)
@@ -129,7 +165,7 @@ class NamedFlow:
     ) -> tuple[int, Sequence[int]]:
         row = _row(check_positive_int("dim", dim))
         num = self.by_row[row].num_layers if num_layers is None else num_layers
-        widths = WIDTHS[row][1] if hidden is None else check_widths("hidden", hidden)
+        widths = DEFAULTS[row].hidden if hidden is None else check_widths("hidden", hidden)
         return check_positive_int("num_layers", num), widths
 
     def single_layers(
@@ -150,110 +186,17 @@ FLOWS: Final = MappingProxyType(_registry)
 
 def _named(name: str, *defaults: FlowDefaults) -> Callable[[Layers], Layers]:
     """Enters the layers that it decorates in the registry, with ``defaults`` for each row or for all."""
-    by_row = defaults * len(WIDTHS) if len(defaults) == 1 else defaults
-    if len(by_row) != len(WIDTHS) or name in _registry:
-        raise ValueError(f"{name}: expected a new name with 1 or {len(WIDTHS)} defaults, got {len(defaults)}")
+    by_row = defaults * len(DEFAULTS) if len(defaults) == 1 else defaults
+    if len(by_row) != len(DEFAULTS) or name in _registry:
+        raise ValueError(
+            f"{name}: expected a new name with 1 or {len(DEFAULTS)} defaults, got {len(defaults)}"
+        )
 
     def enter(layers: Layers) -> Layers:
         _registry[name] = NamedFlow(name, layers, by_row)
         return layers
 
     return enter
-
-
-@_named("planar", FlowDefaults(16, 16, 1e-2))
-def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Planar(dim, num_layers)]
-
-
-@_named("radial", FlowDefaults(16, 16, 1e-2))
-def _radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Radial(dim, num_layers)]
-
-
-@_named("planar_radial", FlowDefaults(16, 16, 1e-2))
-def _planar_radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [(Planar, Radial)[i % 2](dim) for i in range(num_layers)]
-
-
-def _mask(i: int) -> str:
-    return MASKS[i % len(MASKS)]
-
-
-@_named("nice", FlowDefaults(8, 64, 3e-3), FlowDefaults(12, 64, 3e-3), FlowDefaults(8, 32, 1e-3))
-def _nice(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    layers = [AdditiveCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
-    return [*layers, ElementwiseAffine(dim)]
-
-
-@_named("realnvp", FlowDefaults(8, 64, 3e-3), FlowDefaults(12, 64, 3e-3), FlowDefaults(8, 32, 1e-3))
-def _realnvp(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [AffineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
-
-
-@_named("neural_spline", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
-def _neural_spline(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    # One affine map outside the boxes: one for each layer outran the networks, and training shook.
-    layers = [SplineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
-    return [*layers, ElementwiseAffine(dim)]
-
-
-@_named("neural_spline_ar", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
-def _neural_spline_ar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    layers = [SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
-    return [*layers, ElementwiseAffine(dim)]
-
-
-@_named("iaf", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
-def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [AffineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
-
-
-@_named("maf", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
-def _maf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden)]
-
-
-@_named("sylvester", FlowDefaults(8, 16, 1e-2))
-def _sylvester(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
-    return [Sylvester(dim) for _ in range(num_layers)]
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What is chosen for targets of up to ``max_dim`` dimensions.
-
-    :param max_dim: the largest dimension D of the row.
-    :param hidden: widths of every network.
-    :param flows: by the flow's key in the registry.
-
-    Example::
-
-        >>> defaults_for(10).hidden
-        (32, 32)
-    """
-
-    max_dim: float
-    hidden: tuple[int, ...]
-    flows: Mapping[str, FlowDefaults]
-
-
-DEFAULTS: Final = tuple(
-    Defaults(max_dim, hidden, {name: flow.by_row[i] for name, flow in FLOWS.items()})
-    for i, (max_dim, hidden) in enumerate(WIDTHS)
-)
-"""Rows by increasing dimension."""
-
-
-def defaults_for(dim: int) -> Defaults:
-    """The row of :data:`DEFAULTS` for targets of ``dim`` dimensions.
-
-    Example::
-
-        >>> defaults_for(2).flows["realnvp"].num_layers
-        8
-    """
-    return DEFAULTS[_row(dim)]
 
 
 def recipe_name(build: object) -> str | None:
@@ -319,3 +262,61 @@ def indexed_layers(
         transforms = [flow(dim) for _ in range(count)]
     options: dict[str, Any] = {"order": order, "context_dim": context_dim, "index_scale": index_scale}
     return [IndexedLayer(transform, index_dim, index_hidden, dim=dim, **options) for transform in transforms]
+
+
+@_named("planar", FlowDefaults(16, 16, 1e-2))
+def _planar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Planar(dim, num_layers)]
+
+
+@_named("radial", FlowDefaults(16, 16, 1e-2))
+def _radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Radial(dim, num_layers)]
+
+
+@_named("planar_radial", FlowDefaults(16, 16, 1e-2))
+def _planar_radial(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [(Planar, Radial)[i % 2](dim) for i in range(num_layers)]
+
+
+def _mask(i: int) -> str:
+    return MASKS[i % len(MASKS)]
+
+
+@_named("nice", FlowDefaults(8, 64, 3e-3), FlowDefaults(12, 64, 3e-3), FlowDefaults(8, 32, 1e-3))
+def _nice(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    layers = [AdditiveCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+@_named("realnvp", FlowDefaults(8, 64, 3e-3), FlowDefaults(12, 64, 3e-3), FlowDefaults(8, 32, 1e-3))
+def _realnvp(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+
+
+@_named("neural_spline", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _neural_spline(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    # One affine map outside the boxes: one for each layer outran the networks, and training shook.
+    layers = [SplineCoupling(dim, mask=_mask(i), hidden=hidden) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+@_named("neural_spline_ar", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _neural_spline_ar(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    layers = [SplineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+    return [*layers, ElementwiseAffine(dim)]
+
+
+@_named("iaf", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _iaf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [AffineAutoregressive(dim, hidden=hidden, reverse=i % 2 == 1) for i in range(num_layers)]
+
+
+@_named("maf", FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 64, 3e-3), FlowDefaults(4, 32, 1e-3))
+def _maf(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Inverse(layer) for layer in _iaf(dim, num_layers, hidden)]
+
+
+@_named("sylvester", FlowDefaults(8, 16, 1e-2))
+def _sylvester(dim: int, num_layers: int, hidden: Sequence[int]) -> list[ParametricTransform]:
+    return [Sylvester(dim) for _ in range(num_layers)]
