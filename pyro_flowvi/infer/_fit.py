@@ -116,14 +116,12 @@ def _new_run(pair: LogWeights, judge: LogWeights, objective: Any, optim: PyroOpt
 
 def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -> dict[str, Any]:
     """What of a call of ``fit`` a run can go on only with."""
-    optim_args = getattr(
-        options["optim"], "pt_optim_args", None
-    )  # a function's repr differs between processes
+    optim_args = getattr(options["optim"], "pt_optim_args", None)
     return {
         **{name: options[name] for name in ("num_steps", "lr", "num_particles", "seed", "compile")},
         "objective": type(options["objective"]).__name__,
         "optim": type(options["optim"]).__name__,
-        # A function has no text that is the same in every process.
+        # A function's text differs between processes.
         "optim_args": optim_args if isinstance(optim_args, dict) else None,
         "guide": type(pair.guide).__name__,
         "parameters": sorted(pair.structure.params.items()),
