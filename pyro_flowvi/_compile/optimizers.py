@@ -1,5 +1,6 @@
 """Adam, AdamW and ClippedAdam on flat tensors, traced into the step and in step with Pyro's optimizers."""
 
+import inspect
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from .._program.pyro_private import load_optimizer_state
 
-__all__ = ["FlatParameters", "Rule", "TorchOptim", "flatten", "inner_optimizer", "make_buckets", "meet"]
+__all__ = [
+    "FlatParameters",
+    "Rule",
+    "TorchOptim",
+    "as_pyro_optim",
+    "flatten",
+    "inner_optimizer",
+    "make_buckets",
+    "meet",
+]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -327,3 +337,20 @@ def make_buckets(params: list[Tensor], optim: Any, fuse: bool = True) -> list[Fl
         ),
         *(FlatParameters(members) for members in plain.values()),
     ]
+
+
+def as_pyro_optim(optim: Any) -> PyroOptim:
+    """An optimizer of Pyro's kind, from one of torch's or its class too.
+
+    :raises ValueError: with the remedy, for anything else.
+    """
+    if isinstance(optim, PyroOptim):
+        return optim
+    if isinstance(optim, torch.optim.Optimizer):
+        return TorchOptim(optim)
+    if inspect.isclass(optim) and issubclass(optim, torch.optim.Optimizer):
+        return PyroOptim(optim, {})
+    if callable(optim) and str(getattr(optim, "__module__", "")).startswith("pyro.optim"):
+        name = getattr(optim, "__name__", "Adam")
+        raise ValueError(f"optim: expected an instance, got {name} itself; write {name}({{'lr': 0.001}})")
+    raise ValueError(f"optim: expected an optimizer of pyro.optim or torch.optim, got {optim!r}")

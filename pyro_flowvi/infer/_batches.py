@@ -1,17 +1,23 @@
 """The model's arguments step by step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Supply", "as_args"]
+from .._program.call import as_call
+
+__all__ = ["Call", "Supply", "as_call_with"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
 
 
-def as_args(value: Any) -> tuple[Any, ...]:
-    """A tuple or list of arguments, or one argument, as a tuple."""
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+def as_call_with(kwargs: Mapping[str, Any], batch: Any) -> Call:
+    """The arguments in a batch, in any of the forms of :func:`as_call`, beside keywords that all share."""
+    args, own = as_call(batch)
+    return args, {**kwargs, **own}
 
 
 class Supply:
@@ -22,10 +28,11 @@ class Supply:
 
     :param batches: None, a callable of the step, or an iterable; a generator runs once.
     :param args: the arguments where ``batches`` is None.
+    :param kwargs: keyword arguments that all steps share; a batch's own come before them.
     """
 
-    def __init__(self, batches: Any, args: tuple[Any, ...]) -> None:
-        self.batches, self.args = batches, args
+    def __init__(self, batches: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.batches, self.args, self.kwargs = batches, args, kwargs
         self.restart(torch.get_rng_state())
 
     def restart(self, start: Tensor) -> None:
@@ -52,15 +59,15 @@ class Supply:
             self._state = torch.get_rng_state()
             torch.set_rng_state(training)
 
-    def __call__(self, step: int) -> tuple[Any, ...] | None:
+    def __call__(self, step: int) -> Call | None:
         """The arguments of a step, none of them before that of the last call; None once there are no more."""
         if self.batches is None:
-            return self.args
+            return self.args, self.kwargs
         if callable(self.batches):
-            return as_args(self.batches(step))
+            return as_call_with(self.kwargs, self.batches(step))
         while self._last[0] < step:
             try:
                 self._last = self._last[0] + 1, self._next()
             except StopIteration:
                 return None
-        return as_args(self._last[1])
+        return as_call_with(self.kwargs, self._last[1])

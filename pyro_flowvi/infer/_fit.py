@@ -15,13 +15,15 @@ from pyro.optim import PyroOptim
 
 from .._checks import check_positive, check_positive_int
 from .._compile.inductor import PARALLEL_FROM
+from .._compile.optimizers import as_pyro_optim
+from .._program.call import as_keywords, check_programs
 from .._program.log_weights import LogWeights
 from .._program.scoring import Scoring
-from .._types import Program
+from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, as_fit_guide
 from ..init import Effort
-from ..objectives._choice import objective_for
-from ._batches import Supply, as_args
+from ..objectives._choice import as_objective, objective_for
+from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
 from ._guarded_optim import GuardedOptim
 from ._result import FitResult
@@ -53,7 +55,7 @@ def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
     return True
 
 
-def _objective(loss: ELBO | None, pair: LogWeights, num_particles: int) -> Any:
+def _objective(loss: Any, pair: LogWeights, num_particles: int) -> Any:
     """The user's objective, or the one for the pair."""
     if loss is None:
         path = pair.structure.path_gradients and _has_scores(pair.guide, pair.args, pair.kwargs)
@@ -86,13 +88,8 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
             raise ValueError("num_particles: expected None with a loss, which has its own, got both")
     if loss is not None and not isinstance(loss, ELBO):
         raise ValueError(f"loss: expected a pyro.infer.ELBO, got {loss!r}")
-    if optim is not None and not isinstance(optim, PyroOptim):
-        raise ValueError(f"optim: expected a pyro.optim optimizer, got {optim!r}")
     if getattr(optim, "pt_scheduler_constructor", None) is torch.optim.lr_scheduler.ReduceLROnPlateau:
         raise ValueError("optim: expected a schedule by steps, got ReduceLROnPlateau, which needs a metric")
-    for name in ("model", "guide"):
-        if not callable(options[name]):
-            raise ValueError(f"{name}: expected a callable, got {options[name]!r}")
     batches = options["batches"]
     if not (batches is None or callable(batches) or hasattr(batches, "__iter__")):
         raise ValueError(f"batches: expected an iterable or a callable of the step, got {batches!r}")
@@ -106,7 +103,7 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
 
 def _new_run(pair: LogWeights, judge: LogWeights, objective: Any, optim: PyroOptim, ranked: bool) -> Run:
     guarded = GuardedOptim(optim, pair.guide, pair.model)
-    run = Run(pair.model, pair.guide, pair.kwargs, objective, judge, guarded, ranked)
+    run = Run(pair.model, pair.guide, objective, judge, guarded, ranked)
     if judge is not pair:
         run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
     elif judge.structure.largest * run.comparison_draws > MANY_ELEMENTS:
@@ -168,15 +165,16 @@ def fit(
     num_steps: int | None = None,
     lr: float | None = None,
     num_particles: int | None = None,
-    loss: ELBO | None = None,
-    optim: PyroOptim | None = None,
+    loss: ELBO | type[ELBO] | None = None,
+    optim: PyroOptim | torch.optim.Optimizer | type[torch.optim.Optimizer] | None = None,
     batches: Any = None,
     validation: Any = None,
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
-    compile: bool | str = "auto",
+    compile: CompileMode = "auto",
     checkpoint: Any = None,
     progress: bool = True,
+    **kwargs: Any,
 ) -> FitResult:
     """Trains a guide, and the model's own parameters, by stochastic variational inference.
 
@@ -204,14 +202,16 @@ def fit(
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where model or guide enumerate a discrete
         site (:class:`TraceEnumSTL_ELBO` for :class:`AutoFlowMixture`), :class:`TraceSTL_ELBO` where all
         sites of the guide are reparameterised, else ``Trace_ELBO``.
-    :param optim: a Pyro optimizer in place of Adam; a scheduler is stepped once a step.
+    :param optim: an optimizer of Pyro or torch, or a class of torch's, in place of Adam; a scheduler is
+        stepped once a step.
     :param batches: the model's arguments step by step, in place of ``args``: an iterable, gone through again
-        and again unless it is a generator, or a callable of the step, from 0.  Each is a tuple, or one
-        argument.  A model that scales its likelihood to the whole data does so as in Pyro, with
-        ``pyro.plate(..., subsample_size)`` or ``poutine.scale``.
-    :param validation: arguments of the model, a tuple or one argument, on which states are compared in place
-        of the training data: the best state is that with the best ELBO there, and a plateau ends the run.
-    :param model_kwargs: the model's keyword arguments.
+        and again unless it is a generator, or a callable of the step, from 0.  Each is a tuple of arguments,
+        a dict of keyword arguments, ``(args, kwargs)``, or one argument.  A model that scales its likelihood
+        to the whole data does so as in Pyro, with ``pyro.plate(..., subsample_size)`` or ``poutine.scale``.
+    :param validation: arguments of the model, as one of ``batches``, on which states are compared in place of
+        the training data: the best state is that with the best ELBO there, and a plateau ends the run.
+    :param kwargs: the model's keyword arguments, of every step.
+    :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed first.
     :param compile: True compiles the step to machine code, False leaves it to eager Pyro, "auto" traces it
         from 300 steps on and compiles it where very many steps are to come.
@@ -219,8 +219,9 @@ def fit(
         file exists the run goes on from it, and ends bit for bit as without the interruption.
     :param progress: shows a progress bar.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
-    :raises ValueError: if an argument is not of the described kind, the data has NaN, or the checkpoint is
-        of another run or cut short.
+    :raises ValueError: if an argument is not of the described kind, model and guide are swapped, the data has
+        NaN, or the checkpoint is of another run or cut short.
+    :raises TypeError: for a keyword that is neither an option nor an argument of the model.
     :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
     :raises FitDiverged: after five failures in a row; the last good state is restored, and kept in the
         checkpoint.
@@ -236,6 +237,9 @@ def fit(
         >>> result.stop_reason, abs(guide.median()["mu"].item() - 100.0) < 0.5
         ('completed', True)
     """
+    check_programs(model, guide)
+    kwargs = as_keywords(fit, model, kwargs, model_kwargs)
+    loss, optim = as_objective(loss), None if optim is None else as_pyro_optim(optim)
     options = dict(locals())
     _check_arguments(options)
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
@@ -243,14 +247,15 @@ def fit(
     started = time.perf_counter()
     if seed is not None:
         pyro.set_rng_seed(seed)
-    kwargs, supply, changing = dict(model_kwargs or {}), Supply(batches, args), batches is not None
+    supply, changing = Supply(batches, args, kwargs), batches is not None
     first = supply(0)
     if first is None:
         raise ValueError("batches: expected at least one batch, got none")
     answers = as_fit_guide(model, guide)
-    answers.set_up(first, kwargs, all_data=not changing)
-    pair = LogWeights(model, guide, first, kwargs)
-    judge = pair if validation is None else LogWeights(model, guide, as_args(validation), kwargs)
+    answers.set_up(*first, all_data=not changing)
+    pair = judge = LogWeights(model, guide, *first)
+    if validation is not None:
+        judge = LogWeights(model, guide, *as_call_with(kwargs, validation))
     default = answers.fit_options()
     particles = num_particles or (default.num_particles if pair.vectorized else NUM_PARTICLES_APART)
     objective = _objective(loss, pair, particles)
@@ -264,7 +269,7 @@ def fit(
     saved = save = None
     if file is not None:
         settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
-        identity = fingerprint(settings, (first, kwargs, validation))
+        identity = fingerprint(settings, (first, validation))
         saved, save = file.read(identity), partial(file.write, driver, identity)
     try:
         with _threads_for(pair.structure.largest * int(objective.num_particles)):

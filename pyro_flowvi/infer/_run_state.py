@@ -39,7 +39,6 @@ class Run:
 
     model: Program
     guide: Program
-    kwargs: dict[str, Any]
     loss: Any
     judge: LogWeights
     optim: GuardedOptim
@@ -98,11 +97,11 @@ class Run:
         """Puts the best state back; what it does not know yet goes back to where it started."""
         put_back(self.optim.params, self.optim.first | self.best)
 
-    def find_bad_site(self, args: tuple[Any, ...]) -> str | None:
+    def find_bad_site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """The first site of the step just run that is not finite, in value, density or gradient."""
         with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for model_trace, guide_trace in get_traces(self.loss, self.model, self.guide, args, self.kwargs):
+            for model_trace, guide_trace in get_traces(self.loss, self.model, self.guide, args, kwargs):
                 for trace in (guide_trace, model_trace):
                     for name, site in trace.nodes.items():
                         if site["type"] == "sample" and _site_is_bad(site):

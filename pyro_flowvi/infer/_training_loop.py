@@ -16,7 +16,7 @@ from .._compile.svi import CompiledSVI
 from .._program.log_density import REFUSALS
 from ..objectives._choice import state_of
 from ._averaging import WeightAverage
-from ._batches import Supply
+from ._batches import Call, Supply
 from ._guarded_optim import NotFinite
 from ._progress import Progress
 from ._result import FitDiverged
@@ -161,20 +161,20 @@ class TrainingLoop:
         schedule = CosineSchedule(RACE_STEPS, RACE_WARM_UP, final_share=1.0)
         for step in range(RACE_STEPS):
             self.run.optim.advance(schedule.rate(step, lr))
-            args = self.arguments(step)
-            if args is None or not math.isfinite(self._steps(args, 1, self.num_steps)[0][0]):
+            call = self.arguments(step)
+            if call is None or not math.isfinite(self._steps(call, 1, self.num_steps)[0][0]):
                 return False
         return True
 
     # -- steps --------------------------------------------------------------------------------------
 
-    def _steps(self, args: tuple[Any, ...], count: int, left: int) -> list[tuple[float, float]]:
+    def _steps(self, call: Call, count: int, left: int) -> list[tuple[float, float]]:
         """Takes up to ``count`` steps; loss and norm of the gradient of each."""
         run = self.run
         run.optim.norm = math.nan
         dropped_before = int(getattr(run.loss, "num_dropped", 0))
         with _quiet():
-            taken = self.svi._take_many(args, run.kwargs, count, left)
+            taken = self.svi._take_many(*call, count, left)
         found = []
         for value, dropped, norm in taken:
             if math.isnan(dropped):  # the step was eager
@@ -189,13 +189,13 @@ class TrainingLoop:
         run, progress = self.run, self.progress
         random_state = torch.get_rng_state()
         cause: Exception | None = None
-        args = self.arguments(progress.step)
-        if args is None:
+        call = self.arguments(progress.step)
+        if call is None:
             return False
         rate, skip = self._set_rate(), float(run.optim.limits[1])
         count, left = self._until_a_change(), self.num_steps - progress.step
         try:
-            taken = self._steps(args, count, left)
+            taken = self._steps(call, count, left)
         except RECOVERABLE as error:
             if progress.step == 0 and not isinstance(error, NotFinite):
                 raise  # most likely the model's own mistake: its message is the best
@@ -205,7 +205,7 @@ class TrainingLoop:
             progress.skips = progress.skips + 1 if skipped else 0
             progress.num_skipped += skipped
             if not math.isfinite(value) or progress.skips >= MAX_SKIPS:
-                self._recover(args, random_state, cause)
+                self._recover(call, random_state, cause)
                 return True
             self._record(value, norm, rate)
         if progress.step % AVERAGE_EVERY == 0:
@@ -237,7 +237,7 @@ class TrainingLoop:
 
     # -- recovery -----------------------------------------------------------------------------------
 
-    def _recover(self, args: tuple[Any, ...], random_state: Tensor, cause: Exception | None) -> None:
+    def _recover(self, call: Call, random_state: Tensor, cause: Exception | None) -> None:
         """Goes back to the last good state with half the rate; gives up after several failures in a row."""
         run, progress = self.run, self.progress
         progress.failures += 1
@@ -247,21 +247,21 @@ class TrainingLoop:
         for param in run.optim.params.values():
             param.grad = None
         if progress.failures >= MAX_FAILURES or not run.optim.params:
-            site = self._find_site(args, random_state, cause)
+            site = self._find_site(call, random_state, cause)
             run.restore()
             told = str(cause).strip().splitlines() if cause else []
             losses = torch.tensor(run.losses)
             raise FitDiverged(progress.step, site, losses, told[0] if told else None) from cause
         self._go_back()
 
-    def _find_site(self, args: tuple[Any, ...], random_state: Tensor, cause: Exception | None) -> str | None:
+    def _find_site(self, call: Call, random_state: Tensor, cause: Exception | None) -> str | None:
         """The site at which a step failed that began with a state of torch's generator."""
         if cause is not None:
             named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
             return named.group(1) if named else None
         after = torch.get_rng_state()
         torch.set_rng_state(random_state)
-        site = self.run.find_bad_site(args)
+        site = self.run.find_bad_site(*call)
         torch.set_rng_state(after)
         return site
 

@@ -219,7 +219,7 @@ class TestFit:
             ({"lr": -1.0}, "lr: expected a positive number"),
             ({"num_particles": 1.5}, "num_particles: expected a positive integer"),
             ({"loss": "elbo"}, r"loss: expected a pyro\.infer\.ELBO"),
-            ({"optim": torch.optim.Adam}, r"optim: expected a pyro\.optim optimizer"),
+            ({"optim": "adam"}, r"optim: expected an optimizer of pyro\.optim or torch\.optim"),
             ({"loss": Trace_ELBO(), "num_particles": 3}, "num_particles: expected None with a loss"),
         ],
     )
