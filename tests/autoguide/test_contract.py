@@ -1,7 +1,5 @@
 """Every line of the guide contract, on the zoo."""
 
-from functools import partial
-
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -25,35 +23,13 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 
 from pyro_flowvi import (
-    FLOWS,
-    AutoCIF,
     AutoFlow,
-    AutoFlowMixture,
-    AutoIAF,
-    AutoNeuralSpline,
-    AutoNICE,
     AutoPlanar,
-    AutoRadial,
-    AutoRealNVP,
-    AutoSylvester,
 )
 from pyro_flowvi._program.log_weights import LogWeights
 from tests import zoo
+from tests.guides import BIJECTIVE, GUIDES, KINDS
 
-GUIDES = {
-    "planar": partial(AutoPlanar, num_layers=3),
-    "radial": partial(AutoRadial, num_layers=3),
-    "flow": partial(AutoFlow, build=partial(FLOWS["planar_radial"], num_layers=4)),
-    "nice": partial(AutoNICE, num_layers=2, hidden=(5,)),
-    "realnvp": partial(AutoRealNVP, num_layers=4, hidden=(5,), tails=True),
-    "spline": partial(AutoNeuralSpline, num_layers=2, hidden=(5,)),
-    "iaf": partial(AutoIAF, num_layers=2, hidden=(5,)),
-    "maf": partial(AutoFlow, build=partial(FLOWS["maf"], num_layers=2, hidden=(5,))),
-    "sylvester": partial(AutoSylvester, num_layers=2),
-    "cif": partial(AutoCIF, num_layers=2, hidden=(5,), index_dim=2, index_hidden=(4,)),
-    "mixture": partial(AutoFlowMixture, num_components=3, num_layers=2, hidden=(5,), init_spread=0.1),
-}
-BIJECTIVE = [kind for kind in GUIDES if kind not in ("cif", "mixture")]
 BASIC = ("hierarchy", "log_normal", "dirichlet")
 
 pytestmark = [
@@ -75,7 +51,9 @@ def step(model, guide, args, loss):
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-@pytest.mark.parametrize("kind", ["planar", "radial", "flow", "realnvp", "maf", "cif", "mixture"])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in GUIDES]
+)
 class TestZoo:
     def test_objectives(self, kind, name):
         model, args = case(name)

@@ -4,6 +4,7 @@ import functools
 
 import pyro
 import pyro.distributions as dist
+import pyro.optim
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ to_arviz(model, planar, x, y, resample="yes")  # error
 
 # -- models ------------------------------------------------------------------------------------------
 
-vmonf = VMoNF(3, 2, "neural_spline", inference="amortized", weights="uniform", num_layers=2)
+vmonf = VMoNF(3, 2, "neural_spline", inference="amortized", weights="fixed", num_layers=2)
 vae = FlowVAE(MLPEncoder((1, 8, 8)), MLPDecoder(4, (1, 8, 8)), "planar", num_layers=4, amortize="context")
 FlowMixture(3, flow="realnvp", init="kmeans", random_state=0)
 
