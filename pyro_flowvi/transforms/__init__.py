@@ -1,4 +1,4 @@
-"""Bijections with tractable log-determinants: pure functions, thin modules, and the registry ``FLOWS``."""
+"""Bijections with tractable log-determinants, one family a file: pure functions and thin modules."""
 
 from .autoregressive import AffineAutoregressive, Autoregressive, SplineAutoregressive
 from .base import (

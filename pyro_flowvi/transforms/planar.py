@@ -1,10 +1,11 @@
 r"""Planar flows, with the exact inverse that no other PyTorch library has.
 
-Functions here take ``x`` of shape ``(*, D)`` and parameters whose leading dimensions broadcast with ``*``,
+The functions take ``x`` of shape ``(*, D)`` and parameters whose leading dimensions broadcast with ``*``,
 and return the image and the log-determinant of its Jacobian, shape ``(*,)``; inverses that *of the inverse*.
-Parameters are raw: any real number is valid.  The inverse is derived here because no paper has it.
+:func:`planar_params` makes valid parameters of any real numbers.  The inverse is derived here because no
+paper has it.
 
-**Planar** :math:`y = x + \hat u \tanh(w \cdot x + b)`.  With :math:`s = w \cdot x + b` and
+The layer is :math:`y = x + \hat u \tanh(w \cdot x + b)`.  With :math:`s = w \cdot x + b` and
 :math:`c = w \cdot \hat u`, the product of both sides with w gives the scalar equation
 
 .. math:: s + c \tanh s = w \cdot y + b =: t ,

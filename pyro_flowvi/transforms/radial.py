@@ -1,10 +1,11 @@
 r"""Radial flows and powers of the radius, with their inverses in closed form.
 
-Functions here take ``x`` of shape ``(*, D)`` and parameters whose leading dimensions broadcast with ``*``,
+The functions take ``x`` of shape ``(*, D)`` and parameters whose leading dimensions broadcast with ``*``,
 and return the image and the log-determinant of its Jacobian, shape ``(*,)``; inverses that *of the inverse*.
-Parameters are raw: any real number is valid.  The inverse is derived here because no paper has it.
+:func:`radial_params` makes valid parameters of any real numbers.  The inverse is derived here because no
+paper has it.
 
-**Radial** :math:`y = x_0 + (x - x_0)(1 + \beta / (\alpha + r))`, :math:`r = |x - x_0|`.  Distances map as
+The layer is :math:`y = x_0 + (x - x_0)(1 + \beta / (\alpha + r))`, :math:`r = |x - x_0|`.  Distances map as
 :math:`r' = r (1 + \beta / (\alpha + r))`, that is :math:`r^2 + (\alpha + \beta - r') r - \alpha r' = 0`,
 whose one non-negative root is :math:`r = (D - B) / 2 = 2 \alpha r' / (B + D)`,
 :math:`B = \alpha + \beta - r', D = \sqrt{B^2 + 4 \alpha r'}`: of the two forms, the one that adds

@@ -1,19 +1,18 @@
 r"""Sylvester flows, with the inverse that the published ones lack.
 
-Functions here take ``x`` of shape ``(*, D)`` and parameters whose leading dimensions broadcast with ``*``,
-and return the image and the log-determinant of its Jacobian, shape ``(*,)``; inverses that *of the inverse*.
-Parameters are raw: any real number is valid.  The inverse is derived here because no paper has it.
+The functions take ``x`` of shape ``(*, D)`` and parameters whose leading dimensions broadcast with ``*``,
+and return the image and the log-determinant of its Jacobian, shape ``(*,)``; inverses that *of the inverse*,
+which is derived here because no paper has it.
 
-**Sylvester** :math:`y = x + Q R \tanh(\tilde R Q^T x + b)`, Q with orthonormal columns, R and
+The layer is :math:`y = x + Q R \tanh(\tilde R Q^T x + b)`, Q with orthonormal columns, R and
 :math:`\tilde R` upper triangular.  Multiplied by :math:`Q^T`, with :math:`v = Q^T x, w = Q^T y`, it is
 :math:`w = v + R \tanh(\tilde R v + b)`, whose row i has the unknowns i ... M alone: from the last row up,
-with
-:math:`s_i = (\tilde R v + b)_i` and :math:`\tilde R_{ii}` times the row,
+with :math:`s_i = (\tilde R v + b)_i` and :math:`\tilde R_{ii}` times the row,
 
 .. math:: s_i + R_{ii} \tilde R_{ii} \tanh s_i = \tilde R_{ii} (w_i - \sum_{j>i} R_{ij} \tanh s_j)
     + \sum_{j>i} \tilde R_{ij} v_j + b_i ,
 
-the scalar equation of the planar flow.
+the scalar equation of the planar flow (:mod:`~pyro_flowvi.transforms.planar`).
 """
 
 import math
