@@ -12,10 +12,6 @@ OPTIONS = {
     "planar": {"num_layers": 3},
     "radial": {"num_layers": 3},
 }
-    "realnvp": {"num_layers": 4, "tails": True},
-    "planar": {"num_layers": 3},
-    "radial": {"num_layers": 3},
-}
 
 
 def _small(key):

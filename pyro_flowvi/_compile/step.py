@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -15,7 +16,24 @@ from .optimizers import FlatParameters, flatten
 from .run_by_operation import by_operation
 from .trace import Traced, trace
 
-__all__ = ["CompiledStep"]
+__all__ = ["CompiledStep", "StepStats"]
+
+
+class StepStats(NamedTuple):
+    """What is known of a step: of an eager one, the loss alone.
+
+    :param num_dropped: particles that were left out; None where Pyro took the step.
+    :param grad_norm: None there too, and where no limits were set on it.
+    """
+
+    loss: float
+    num_dropped: int | None = None
+    grad_norm: float | None = None
+
+    @property
+    def eager(self) -> bool:
+        """Whether Pyro took the step."""
+        return self.num_dropped is None
 
 
 class CompiledStep:
@@ -27,6 +45,7 @@ class CompiledStep:
     :param params: the parameters that the surrogate depends on.
     :param tensors: example tensor arguments.
     :param rebuild: from tensor arguments to the model's ``(args, kwargs)``.
+    :param advance: moves an objective that has a schedule on to the next step.
     :raises CannotCompile: if the step cannot be traced.
     """
 
@@ -38,6 +57,7 @@ class CompiledStep:
         params: list[Tensor],
         tensors: Sequence[Tensor],
         rebuild: Program,
+        advance: Callable[[], None] | None = None,
     ) -> None:
         def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
             args, kwargs = rebuild(inputs)
@@ -54,6 +74,7 @@ class CompiledStep:
         self.limits: Tensor | None = None
         self.machine_code = True
         self.calls, self.next_audit = 0, 1
+        self._advance = advance
 
     def lower(
         self,
@@ -148,7 +169,7 @@ class CompiledStep:
         )
 
     def __call__(self, optim: PyroOptim, tensors: Sequence[Tensor]) -> Tensor:
-        """Takes the step.
+        """Takes the step; after the last of several, :meth:`write` is due.
 
         :return: loss, number of dropped particles, norm of the gradient (zero without limits), in memory
             that the next step overwrites.
@@ -157,7 +178,42 @@ class CompiledStep:
         self.calls += 1
         if grads:
             self._step_outside(optim, grads)
+        if self._advance is not None:
+            self._advance()
         return stats  # type: ignore[no-any-return]
+
+    def write(self) -> None:
+        """Gives the optimizers what they do not share with the graph."""
+        for bucket in self.buckets:
+            bucket.write()
+
+    def take(self, optim: PyroOptim, tensors: Sequence[Tensor], count: int) -> list[StepStats]:
+        """Takes up to ``count`` steps; stops after a loss that is not finite."""
+        found: list[StepStats] = []
+        try:
+            for _ in range(count):
+                loss, dropped, norm = self(optim, tensors).tolist()
+                found.append(StepStats(loss, int(dropped), None if self.limits is None else norm))
+                if not math.isfinite(loss):
+                    break
+        finally:
+            self.write()
+        return found
+
+    def losses(self, optim: PyroOptim, tensors: Sequence[Tensor], count: int) -> list[float] | list[Tensor]:
+        """Takes so many steps; their losses, as tensors on a GPU, which need not wait for one another."""
+        found: list[Any] = []
+        try:
+            for _ in range(count):
+                stats = self(optim, tensors)
+                found.append(stats.tolist()[0] if stats.is_cpu else stats[0].clone())
+        finally:
+            self.write()
+        return found
+
+    def steps_to_audit(self) -> int:
+        """Steps before the one that is compared with eager Pyro, at least one."""
+        return max(1, self.next_audit - self.calls - 1)
 
     def _step_outside(self, optim: PyroOptim, grads: Sequence[Tensor]) -> None:
         plain = [bucket for bucket in self.buckets if bucket.rule is None]

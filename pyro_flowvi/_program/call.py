@@ -6,11 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
 from torch import nn
 
 from .._types import Program, Trace
 
-__all__ = ["as_call", "as_keywords", "check_guide_trace", "check_programs", "keywords_of", "options_of"]
+__all__ = [
+    "as_call",
+    "as_keywords",
+    "check_guide_trace",
+    "check_programs",
+    "keywords_of",
+    "options_of",
+    "refusing_data",
+]
 
 
 class UnexpectedKeyword(TypeError, ValueError):
@@ -115,11 +124,29 @@ def check_guide_trace(trace: Trace) -> None:
     :raises ValueError: naming the site.
     """
     for name, site in trace.nodes.items():
-        if site["type"] == "sample" and site["is_observed"] and _is_data(site):
-            raise ValueError(
-                f"guide: expected a guide, got a program that observes site {name!r}; "
-                "are model and guide swapped? The model comes first"
-            )
+        if site["type"] == "sample":
+            _refuse_data(name, site)
+
+
+class _RefuseData(Messenger):
+    def _pyro_post_sample(self, msg: Any) -> None:
+        _refuse_data(msg["name"], msg)
+
+
+def refusing_data(guide: Program) -> Program:
+    """A guide that raises as :func:`check_guide_trace` where it observes data: for its first run.
+
+    A handler in the place of the guide stays as it is, since Pyro asks for its class.
+    """
+    return _RefuseData()(guide) if inspect.isroutine(guide) else guide  # type: ignore[no-any-return]
+
+
+def _refuse_data(name: str, site: Any) -> None:
+    if site["is_observed"] and _is_data(site):
+        raise ValueError(
+            f"guide: expected a guide, got a program that observes site {name!r}; "
+            "are model and guide swapped? The model comes first"
+        )
 
 
 def _is_data(site: Any) -> bool:

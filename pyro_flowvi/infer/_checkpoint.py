@@ -132,7 +132,7 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
         "optimizers": optimizers,
         "objective": state_of(run.loss),
         "frame": as_fit_guide(run.model, run.guide).frame(),
-        "mode": driver.mode,
+        "mode": driver.stepper.mode,
         "data": driver.arguments.start,
         "start": driver.start,
         "random": {
@@ -172,7 +172,7 @@ def restore(driver: TrainingLoop, state: Mapping[str, Any]) -> None:
     run.losses[:] = state["losses"]
     run.best, run.best_weights = dict(state["best"]), state["best_weights"]
     run.optim.limits.copy_(state["limits"])
-    driver.resume(state["mode"])
+    driver.stepper.resume(state["mode"])
     saved = state["random"]
     name, keys, *rest = saved["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

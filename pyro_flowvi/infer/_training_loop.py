@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.infer import SVI
 from torch import Tensor
 from tqdm import tqdm
 
-from .._compile.svi import CompiledSVI
+from .._compile.stepper import Stepper
 from .._program.log_density import REFUSALS
 from ..objectives._choice import state_of
 from ._averaging import WeightAverage
@@ -89,22 +90,9 @@ class TrainingLoop:
         self.average = WeightAverage(AVERAGE_DECAY, every=AVERAGE_EVERY)
         self.start: str | None = None
         """The kind of Gaussian that the guide was moved to."""
-        self.svi = CompiledSVI(run.model, run.guide, run.optim, run.loss, compile=compile)
-        self.svi._limits, self.svi._interprets = run.optim.limits, True
+        self.svi = SVI(run.model, run.guide, run.optim, run.loss)
+        self.stepper = Stepper(self.svi, run.loss, compile=compile, interprets=True, limits=run.optim.limits)
         self.every = max(1, num_steps // CHECKS)
-
-    @property
-    def mode(self) -> str | None:
-        """How steps are run: "eager", "interpreted" or "machine code"; None while that is open."""
-        if self.svi._steps:
-            return "machine code" if next(iter(self.svi._steps.values())).machine_code else "interpreted"
-        return None if self.progress.step <= 1 and self.svi.cause is None else "eager"
-
-    def resume(self, mode: str | None) -> None:
-        """Has the next step run as it would have been without an interruption."""
-        self.svi._started, self.svi._mode = True, mode
-        if mode == "eager":
-            self.svi.compile = False
 
     # -- rates --------------------------------------------------------------------------------------
 
@@ -148,7 +136,7 @@ class TrainingLoop:
                     if best is None or is_worse(best[1], weights):
                         best = progress.lr, weights
             except RECOVERABLE:
-                if not self.svi._started:
+                if not self.stepper.started:
                     raise  # most likely the model's own mistake: its message is the best
             self._go_back()
             if objective_state:
@@ -174,12 +162,13 @@ class TrainingLoop:
         run.optim.norm = math.nan
         dropped_before = int(getattr(run.loss, "num_dropped", 0))
         with _quiet():
-            taken = self.svi._take_many(*call, count, left)
+            taken = self.stepper.take(self.svi, *call, count, left)
         found = []
         for value, dropped, norm in taken:
-            if math.isnan(dropped):  # the step was eager
-                dropped, norm = int(getattr(run.loss, "num_dropped", 0)) - dropped_before, run.optim.norm
-            self.progress.num_dropped += int(dropped)
+            if dropped is None:  # the step was eager: objective and optimizer know
+                dropped = int(getattr(run.loss, "num_dropped", 0)) - dropped_before
+            self.progress.num_dropped += dropped
+            norm = run.optim.norm if norm is None else norm
             run.optim.note(norm)
             found.append((value, norm))
         return found

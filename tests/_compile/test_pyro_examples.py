@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flowvi import CompiledSVI
-from pyro_flowvi._compile import svi as compiled
+from pyro_flowvi._compile import policy
 from pyro_flowvi.infer import CompileWarning
 
 HERE = __file__
@@ -55,7 +55,7 @@ def both(train, **options):
 
 def falls_back(train, monkeypatch):
     """The message of the one warning with which a training under "auto" stays eager, as Pyro's own does."""
-    monkeypatch.setattr(compiled, "STEPS_BEFORE", 2)
+    monkeypatch.setattr(policy, "STEPS_BEFORE", 2)
     outcomes = []
     for maker in (SVI, CompiledSVI):
         pyro.clear_param_store()

@@ -16,7 +16,7 @@ from pyro.optim import Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
 from pyro_flowvi import CompiledSVI
-from pyro_flowvi._compile import svi as compiled
+from pyro_flowvi._compile import graph_cache, policy
 from pyro_flowvi._compile.optimizers import FlatParameters, make_buckets, meet
 from pyro_flowvi._compile.tensor_objectives import tensor_loss
 from pyro_flowvi.infer import CannotCompile, CompileWarning
@@ -207,7 +207,7 @@ class TestRefusals:
             assert "install g++" in refused(model)
 
     def test_an_unknown_version_of_torch(self, monkeypatch):
-        monkeypatch.setattr(compiled, "UNSUPPORTED_TORCH", "torch 9.0 is not among the supported versions")
+        monkeypatch.setattr(graph_cache, "UNSUPPORTED_TORCH", "torch 9.0 is not among the supported versions")
         assert "torch 9.0" in refused(model)
 
 
@@ -246,7 +246,7 @@ class TestPolicy:
     """When "auto" compiles is a matter of counts."""
 
     def test_step_waits(self, monkeypatch):
-        monkeypatch.setattr(compiled, "STEPS_BEFORE", 5)
+        monkeypatch.setattr(policy, "STEPS_BEFORE", 5)
         svi = make()
         compiled_at = [svi.step(Y) is not None and svi.compiled for _ in range(8)]
         assert compiled_at == [False] * 6 + [True] * 2
@@ -266,17 +266,17 @@ class TestPolicy:
         assert svi.cause is None
 
     def test_large_graphs(self, monkeypatch):
-        monkeypatch.setattr(compiled, "MAX_OPERATIONS", 10)
+        monkeypatch.setattr(policy, "MAX_OPERATIONS", 10)
         svi = make()
         svi.run(1800, Y, progress=False)
         assert not svi.compiled
 
     def test_shapes_that_change_too_often(self, monkeypatch):
-        monkeypatch.setattr(compiled, "MAX_GRAPHS", 2)
+        monkeypatch.setattr(graph_cache, "MAX_GRAPHS", 2)
         svi = make(compile=True)
         svi.step(Y)
         svi.step(Y[:2])
-        assert len(svi._steps) == 2
+        assert len(svi._stepper.graphs.steps) == 2
         with pytest.raises(CannotCompile, match="more than 2 graphs are needed"):
             svi.step(Y[:1])
 
@@ -478,10 +478,10 @@ class TestSurroundings:
         low = svi.evaluate_loss()
         data["y"].add_(100.0)  # in place: the same graph
         assert svi.step() > low + 1000.0
-        assert svi._builds == 1
+        assert svi._stepper.graphs.num_built == 1
         data["y"] = Y.clone()  # another tensor: another graph
         assert svi.step() < low + 1000.0
-        assert svi._builds == 2
+        assert svi._stepper.graphs.num_built == 2
 
     def test_a_number_in_a_closure(self):
         options = {"shift": 0.0}
@@ -501,10 +501,10 @@ class TestSurroundings:
         data = Y.clone()
         svi = make(model, compile=True)
         svi.run(5, data, progress=False)
-        before = svi._builds
+        before = svi._stepper.graphs.num_built
         data[0] = 400.0
         assert svi.step(data) > 1e4
-        assert svi._builds == before + 1
+        assert svi._stepper.graphs.num_built == before + 1
 
     def test_a_count_that_a_module_keeps_and_reads(self):
         """BatchNorm without a momentum averages over the number of batches seen, which it reads."""
@@ -546,7 +546,7 @@ class TestSurroundings:
         assert svi.step(Y) < 1e3
         objective.num_particles = 3
         svi.step(Y)
-        assert svi._builds == 4
+        assert svi._stepper.graphs.num_built == 4
 
     def test_handlers_around_the_step(self):
         svi = make(compile=True)
@@ -587,7 +587,7 @@ class TestSurroundings:
         net.eval()
         svi.run(5, Y, progress=False)
         assert int(net[1].num_batches_tracked) == 5
-        assert len(svi._steps) == 2
+        assert len(svi._stepper.graphs.steps) == 2
 
 
 OBJECTIVES = [

@@ -305,7 +305,7 @@ class TestEnumeration:
             optim = Adam({"lr": 0.01})
             if compiled:
                 svi = CompiledSVI(square_root, guide, optim, loss, compile=True)
-                svi._interprets, svi._mode = True, "interpreted"  # what is traced, without the compiler
+                svi._stepper.resume("interpreted")  # what is traced, without the compiler
             else:
                 svi = SVI(square_root, guide, optim, loss)
             pyro.set_rng_seed(1)
