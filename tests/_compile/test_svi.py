@@ -564,6 +564,14 @@ class TestSurroundings:
         svi.run(5, Y, progress=False)
         assert pyro.param("loc").item() == pytest.approx(before, abs=1e-6)
 
+    def test_an_optimizer_that_is_replaced_before_a_new_shape(self):
+        svi = make(compile=True)
+        svi.run(5, Y, progress=False)
+        svi.optim = Adam({"lr": 1e-9})
+        before = pyro.param("loc").item()
+        svi.step(Y[:2])
+        assert pyro.param("loc").item() == pytest.approx(before, abs=1e-6)
+
     def test_views_of_parameters_stay_views(self):
         svi = make(compile=False)
         svi.step(Y)
