@@ -138,7 +138,7 @@ def refusing_data(guide: Program) -> Program:
 
     A handler in the place of the guide stays as it is, since Pyro asks for its class.
     """
-    return _RefuseData()(guide) if inspect.isroutine(guide) else guide  # type: ignore[no-any-return]
+    return _RefuseData()(guide) if inspect.isroutine(guide) else guide
 
 
 def _refuse_data(name: str, site: Any) -> None:
