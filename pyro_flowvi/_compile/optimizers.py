@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -39,14 +40,20 @@ class Rule:
     :param centered: the second moment is that of the gradient about its mean (the same).
     """
 
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
     decoupled: bool = False
     clip: float = math.inf
     decay: float = 1.0
     centered: bool = False
     pyro_form: bool = False
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it is Adam itself."""
+        variant = self.pyro_form or self.centered or self.weight_decay
+        return not variant and self.decay == 1.0 and math.isinf(self.clip)
 
     def gradient(self, param: Tensor, grad: Tensor) -> Tensor:
         """The gradient that the moments see: clipped, with weight decay unless that is decoupled."""
@@ -81,6 +88,17 @@ class Rule:
         if self.pyro_form:  # eps is added before the bias correction
             return param - spread(rate * root) * first / (second.sqrt() + self.eps)
         return param - spread(rate) * first / (second.sqrt() / spread(root) + self.eps)
+
+    def change(self, grad: Tensor, first: Tensor, second: Tensor, count: float, lr: float) -> Tensor:
+        """Takes a gradient into the moments, in place; by how much the parameters move, of Adam itself.
+
+        :param count: of the steps, this one included.
+        """
+        beta1, beta2 = self.betas
+        first.lerp_(grad, 1.0 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        root = second.sqrt().div_(math.sqrt(1.0 - beta2**count)).add_(self.eps)
+        return (first / root).mul_(-lr / (1.0 - beta1**count))
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
@@ -170,8 +188,9 @@ class FlatParameters:
     can alternate.  The parameters stay where they are, since others may hold views of them.
 
     :param params: the parameters, leaves.
-    :param optimizers: theirs, in order; None where the step is left to them and only gradients are wanted.
-    :param rule: the rule that they share, with the learning rate.
+    :param optimizers: theirs, in order; None where there are none to keep in step with.
+    :param rule: the rule that they share, with the learning rate; None where the step is left to others and
+        only gradients are wanted.
     """
 
     def __init__(
@@ -195,7 +214,6 @@ class FlatParameters:
             # torch's Adam keeps its step counts on the CPU, Pyro's as Python numbers.
             self._counts = list(self.steps) if device.type == "cpu" and not rule.pyro_form else None
             self._taken = [0.0] * len(params)
-            self._uneven = True
         self.adopt()
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -217,24 +235,21 @@ class FlatParameters:
         return [*self.split(moved), first, second, steps, lr]
 
     @torch.no_grad()
-    def step_in_place(self, grad: Tensor) -> None:
-        """Takes the step of :meth:`stepped` on the parameters themselves, in few operations."""
+    def step_in_place(self, grad: Tensor, lr: float | None = None) -> None:
+        """Takes the step of :meth:`stepped` on the parameters themselves, in few operations.
+
+        :param lr: the learning rate from now on; by default the present one.
+        """
         assert self.rule is not None
-        rule = self.rule
-        beta1, beta2 = rule.betas
-        counts = self.steps.unique() if self._uneven else self.steps[:1]
-        plain = not (rule.pyro_form or rule.centered or rule.weight_decay or math.isfinite(rule.clip))
-        if len(counts) != 1 or not plain or rule.decay != 1.0:
-            self._uneven = len(counts) != 1
+        if lr is not None:
+            self.lr.fill_(lr)
+        counts = set(self.steps.tolist())
+        if len(counts) != 1 or not self.rule.is_plain:
             for old, new in zip(self.state, self.stepped(self.state, grad), strict=True):
                 old.copy_(new)
             return
         self.steps += 1.0
-        count, lr = counts.item() + 1.0, self.lr.item()
-        self.first.lerp_(grad, 1.0 - beta1)
-        self.second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-        root = self.second.sqrt().div_(math.sqrt(1.0 - beta2**count)).add_(rule.eps)
-        move = (self.first / root).mul_(-lr / (1.0 - beta1**count))
+        move = self.rule.change(grad, self.first, self.second, counts.pop() + 1.0, self.lr.item())
         torch._foreach_add_(self.values, self.split(move))
 
     @torch.no_grad()

@@ -64,7 +64,6 @@ class WeightAverage:
         early = min(1.0, self.early * self.every / (num_steps + self.lag))
         return max(1.0 - self.decay**self.every, early)
 
-    @torch.no_grad()
     def update(self, params: Mapping[str, Tensor], num_steps: int) -> None:
         """Takes in the weights after so many steps; begins anew if there are others than before."""
         if self.values.keys() != params.keys():

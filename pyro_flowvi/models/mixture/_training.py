@@ -10,16 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._compile.errors import CannotCompile
+from ..._compile.optimizers import Rule, flatten
 from ..._compile.run_by_operation import by_operation
 from ..._compile.trace import trace
+from ...infer._averaging import WeightAverage, put_back, snapshot
+from ...infer._schedule import CosineSchedule
 from .vmonf import VMoNF
 
-__all__ = ["MixtureTrainer", "TrainingResult", "TrainingRows"]
+__all__ = ["MixtureTrainer", "TrainingResult", "TrainingRows", "noise_share"]
 
 TRACED_FROM: Final = 150
 """Steps from which tracing one, half a second, pays."""
+ADAM: Final = Rule()
 CLIP: Final = 5.0
-AVERAGING: Final = 0.99
+AVERAGE_DECAY, AVERAGE_EARLY, AVERAGE_LAG = 0.99, 9.0, 9.0
+"""Of the average of the weights: see :class:`~pyro_flowvi.infer._averaging.WeightAverage`."""
 COMPLETE, BLENDED = 0.15, 0.3
 """Up to the first share of the steps the start's partition is learnt; from the second on, the likelihood."""
 QUIET_FROM: Final = 0.7
@@ -28,6 +33,11 @@ CHECKS: Final = 20
 """How often the held-out rows are scored."""
 MAX_BAD: Final = 10
 """Steps in a row without a finite gradient that end a run."""
+
+
+def noise_share(done: float) -> float:
+    """What is left of the noise at first, after a share of the steps."""
+    return max(0.0, 1.0 - done / QUIET_FROM) ** 2
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class MixtureTrainer:
     ) -> None:
         self.model, self.batch_size, self.lr, self.noise, self.seed = model, batch_size, lr, noise, seed
         self.params = [p for p in model.parameters() if p.requires_grad]
-        flat = torch.cat([p.detach().reshape(-1) for p in self.params])
+        flat = flatten(p.detach() for p in self.params)
         self.flat = flat
         """All parameters end to end; those of the model are views of it until :meth:`release`."""
         decay, start = torch.zeros_like(flat), 0
@@ -199,21 +209,23 @@ class MixtureTrainer:
         :param progress: called after every step.
         :param stop: told the number of each check and its value, ends the run by returning True.
         """
-        flat = self.flat
-        generator = torch.Generator(flat.device).manual_seed(self.seed)
+        weights = {"flat": self.flat}
+        generator = torch.Generator(self.flat.device).manual_seed(self.seed)
         batches = _Batches(rows, min(self.batch_size, len(rows)), self.noise, generator)
-        moments = torch.zeros_like(flat), torch.zeros_like(flat)
-        average, good, initial = flat.clone(), flat.clone(), flat.clone()
+        moments, schedule = (torch.zeros_like(self.flat), torch.zeros_like(self.flat)), CosineSchedule(steps)
+        average = WeightAverage(AVERAGE_DECAY, early=AVERAGE_EARLY, lag=AVERAGE_LAG)
+        average.update(weights, 0)
+        initial = good = snapshot(weights)
         best, bad, losses, checks = math.inf, 0, list[float](), list[float]()
         every = max(1, steps // CHECKS)
         for step in range(steps):
             done = step / steps
-            blend = (done - COMPLETE) / (BLENDED - COMPLETE) if from_start else 1.0
-            args = [*batches.draw(done), torch.as_tensor(min(max(blend, 0.0), 1.0)).to(flat)]
+            args = [*batches.draw(done), self._blend(done if from_start else 1.0)]
             loss, *grads = self._program(args, steps)(*args)
-            bad = 0 if self._step(loss, grads, step, done, moments) else bad + 1
+            rate = schedule.rate(step, self.lr)
+            bad = 0 if self._step(loss, grads, moments, step + 1, rate) else bad + 1
             losses.append(loss.item())
-            average.lerp_(flat, 1.0 - min(AVERAGING, (1.0 + step) / (10.0 + step)))
+            average.update(weights, step + 1)
             if progress is not None:
                 progress()
             if bad == MAX_BAD:
@@ -221,50 +233,40 @@ class MixtureTrainer:
             if (step + 1) % every and step < steps - 1:
                 continue
             if held_out is None:
-                if bad == 0:
-                    good.copy_(average)
+                good = snapshot(average.values) if bad == 0 else good
                 continue
-            checks.append(self._score_at(average, held_out))
+            with average.in_place(weights):
+                checks.append(self.nll(held_out))
             if checks[-1] < best:
-                best = checks[-1]
-                good.copy_(average)
+                best, good = checks[-1], snapshot(average.values)
             if stop is not None and stop(len(checks) - 1, best):
                 break
-        flat.copy_(good)
-        scored = rows if held_out is None else held_out
+        put_back(weights, good)
+        diverged, scored = bad == MAX_BAD, rows if held_out is None else held_out
         nll = self.nll(scored)
-        if math.isfinite(nll):
-            return TrainingResult(nll, losses, checks, bad == MAX_BAD)
-        flat.copy_(initial)
-        return TrainingResult(self.nll(scored), losses, checks, True)
+        if not math.isfinite(nll):
+            put_back(weights, initial)
+            diverged, nll = True, self.nll(scored)
+        return TrainingResult(nll, losses, checks, diverged)
 
-    @torch.no_grad()
-    def _score_at(self, average: Tensor, held_out: TrainingRows) -> float:
-        now = self.flat.clone()
-        self.flat.copy_(average)
-        nll = self.nll(held_out)
-        self.flat.copy_(now)
-        return nll
+    def _blend(self, done: float) -> Tensor:
+        """How much the likelihood counts, and not the partition, after a share of the steps."""
+        share = (done - COMPLETE) / (BLENDED - COMPLETE)
+        return torch.as_tensor(min(max(share, 0.0), 1.0)).to(self.flat)
 
-    @torch.no_grad()
     def _step(
-        self, loss: Tensor, grads: list[Tensor], step: int, done: float, moments: tuple[Tensor, Tensor]
+        self, loss: Tensor, grads: list[Tensor], moments: tuple[Tensor, Tensor], count: int, rate: float
     ) -> bool:
-        """One of Adam (Kingma and Ba 2015, algorithm 1); False, and nothing moved, if not finite."""
-        grad = torch.cat([g.reshape(-1) for g in grads])
+        """A step along a gradient of bounded norm; False, and nothing moved, if not finite."""
+        grad = flatten(grads)
         norm = float(torch.linalg.vector_norm(grad))
         if not math.isfinite(norm) or not math.isfinite(loss.item()):
             return False
         if norm > CLIP:
             grad *= CLIP / norm
-        first, second = moments
-        rate = 0.5 * self.lr * (1.0 + math.cos(math.pi * done))
-        first.lerp_(grad, 0.1)
-        second.mul_(0.999).addcmul_(grad, grad, value=0.001)
         if self.decay is not None:
             self.flat.addcmul_(self.flat, self.decay, value=-rate)
-        root = (second / (1.0 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
-        self.flat.addcdiv_(first, root, value=-rate / (1.0 - 0.9 ** (step + 1)))
+        self.flat.add_(ADAM.change(grad, *moments, count, rate))
         return True
 
 
@@ -284,6 +286,6 @@ class _Batches:
             self.order = torch.randperm(len(x), **options)  # type: ignore[call-overload]
         index, self.order = self.order[: self.size], self.order[self.size :]
         start, floor = self.noise
-        scale = floor + start * max(0.0, 1.0 - done / QUIET_FROM) ** 2
+        scale = floor + start * noise_share(done)
         noise = torch.randn((self.size, x.shape[-1]), dtype=x.dtype, **options)  # type: ignore[call-overload]
         return [torch.add(x[index], noise, alpha=scale), self.rows.allowed[index], self.parts[index]]

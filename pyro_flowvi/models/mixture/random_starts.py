@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_positive, check_positive_int
+from ..._compile.optimizers import FlatParameters, Rule, flatten
 from ...distributions import FlowDistribution
 from ...flows import FLOWS
+from ...infer._schedule import CosineSchedule
 from ...nn import MLP
 from ...transforms import Compose, RadialPower, Stacked
 from ._parts import check_rows
+from ._training import noise_share
 from .vmonf import VMoNF
 
 __all__ = ["multistart", "ring_flow"]
@@ -20,8 +23,8 @@ __all__ = ["multistart", "ring_flow"]
 HELD_OUT: Final = 0.2
 NOISE: Final = 0.3
 """Of the rows at first, in standard deviations of a column: thin densities are approached from outside."""
-QUIET_FROM: Final = 0.7
-"""The share of the steps after which there is none."""
+FINAL_RATE: Final = 0.01
+"""The learning rate ends at this fraction of its start."""
 SCALES: Final = (0.3, 1.5)
 """Between these the scales of components start, in standard deviations of a column."""
 SPREAD: Final = 0.15
@@ -91,6 +94,7 @@ def multistart(
     if len(x) < MIN_ROWS:
         raise ValueError(f"x: expected at least {MIN_ROWS} rows, got {len(x)}")
     check_positive_int("num_steps", num_steps)
+    check_positive("lr", lr)
     starts, num = check_positive_int("num_starts", num_starts), model.num_components
     generator = torch.Generator(x.device).manual_seed(seed)
     order = torch.randperm(len(x), generator=generator, device=x.device)
@@ -105,20 +109,17 @@ def multistart(
         log_prob: Tensor = law.log_prob(x.unsqueeze(-2)).unflatten(-1, (starts, num))
         return log_prob + logits.log_softmax(-1)
 
-    params = [*flows.parameters(), logits]
-    optim = torch.optim.Adam(params, check_positive("lr", lr))
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_steps, 0.01 * lr)
+    params: list[Tensor] = [*flows.parameters(), logits]
+    adam = FlatParameters(params, rule=Rule())
+    schedule = CosineSchedule(num_steps, final_share=FINAL_RATE)
     size, scale = min(check_positive_int("batch_size", batch_size), len(rows)), rows.std(0)
     for step in range(num_steps):
         chosen = rows[torch.randint(len(rows), (size,), generator=generator, device=x.device)]
         noise = torch.randn(chosen.shape, generator=generator, dtype=x.dtype, device=x.device)
-        width = NOISE * max(0.0, 1.0 - step / (QUIET_FROM * num_steps)) ** 2
+        width = NOISE * noise_share(step / num_steps)
         loss = -joint(chosen + width * scale * noise).logsumexp(-1).mean(0)
         gradients = torch.autograd.grad(loss.nan_to_num(0.0, 0.0, 0.0).sum(), params)
-        for param, gradient in zip(params, gradients, strict=True):
-            param.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
-        optim.step()
-        rate.step()
+        adam.step_in_place(flatten(gradients).nan_to_num_(0.0, 0.0, 0.0), schedule.rate(step, lr))
     with torch.no_grad():
         nll = -joint(judge).logsumexp(-1).mean(0).nan_to_num(math.inf, math.inf, math.inf)
         best = int(nll.argmin())

@@ -70,6 +70,7 @@ import pyro_flowvi, pyro_flowvi.models
 assert not [name for name in sys.modules if name.partition(".")[0] == "sklearn"]
 sys.modules["sklearn"] = None
 from pyro_flowvi.models import FlowMixture
+from pyro_flowvi.models.mixture import _search
 try:
     FlowMixture(2)
 except ImportError as error:
