@@ -4,8 +4,8 @@ import functools
 
 import pyro
 import pyro.distributions as dist
-import pyro.optim
 import torch
+from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_flowvi import (
@@ -63,7 +63,7 @@ AutoFlowMixture(model, tail=True)  # error
 result = fit(model, planar, x, y=y, num_steps=100, compile=False, seed=0)
 fit(model, planar, x, y, loss=TraceIW_ELBO(8, vectorize_particles=True), compile="auto", lr=1e-2)
 fit(model, planar, batches=[(x, y)], validation={"x": x, "y": y}, optim=torch.optim.Adam)
-svi = CompiledSVI(model, planar, pyro.optim.Adam({"lr": 0.01}), TraceSTL_ELBO(), compile=True)
+svi = CompiledSVI(model, planar, PyroOptim(torch.optim.Adam, {"lr": 0.01}), TraceSTL_ELBO(), compile=True)
 losses: Tensor = svi.run(10, x, y, progress=False)
 TraceAnnealed_ELBO(lambda step: 1.0, path=False, num_particles=4)
 
