@@ -4,12 +4,18 @@ import math
 from typing import Any
 
 import numpy as np
-from arviz_stats.base.array import array_stats
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["effective_sample_size", "generalized_pareto_shape", "khat_threshold", "psis", "resample"]
 
 Array = NDArray[np.float64]
+
+
+def _array_stats() -> Any:
+    """ArviZ's functions of arrays, with whose import a start would take twice as long."""
+    from arviz_stats.base.array import array_stats
+
+    return array_stats
 
 
 def _logsumexp(x: Array) -> float:
@@ -47,7 +53,7 @@ def psis(log_ratios: ArrayLike) -> tuple[Array, float]:
         return np.full_like(ratios, -np.log(len(ratios))), -np.inf
     smoothed: Any
     try:
-        smoothed, khat = array_stats.psislw(-ratios)  # it takes negated log ratios
+        smoothed, khat = _array_stats().psislw(-ratios)  # it takes negated log ratios
     except ValueError:  # the largest weights are equal: bounded, no tail to fit
         smoothed, khat = ratios, -np.inf
     weights: Array = np.asarray(smoothed, dtype=np.float64)
@@ -107,7 +113,7 @@ def generalized_pareto_shape(values: ArrayLike) -> float:
     shape: Any
     try:
         with np.errstate(all="ignore"):  # many equal values
-            shape = array_stats.pareto_khat(sample[None], r_eff=1.0, tail="right")
+            shape = _array_stats().pareto_khat(sample[None], r_eff=1.0, tail="right")
     except ValueError:  # the largest are all equal
         return -math.inf
     return float(shape) if np.isfinite(shape) else -math.inf

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from .._program.batching import in_parts
@@ -124,6 +123,8 @@ def _clusters(means: Tensor, lost: Tensor, log_p: Tensor) -> list[Tensor]:
     indices = torch.nonzero(lost).squeeze(-1)
     labels = torch.zeros(1, dtype=torch.long)
     if len(indices) > 1:
+        from scipy.cluster.hierarchy import fcluster, linkage
+
         dim = means.shape[-1]
         links = linkage(means[indices].cpu().numpy(), "average")
         labels = torch.from_numpy(fcluster(links, 4.0 + dim**0.5, "distance")).long()

@@ -11,7 +11,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from .._program.batching import in_parts
@@ -222,7 +221,9 @@ def _compare(
     visited = _ranks(whitening.inverse(last), columns).cpu().numpy()
     from_guide = (groups == 0).cpu().numpy()
     chance = LEVEL / (4 * z.shape[-1])
-    bar = float(stats.t.ppf(1.0 - chance, len(near) - 1))
+    from scipy.special import stdtrit
+
+    bar = float(stdtrit(len(near) - 1, 1.0 - chance))
     results: list[tuple[float, float, str]] = []
     differs, resampled, conclusive = False, 0.0, True
     for unit, fold in ((LOCATION_UNIT, False), (SCALE_UNIT, True)):
@@ -263,7 +264,9 @@ def _compare(
 
 def _rhat(values: Array) -> float:
     """Worst rank-normalised potential scale reduction of chains, ``(T, P, D)`` (Vehtari et al. 2021)."""
-    normal = stats.norm.ppf(np.clip(values, 1e-3, 1.0 - 1e-3))
+    from scipy.special import ndtri
+
+    normal = ndtri(np.clip(values, 1e-3, 1.0 - 1e-3))
     within = normal.var(0, ddof=1).mean(0)
     between = normal.mean(0).var(0, ddof=1)
     length = len(values)

@@ -5,7 +5,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 __all__ = ["STARTS", "cluster_gaussians", "warm_starts"]
 
@@ -98,16 +97,24 @@ def _with_labels(part: Labels, labels: Labels, num: int) -> Labels:
         return part
     counts = np.zeros((num, num))
     np.add.at(counts, (part[seen], labels[seen]), 1.0)
-    own, theirs = linear_sum_assignment(-counts)
+    own, theirs = _assignment(-counts)
     order = np.empty(num, dtype=np.int64)
     order[own] = theirs
     return np.where(seen, labels, order[part])
 
 
+def _assignment(costs: Array) -> tuple[Array, Array]:
+    """The one-to-one assignment of rows to columns that costs least."""
+    from scipy.optimize import linear_sum_assignment
+
+    found: tuple[Array, Array] = linear_sum_assignment(costs)
+    return found
+
+
 def _agreement(part: Labels, other: Labels, num: int) -> float:
     counts = np.zeros((num, num))
     np.add.at(counts, (part, other), 1.0)
-    return float(counts[linear_sum_assignment(-counts)].sum() / len(part))
+    return float(counts[_assignment(-counts)].sum() / len(part))
 
 
 # -- methods -----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from ..._checks import check_positive_int
@@ -81,6 +80,8 @@ def class_map_by_overlap(
         raise ValueError(f"num_classes: expected at most the {num} components, got {num_classes}")
     if num == 1:
         return [0]
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     tree = linkage(distance[np.triu_indices(num, 1)].clip(0.0), "average")
     _, first, part = np.unique(
         fcluster(tree, num_classes, "maxclust"), return_index=True, return_inverse=True
