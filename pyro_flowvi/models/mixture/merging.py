@@ -116,7 +116,7 @@ def annihilate(
     refine_steps: int = 60,
     lr: float = 1e-2,
     batch_size: int = 256,
-    held_out: float | Tensor = 0.2,
+    validation: float | Tensor = 0.2,
     seed: int = 0,
 ) -> Annihilation:
     r"""Merges components of a trained mixture as long as the held-out likelihood bears it.
@@ -142,7 +142,7 @@ def annihilate(
     :param refine_steps: steps that all components are trained after each merger.
     :param lr: Adam's rate at the start for a merged component; for all of them a tenth of it.
     :param batch_size: rows of a step.
-    :param held_out: the share of the rows to judge by, or rows of their own.
+    :param validation: the share of the rows to judge by, or rows of their own.
     :param seed: of the split, batches and noise.
     :return: the smaller mixture and a report.
     :raises ValueError: if an argument is not of the described kind.
@@ -162,7 +162,7 @@ def annihilate(
     check_positive("tolerance", tolerance)
     efforts = [check_positive_int("num_steps", num_steps), PERSEVERANCE * num_steps]
     check_count("refine_steps", refine_steps)
-    train, judge = _split(x, held_out, seed)
+    train, judge = _split(x, validation, seed)
     search = _Merger(
         copy.deepcopy(model), train, judge, lr, check_positive_int("batch_size", batch_size), seed
     )
@@ -185,17 +185,17 @@ def annihilate(
     return Annihilation(search.model, tuple(search.groups), tuple(search.steps), given, search.nll())
 
 
-def _split(x: Tensor, held_out: float | Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    if isinstance(held_out, Tensor):
-        if held_out.dim() != 2 or held_out.shape[1:] != x.shape[1:] or not len(held_out):
-            raise ValueError(f"held_out: expected shape (M, {x.shape[1]}), got {tuple(held_out.shape)}")
-        return x, held_out
-    if not 0.0 < held_out < 1.0:
-        raise ValueError(f"held_out: expected a share between 0 and 1, or rows, got {held_out!r}")
+def _split(x: Tensor, validation: float | Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    if isinstance(validation, Tensor):
+        if validation.dim() != 2 or validation.shape[1:] != x.shape[1:] or not len(validation):
+            raise ValueError(f"validation: expected shape (M, {x.shape[1]}), got {tuple(validation.shape)}")
+        return x, validation
+    if not 0.0 < validation < 1.0:
+        raise ValueError(f"validation: expected a share between 0 and 1, or rows, got {validation!r}")
     if len(x) < MIN_ROWS:
         raise ValueError(f"x: expected at least {MIN_ROWS} rows, got {len(x)}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    count = max(2, round(held_out * len(x)))
+    count = max(2, round(validation * len(x)))
     return x[order[count:]], x[order[:count]]
 
 
