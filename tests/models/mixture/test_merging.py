@@ -149,7 +149,7 @@ class TestAnnihilate:
 
     def test_held_out_rows_of_their_own(self):
         x, judge = clusters(), clusters(50)
-        result = annihilate(placed(FIVE), x, held_out=judge, **QUICK)
+        result = annihilate(placed(FIVE), x, validation=judge, **QUICK)
         assert result.nll_after == pytest.approx(-result.model.log_prob(judge).mean().item())
 
     @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ class TestAnnihilate:
             ({"refine_steps": -1}, "refine_steps"),
             ({"lr": 0.0}, "lr"),
             ({"batch_size": 0}, "batch_size"),
-            ({"held_out": 1.0}, "held_out"),
-            ({"held_out": torch.zeros(5, 3)}, "held_out"),
+            ({"validation": 1.0}, "validation"),
+            ({"validation": torch.zeros(5, 3)}, "validation"),
         ],
         ids=str,
     )
