@@ -71,3 +71,13 @@ class Supply:
             except StopIteration:
                 return None
         return as_call_with(self.kwargs, self._last[1])
+
+    def first(self) -> Call:
+        """The arguments of the first step.
+
+        :raises ValueError: if there are none.
+        """
+        call = self(0)
+        if call is None:
+            raise ValueError("batches: expected at least one batch, got none")
+        return call

@@ -79,6 +79,7 @@ def _threads_for(elements: int) -> Iterator[None]:
 
 
 def _check_arguments(options: Mapping[str, Any]) -> None:
+    check_programs(options["model"], options["guide"])
     loss, optim = options["loss"], options["optim"]
     if options["lr"] is not None:
         check_positive("lr", options["lr"])
@@ -237,7 +238,6 @@ def fit(
         >>> result.stop_reason, abs(guide.median()["mu"].item() - 100.0) < 0.5
         ('completed', True)
     """
-    check_programs(model, guide)
     kwargs = as_keywords(fit, model, kwargs, model_kwargs)
     loss, optim = as_objective(loss), None if optim is None else as_pyro_optim(optim)
     options = dict(locals())
@@ -248,9 +248,7 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     supply, changing = Supply(batches, args, kwargs), batches is not None
-    first = supply(0)
-    if first is None:
-        raise ValueError("batches: expected at least one batch, got none")
+    first = supply.first()
     answers = as_fit_guide(model, guide)
     answers.set_up(*first, all_data=not changing)
     pair = judge = LogWeights(model, guide, *first)
