@@ -2,15 +2,14 @@
 
 import math
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.testing.rejection_gamma import ShapeAugmentedGamma
-from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
+from pyro.infer import SVI, Trace_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import Adam
 from torch.distributions import constraints, kl_divergence
@@ -22,108 +21,29 @@ from pyro_flowvi.objectives.annealed import TraceAnnealed_ELBO
 from pyro_flowvi.objectives.importance_weighted import TraceIW_ELBO
 from pyro_flowvi.objectives.path_gradient import TraceSTL_ELBO
 from pyro_flowvi.objectives.pyro_corrected import TraceAuxiliary_ELBO, TraceMeanFieldJacobian_ELBO
-from pyro_flowvi.transforms import LowerAffine, Planar, autoregressive
-
-MEAN = torch.tensor([1.0, -2.0], dtype=torch.float64)
-TRIL = torch.tensor([[1.5, 0.0], [0.8, 0.5]], dtype=torch.float64)
-BETA = 0.3
-FINITE = pytest.mark.filterwarnings("ignore:Encountered")
-
-
-def target():
-    return dist.MultivariateNormal(MEAN, scale_tril=TRIL)
-
-
-def gaussian():
-    pyro.sample("x", target())
-
-
-def gradients(elbo, model, guide, params, num=150, args=()):
-    """Estimates one below the other, shape ``(num, number of parameters)``."""
-    rows = []
-    for _ in range(num):
-        loss = elbo.differentiable_loss(model, guide, *args)
-        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
-    return torch.stack(rows)
-
-
-def exact_gradient(loss, params):
-    grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-    return torch.cat([grad.reshape(-1) for grad in grads])
-
-
-def z_scores(draws, exact):
-    """Errors of the mean in standard errors; rounding, 1e-9, counts as none."""
-    error = (draws.mean(0) - exact).abs()
-    se = draws.std(0) / math.sqrt(len(draws))
-    return torch.where(error < 1e-9, 0.0, error / se)
-
-
-def assert_unbiased(draws, exact):
-    assert exact.abs().max() > 0.05, "a gradient that could not be told from none"
-    assert z_scores(draws, exact).max() < 4.5
+from pyro_flowvi.transforms import LowerAffine, autoregressive
+from tests.objectives.cases import (
+    BETA,
+    FINITE,
+    GUIDES,
+    MEAN,
+    TRIL,
+    assert_unbiased,
+    auto_affine_flow,
+    exact_gradient,
+    flow_normal,
+    gaussian,
+    gradients,
+    perturb,
+    set_affine,
+    stored,
+    target,
+)
 
 
 def spread(draws):
     """Root of the trace of the covariance."""
     return draws.var(0).sum().sqrt().item()
-
-
-# -- Gaussian guides, and their divergence from a Gaussian, by closed form ---------------------------
-
-
-def flow_normal(guide):
-    """The normal of a guide whose flow is affine, from the images of the origin and the unit vectors."""
-    flow = guide.flow
-    loc = flow(torch.zeros(2))
-    return dist.MultivariateNormal(loc, scale_tril=(flow(torch.eye(2)) - loc).mT)
-
-
-def perturb(guide, scale=0.3):
-    with torch.no_grad():
-        for param in guide.parameters():
-            param.add_(scale * torch.randn_like(param))
-    return guide
-
-
-def auto_normal(exactly):
-    guide = AutoNormal(gaussian)
-    guide()
-    return perturb(guide), lambda: dist.Normal(guide.locs.x, guide.scales.x).to_event(1)
-
-
-def auto_multivariate(exactly):
-    guide = AutoMultivariateNormal(gaussian)
-    guide()
-    if exactly:
-        with torch.no_grad():
-            guide.loc.copy_(MEAN)
-        guide.scale = TRIL.diagonal().clone()
-        guide.scale_tril = TRIL / TRIL.diagonal().unsqueeze(-1)
-    else:
-        perturb(guide)
-    return guide, guide.get_posterior
-
-
-def auto_affine_flow(exactly):
-    guide = AutoFlow(gaussian, LowerAffine, name="affine")
-    guide()
-    if exactly:
-        set_affine(guide)
-    else:
-        perturb(guide)
-    return guide, lambda: flow_normal(guide)
-
-
-def set_affine(guide):
-    with torch.no_grad():
-        guide.affine.loc.copy_(MEAN)
-        guide.affine.log_scale.copy_(TRIL.diagonal().log())
-        guide.affine.lower.copy_(TRIL / TRIL.diagonal().unsqueeze(-1))
-
-
-GUIDES = {"normal": auto_normal, "multivariate": auto_multivariate, "flow": auto_affine_flow}
 
 
 @pytest.mark.parametrize("vectorized", [True, False])
@@ -134,18 +54,6 @@ def test_stl_is_unbiased(name, vectorized):
     elbo = TraceSTL_ELBO(num_particles=32 if vectorized else 4, vectorize_particles=vectorized)
     draws = gradients(elbo, gaussian, guide, params, 150)
     assert_unbiased(draws, exact_gradient(kl_divergence(normal(), target()), params))
-
-
-@pytest.mark.parametrize("name", GUIDES)
-def test_annealed_is_unbiased(name):
-    guide, normal = GUIDES[name](False)
-    params = list(guide.parameters())
-    elbo = TraceAnnealed_ELBO(lambda step: BETA, num_particles=32, vectorize_particles=True)
-    draws = gradients(elbo, gaussian, guide, params)
-    q = normal()
-    entropy = q.entropy()
-    exact = BETA * (kl_divergence(q, target()) + entropy) - entropy
-    assert_unbiased(draws, exact_gradient(exact, params))
 
 
 @pytest.mark.parametrize("name", ["multivariate", "flow"])
@@ -213,146 +121,11 @@ def test_stl_of_a_foreign_flow_guide():
     assert (error < 4.5 * se + 1e-9).all()
 
 
-# -- importance-weighted bounds -----------------------------------------------------------------------
-
-SLOPE = 0.7
-
-
-def line(y):
-    slope = pyro.param("slope", torch.tensor(SLOPE))
-    x = pyro.sample("x", dist.Normal(0.3, 1.2))
-    pyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
-
-
-def line_guide(y):
-    loc, log_scale = pyro.param("loc", torch.tensor(0.2)), pyro.param("log_scale", torch.tensor(-0.3))
-    pyro.sample("x", dist.Normal(loc, log_scale.exp()))
-
-
-def iw_bound(loc, log_scale, slope, y, num, points=24):
-    """The bound by Gauss-Hermite quadrature over the noise of all particles."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
-    nodes, weights = torch.as_tensor(nodes), torch.as_tensor(weights / math.sqrt(2 * math.pi))
-    x = loc + log_scale.exp() * nodes
-    log_w = dist.Normal(0.3, 1.2).log_prob(x) + dist.Normal(slope * x, 0.5).log_prob(y)
-    log_w = log_w - dist.Normal(loc, log_scale.exp()).log_prob(x)
-    total, mass = log_w, weights
-    for _ in range(num - 1):
-        total = torch.logaddexp(total.unsqueeze(-1), log_w)
-        mass = mass.unsqueeze(-1) * weights
-    return (mass * (total - math.log(num))).sum()
-
-
-@pytest.mark.parametrize("vectorized", [True, False])
-@pytest.mark.parametrize("dreg", [True, False])
-def test_iw_is_unbiased(dreg, vectorized):
-    y = torch.tensor(1.5)
-    elbo = TraceIW_ELBO(3, dreg=dreg, vectorize_particles=vectorized)
-    elbo.differentiable_loss(line, line_guide, y)
-    params = [pyro.param(name).unconstrained() for name in ("loc", "log_scale", "slope")]
-    exact = exact_gradient(-iw_bound(*params, y, 3), params)
-    draws = gradients(elbo, line, line_guide, params, 1500 if vectorized else 600, (y,))
-    assert_unbiased(draws, exact)
-    losses = torch.tensor([elbo.loss(line, line_guide, y) for _ in range(600)])
-    assert z_scores(losses, -iw_bound(*params, y, 3).detach()) < 4.5
-
-
-@pytest.mark.parametrize("dreg", [True, False])
-def test_iw_is_unbiased_for_a_flow(dreg):
-    y = torch.tensor(1.5)
-    guide = AutoFlow(line, lambda dim: Planar(dim), name="flow")
-    elbo = TraceIW_ELBO(3, dreg=dreg, vectorize_particles=True)
-    elbo.differentiable_loss(line, guide, y)
-    affine = guide.affine
-    with torch.no_grad():
-        affine.loc.fill_(0.2)
-        affine.log_scale.fill_(-0.3)
-    params = [affine.loc, affine.log_scale, pyro.param("slope").unconstrained()]
-    exact = exact_gradient(-iw_bound(*params, y, 3), params)
-    assert_unbiased(gradients(elbo, line, guide, params, 1000, (y,)), exact)
-
-
-@pytest.mark.parametrize("vectorized", [True, False])
-def test_iw_value_is_the_log_mean_of_the_weights(vectorized):
-    y = torch.tensor(1.5)
-    elbo = TraceIW_ELBO(5, vectorize_particles=vectorized, max_plate_nesting=0)
-    poutine.trace(line_guide).get_trace(y)  # makes the parameters
-    pyro.set_rng_seed(3)
-    loss = elbo.loss(line, line_guide, y)
-    pyro.set_rng_seed(3)
-    x = 0.2 + math.exp(-0.3) * (
-        torch.randn(5) if vectorized else torch.stack([torch.randn(()) for _ in "12345"])
-    )
-    log_w = dist.Normal(0.3, 1.2).log_prob(x) + dist.Normal(SLOPE * x, 0.5).log_prob(y)
-    log_w = log_w - dist.Normal(0.2, math.exp(-0.3)).log_prob(x)
-    assert loss == pytest.approx(-(log_w.logsumexp(0) - math.log(5)).item(), rel=1e-10)
-    pyro.set_rng_seed(3)
-    assert elbo.loss_and_grads(line, line_guide, y) == pytest.approx(loss, rel=1e-10)
-
-
-def test_iw_bound_rises_to_the_evidence():
-    y = torch.tensor(1.5)
-    evidence = dist.Normal(SLOPE * 0.3, math.hypot(0.5, SLOPE * 1.2)).log_prob(y).item()
-    bounds = []
-    for num in (2, 16, 256):
-        elbo = TraceIW_ELBO(num, vectorize_particles=True, max_plate_nesting=0)
-        bounds.append(-sum(elbo.loss(line, line_guide, y) for _ in range(300)) / 300)
-    assert bounds[0] + 0.03 < bounds[1] < bounds[2] < evidence + 0.02
-    assert bounds[2] == pytest.approx(evidence, abs=0.05)
-
-
-def test_dreg_keeps_its_signal_with_many_particles():
-    """The Gaussian example of Rainforth et al. 2018, section 4.1: z ~ N(mu, I), x ~ N(z, I), q a little off
-    its best; signal-to-noise ratio of the gradient of the guide's offset at 2 and 500 particles.  Measured:
-    plain 0.05 at both, doubly reparameterised 0.04 and 0.39."""
-    dim, x = 20, torch.randn(20, dtype=torch.float64)
-
-    def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    def guide():
-        b = pyro.param("b", 0.01 * torch.randn(dim))
-        pyro.sample("z", dist.Normal(0.5 * x + b, math.sqrt(2 / 3)).to_event(1))
-
-    def ratio(num, dreg):
-        elbo = TraceIW_ELBO(num, dreg=dreg, vectorize_particles=True, max_plate_nesting=0)
-        elbo.loss(model, guide)
-        draws = gradients(elbo, model, guide, [pyro.param("b").unconstrained()], 300)
-        return (draws.mean(0).abs() / draws.std(0)).mean().item()
-
-    plain, twice = [ratio(n, False) for n in (2, 500)], [ratio(n, True) for n in (2, 500)]
-    assert twice[1] > 3 * plain[1]
-    assert twice[1] > twice[0]
-
-
-@FINITE
-def test_iw_counts_a_particle_of_density_zero():
-    """It is a weight of zero, not a failure: left out, the bound would be above the evidence."""
-
-    def model():
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("inside", torch.where(x > 0, 0.0, -torch.inf))
-
-    def guide():
-        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
-
-    elbo = TraceIW_ELBO(1000, vectorize_particles=True)
-    assert elbo.loss_and_grads(model, guide) == pytest.approx(math.log(2.0), abs=0.2)
-    assert elbo.num_dropped == 0
-    assert pyro.param("loc").unconstrained().grad.isfinite().all()
-
-
 # -- structure of models and guides --------------------------------------------------------------------
-
 OBJECTIVES = {
     "stl": TraceSTL_ELBO,
     "annealed": lambda **options: TraceAnnealed_ELBO(lambda step: 1.0, **options),
 }
-
-
-def stored(*names):
-    return [pyro.param(name).unconstrained() for name in names]
 
 
 @pytest.mark.parametrize("vectorized", [True, False])
@@ -647,8 +420,6 @@ def test_scores_are_asked_for_within_other_handlers_and_traces():
 
 
 # -- what is left out, and what is refused -------------------------------------------------------------
-
-
 def holed(bound):
     """A model without a density beyond a bound."""
 
@@ -666,13 +437,6 @@ def normal_guide():
         pyro.param("scale", torch.tensor(2.0), constraints.positive),
     )
     pyro.sample("x", dist.Normal(loc, scale))
-
-
-@pytest.fixture
-def unvalidated():
-    """Where Pyro validates, a factor of NaN is an error."""
-    with pyro.validation_enabled(False):
-        yield
 
 
 @FINITE
@@ -833,44 +597,6 @@ def test_as_a_module():
     torch.testing.assert_close(flow_normal(guide).mean, MEAN, atol=0.02, rtol=0.0)
 
 
-# -- the schedule ---------------------------------------------------------------------------------------
-
-
-def test_schedule_is_followed_and_resumed():
-    asked = []
-
-    def schedule(step):
-        asked.append(step)
-        return min(1.0, 0.2 * (step + 1))
-
-    elbo = TraceAnnealed_ELBO(schedule, num_particles=2)
-    guide, _ = auto_affine_flow(False)
-    svi = SVI(gaussian, guide, Adam({"lr": 0.01}), elbo)
-    for step in range(6):
-        assert elbo.steps == step
-        assert elbo.beta.item() == pytest.approx(min(1.0, 0.2 * (step + 1)))
-        svi.evaluate_loss()  # is no step
-        svi.step()
-    assert asked == list(range(7))
-    elbo.steps = 2
-    assert elbo.beta.item() == pytest.approx(0.6)
-    state = elbo.state_dict()
-    svi.step()
-    assert {name: value.item() for name, value in state.items()} == {
-        "num_dropped": 0,
-        "steps": 2,
-        "beta": pytest.approx(0.6),
-    }
-    beta = elbo.beta
-    elbo.load_state_dict(state)
-    assert (elbo.steps, beta.item()) == (2, pytest.approx(0.6))  # in place
-    with pytest.raises(ValueError, match=r"expected \['beta', .*\], got \['num_dropped'\]"):
-        elbo.load_state_dict(TraceSTL_ELBO().state_dict())
-    ends = TraceAnnealed_ELBO(lambda step: 3.0 - step)
-    with pytest.raises(ValueError, match="at step 3"):
-        ends.steps = 3
-
-
 def steps(svi_class, make_elbo, compile_options, run):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -908,134 +634,3 @@ def test_compiled_steps_are_those_of_stock_svi(name):
         assert (
             getattr(ours_elbo, "steps", 0) == getattr(elbo, "steps", 0) == (12 if name == "annealed" else 0)
         )
-
-
-# -- Pyro's objectives, corrected -------------------------------------------------------------------------
-
-
-def three_states():
-    pyro.sample("x", dist.Categorical(torch.tensor([0.5, 0.3, 0.2])))
-
-
-def mixture_guide():
-    logits = pyro.param("logits", torch.tensor([0.8, -0.4]))
-    table = pyro.param("table", torch.tensor([[0.3, 0.0, -0.5], [-1.0, 0.5, 1.0]]))
-    k = pyro.sample("k", dist.Categorical(logits=logits), infer={"is_auxiliary": True})
-    pyro.sample("x", dist.Categorical(logits=table[k]))
-
-
-def mixture_loss(logits, table):
-    """E[log q(k) + log q(x | k) - log p(x)] by enumeration."""
-    joint = logits.log_softmax(-1).unsqueeze(-1) + table.log_softmax(-1)
-    return (joint.exp() * (joint - torch.tensor([0.5, 0.3, 0.2]).log())).sum()
-
-
-@pytest.mark.parametrize("vectorized", [True, False])
-def test_auxiliary_site_without_a_path(vectorized):
-    """Measured: Pyro's is off by up to 0.21, which is the gradient of the auxiliary site's entropy."""
-    num, options = 300, {"num_particles": 20 if vectorized else 4, "vectorize_particles": vectorized}
-    options["max_plate_nesting"] = 0
-    mixture_guide()
-    params = stored("logits", "table")
-    exact = exact_gradient(mixture_loss(*params), params)
-    elbo = TraceAuxiliary_ELBO(**options)
-    assert_unbiased(gradients(elbo, three_states, mixture_guide, params, num), exact)
-    biased = gradients(Trace_ELBO(**options), three_states, mixture_guide, params, num)
-    assert z_scores(biased, exact).max() > 8
-    graph, rows = TraceGraph_ELBO(**options), []
-    for _ in range(num // 2):
-        for param in params:
-            param.grad = None
-        graph.loss_and_grads(three_states, mixture_guide)
-        rows.append(torch.cat([param.grad.reshape(-1) for param in params]))
-    assert_unbiased(torch.stack(rows), exact)
-    losses = torch.tensor([elbo.loss(three_states, mixture_guide) for _ in range(num)])
-    assert z_scores(losses, mixture_loss(*params).detach()) < 4.5
-    pyro.set_rng_seed(1)
-    ours = elbo.loss_and_grads(three_states, mixture_guide)
-    pyro.set_rng_seed(1)
-    assert ours == pytest.approx(Trace_ELBO(**options).loss(three_states, mixture_guide), rel=1e-10)
-
-
-def test_auxiliary_sites_in_a_plate():
-    def model():
-        with pyro.plate("rows", 3):
-            three_states()
-
-    def guide():
-        with pyro.plate("rows", 3):
-            mixture_guide()
-
-    elbo = TraceAuxiliary_ELBO(num_particles=20, vectorize_particles=True)
-    elbo.loss(model, guide)
-    params = stored("logits", "table")
-    exact = exact_gradient(3 * mixture_loss(*params), params)
-    assert_unbiased(gradients(elbo, model, guide, params, 300), exact)
-    assert z_scores(gradients(Trace_ELBO(num_particles=20), model, guide, params, 100), exact).max() > 4.5
-
-
-def test_factor_of_a_discrete_guide():
-    def guide():
-        k = pyro.sample("x", dist.Categorical(logits=pyro.param("logits", torch.tensor([0.5, 0.0, -1.0]))))
-        factor = torch.tensor([1.0, -2.0, 0.5])[k]
-        pyro.factor("cost", factor, has_rsample=False)
-
-    options = {"num_particles": 20, "vectorize_particles": True}
-    elbo = TraceAuxiliary_ELBO(**options)
-    elbo.loss(three_states, guide)
-    params = stored("logits")
-    log_q = params[0].log_softmax(-1)
-    costs = log_q - torch.tensor([0.5, 0.3, 0.2]).log() + torch.tensor([1.0, -2.0, 0.5])
-    exact = exact_gradient((log_q.exp() * costs).sum(), params)
-    assert_unbiased(gradients(elbo, three_states, guide, params, 300), exact)
-    assert z_scores(gradients(Trace_ELBO(**options), three_states, guide, params, 300), exact).max() > 8
-
-
-@pytest.mark.parametrize("kind", ["lognormal", "gamma"])
-def test_mean_field_keeps_the_jacobian(kind):
-    """Closed forms with x = exp(u), u ~ N(m, s²): E log x = m, E x = exp(m + s²/2)."""
-    prior = {"lognormal": dist.LogNormal(0.5, 2.0), "gamma": dist.Gamma(3.0, 2.0)}[kind]
-
-    def model():
-        pyro.sample("x", prior)
-
-    guide = AutoNormal(model, init_scale=0.6)
-    guide()
-    params = list(guide.parameters())
-    m, s = guide.locs.x, guide.scales.x
-    entropy = m + s.log() + 0.5 * math.log(2 * math.pi * math.e)
-    if kind == "gamma":
-        log_p = 3 * math.log(2.0) - math.lgamma(3.0) + 2 * m - 2 * (m + s.square() / 2).exp()
-    else:
-        square = s.square() + (m - 0.5).square()
-        log_p = -m - math.log(2.0) - 0.5 * math.log(2 * math.pi) - square / 8
-    exact = -(log_p + entropy)
-    options = {"num_particles": 32, "vectorize_particles": True, "max_plate_nesting": 0}
-    elbo = TraceMeanFieldJacobian_ELBO(**options)
-    assert_unbiased(gradients(elbo, model, guide, params, 200), exact_gradient(exact, params))
-    losses = torch.tensor([elbo.loss(model, guide) for _ in range(200)])
-    assert z_scores(losses, exact.detach()) < 4.5
-    biased = torch.tensor([TraceMeanField_ELBO(**options).loss(model, guide) for _ in range(200)])
-    assert (biased.mean() - exact).item() == pytest.approx(m.item(), abs=0.1), "off by E[log |J|] = m"
-    pyro.set_rng_seed(1)
-    ours = elbo.loss_and_grads(model, guide)
-    pyro.set_rng_seed(1)
-    assert ours == pytest.approx(Trace_ELBO(**options).loss(model, guide), rel=1e-10)
-
-
-def test_mean_field_keeps_closed_divergences():
-    """Where Pyro has them they stay: nothing is random then, and the value is Pyro's."""
-
-    def guide():
-        loc, log_scale = pyro.param("loc", torch.tensor([0.5, 1.0])), pyro.param("log_scale", torch.zeros(2))
-        pyro.sample("x", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    elbo = TraceMeanFieldJacobian_ELBO()
-    elbo.loss(gaussian, guide)
-    params = stored("loc", "log_scale")
-    draws = gradients(elbo, gaussian, guide, params, 5)
-    assert draws.std(0).max() < 1e-14
-    torch.testing.assert_close(draws[0], gradients(TraceMeanField_ELBO(), gaussian, guide, params, 1)[0])
-    delta = AutoDelta(gaussian)
-    delta()
-    assert elbo.loss(gaussian, delta) == pytest.approx(TraceMeanField_ELBO().loss(gaussian, delta))
