@@ -439,6 +439,13 @@ def normal_guide():
     pyro.sample("x", dist.Normal(loc, scale))
 
 
+@pytest.fixture
+def unvalidated():
+    """Where Pyro validates, a factor of NaN is an error."""
+    with pyro.validation_enabled(False):
+        yield
+
+
 @FINITE
 @pytest.mark.usefixtures("unvalidated")
 @pytest.mark.parametrize("vectorized", [True, False])
