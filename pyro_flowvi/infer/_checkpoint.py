@@ -95,18 +95,18 @@ class Checkpoint:
             )
         return state
 
-    def write(self, driver: TrainingLoop, identity: Mapping[str, str]) -> None:
+    def write(self, loop: TrainingLoop, identity: Mapping[str, str]) -> None:
         """Writes the run: to a neighbouring file first, which then takes this one's place."""
         partial = self.path.with_name(self.path.name + ".partial")
         with open(partial, "wb") as file:
-            torch.save({"format": _FORMAT, "fingerprint": dict(identity), **_state(driver)}, file)
+            torch.save({"format": _FORMAT, "fingerprint": dict(identity), **_state(loop)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path)
 
 
-def _state(driver: TrainingLoop) -> dict[str, Any]:
-    run = driver.run
+def _state(loop: TrainingLoop) -> dict[str, Any]:
+    run = loop.run
     params, optim = run.optim.params, run.optim.optim
     optimizers = {}
     for name, param in params.items():
@@ -121,10 +121,10 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
             }
     numpy: Any = np.random.get_state(legacy=True)
     return {
-        "progress": dataclasses.asdict(driver.progress),
+        "progress": dataclasses.asdict(loop.progress),
         "losses": list(run.losses),
         "params": {name: param.detach().clone() for name, param in params.items()},
-        "average": driver.average.values,
+        "average": loop.average.values,
         "best": run.best,
         "best_weights": run.best_weights,
         "norms": list(run.optim.norms),
@@ -132,9 +132,9 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
         "optimizers": optimizers,
         "objective": state_of(run.loss),
         "frame": as_fit_guide(run.model, run.guide).frame(),
-        "mode": driver.stepper.mode,
-        "data": driver.arguments.start,
-        "start": driver.start,
+        "mode": loop.stepper.mode,
+        "data": loop.arguments.start,
+        "start": loop.start,
         "random": {
             "torch": torch.get_rng_state(),
             "numpy": [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]],
@@ -144,9 +144,9 @@ def _state(driver: TrainingLoop) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore(driver: TrainingLoop, state: Mapping[str, Any]) -> None:
+def restore(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
     """Puts a run back to where a checkpoint was written."""
-    run = driver.run
+    run = loop.run
     as_fit_guide(run.model, run.guide).set_frame(state["frame"])
     params = run.optim.find(state["params"])
     for name, value in state["params"].items():
@@ -163,16 +163,16 @@ def restore(driver: TrainingLoop, state: Mapping[str, Any]) -> None:
             outer.load_state_dict(saved["schedule"])
     if state["objective"]:
         run.loss.load_state_dict(state["objective"])
-    driver.progress = Progress(**state["progress"])
-    driver.progress.elbos = [tuple(entry) for entry in driver.progress.elbos]  # type: ignore[misc]
-    driver.average.values = dict(state["average"])
+    loop.progress = Progress(**state["progress"])
+    loop.progress.elbos = [tuple(entry) for entry in loop.progress.elbos]  # type: ignore[misc]
+    loop.average.values = dict(state["average"])
     run.optim.norms.extend(state["norms"])
-    driver.start = state["start"]
-    driver.arguments.restart(state["data"])
+    loop.start = state["start"]
+    loop.arguments.restart(state["data"])
     run.losses[:] = state["losses"]
     run.best, run.best_weights = dict(state["best"]), state["best_weights"]
     run.optim.limits.copy_(state["limits"])
-    driver.stepper.resume(state["mode"])
+    loop.stepper.resume(state["mode"])
     saved = state["random"]
     name, keys, *rest = saved["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

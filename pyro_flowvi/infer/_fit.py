@@ -127,19 +127,19 @@ def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -
     }
 
 
-def _begin(driver: TrainingLoop, pair: LogWeights, answers: FitGuide, race: bool) -> None:
+def _begin(loop: TrainingLoop, pair: LogWeights, answers: FitGuide, race: bool) -> None:
     """Moves the guide to where it starts, and finds the learning rate."""
     if answers.can_move():
         density = answers.density(*pair.args, **pair.kwargs)
-        draws = driver.num_steps * driver.run.loss.num_particles
+        draws = loop.num_steps * loop.run.loss.num_particles
         thorough = density.batched and draws >= THOROUGH_FROM
         effort = Effort.within(pair.structure.largest) if thorough else Effort.small()
-        driver.start = locate(driver.run, answers, density, effort)
-    driver.prepare(race)
+        loop.start = locate(loop.run, answers, density, effort)
+    loop.prepare(race)
 
 
-def _result(driver: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
-    run, done = driver.run, driver.progress
+def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
+    run, done = loop.run, loop.progress
     return FitResult(
         guide=run.guide,
         losses=torch.tensor(run.losses),
@@ -147,8 +147,8 @@ def _result(driver: TrainingLoop, stop_reason: str, wall_time: float) -> FitResu
         best_state={name: param.detach().clone() for name, param in run.optim.params.items()},
         stop_reason=stop_reason,
         wall_time=wall_time,
-        start=driver.start,
-        converged=driver.converged,
+        start=loop.start,
+        converged=loop.converged,
         rates=torch.tensor(done.rates),
         gradient_norms=torch.tensor(done.norms),
         elbos=list(done.elbos),
@@ -263,19 +263,19 @@ def fit(
     run = _new_run(pair, judge, objective, adam, ranked)
     may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
     own_rate = rate if optim is None else None
-    driver = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle)
+    loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle)
     saved = save = None
     if file is not None:
         settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
         identity = fingerprint(settings, (first, validation))
-        saved, save = file.read(identity), partial(file.write, driver, identity)
+        saved, save = file.read(identity), partial(file.write, loop, identity)
     try:
         with _threads_for(pair.structure.largest * int(objective.num_particles)):
             if saved is None:
-                _begin(driver, pair, answers, race=lr is None and (not changing or callable(batches)))
+                _begin(loop, pair, answers, race=lr is None and (not changing or callable(batches)))
             else:
-                restore(driver, saved)
-            stop_reason = driver.train(progress, save, CHECKPOINT_SECONDS)
+                restore(loop, saved)
+            stop_reason = loop.train(progress, save, CHECKPOINT_SECONDS)
     finally:
         answers.leave_frame()
-    return _result(driver, stop_reason, time.perf_counter() - started)
+    return _result(loop, stop_reason, time.perf_counter() - started)

@@ -214,8 +214,8 @@ class TestFit:
 
         write, written = Checkpoint.write, itertools.count(1)
 
-        def stopping(self, driver, identity):
-            write(self, driver, identity)
+        def stopping(self, loop, identity):
+            write(self, loop, identity)
             if self.path.name == "stopped" and next(written) == 3:
                 raise Stop
 

@@ -1,4 +1,4 @@
-"""fit: the driver's promises."""
+"""fit: what it promises."""
 
 import copy
 import math

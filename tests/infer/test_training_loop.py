@@ -1,4 +1,4 @@
-"""The driver of fit: rates, averages, plateaus, recovery, data in batches, checkpoints."""
+"""The training loop of fit: rates, averages, plateaus, recovery, data in batches, checkpoints."""
 
 import hashlib
 import importlib
@@ -271,9 +271,9 @@ torch.set_num_threads(1)
 importlib.import_module("pyro_flowvi.infer._fit").CHECKPOINT_SECONDS = 0.0
 write = Checkpoint.write
 
-def told(self, driver, identity):
-    write(self, driver, identity)
-    print(driver.progress.step, flush=True)
+def told(self, loop, identity):
+    write(self, loop, identity)
+    print(loop.progress.step, flush=True)
 
 Checkpoint.write = told
 
@@ -338,9 +338,9 @@ class TestCheckpoint:
         checkpoint = importlib.import_module("pyro_flowvi.infer._checkpoint").Checkpoint
         write, half = checkpoint.write, tmp_path / "half"
 
-        def keep_half(self, driver, identity):
-            write(self, driver, identity)
-            if driver.progress.step >= num_steps // 2 and not half.exists():
+        def keep_half(self, loop, identity):
+            write(self, loop, identity)
+            if loop.progress.step >= num_steps // 2 and not half.exists():
                 half.write_bytes(self.path.read_bytes())
 
         monkeypatch.setattr(checkpoint, "write", keep_half)
@@ -412,8 +412,8 @@ class TestCheckpoint:
         checkpoint = importlib.import_module("pyro_flowvi.infer._checkpoint")
         monkeypatch.setattr(checkpoint.torch, "save", broken)
         found = checkpoint.Checkpoint(path)
-        driver = type("Driver", (), {})()
-        monkeypatch.setattr(checkpoint, "_state", lambda driver: {})
+        loop = type("TrainingLoop", (), {})()
+        monkeypatch.setattr(checkpoint, "_state", lambda loop: {})
         with pytest.raises(OSError, match="no space"):
-            found.write(driver, {})
+            found.write(loop, {})
         assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(before).digest()
