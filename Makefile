@@ -1,5 +1,6 @@
 # make demo    fit eight schools with four guides, print a table, save a figure
 # make test    lint, types, unit tests, docstring examples, README's Python blocks
+# make test-all    the same, and the tests that take longer
 #
 # On Linux, plain torch from PyPI brings CUDA along.  For the small CPU build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -11,7 +12,9 @@ JOBS ?= 2
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test clean
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+.PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
@@ -28,11 +31,16 @@ $(VENV)/.test: $(VENV)/bin/python setup.cfg constraints.txt
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m pyro_flowvi demo
 
-test: $(VENV)/.test
+lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) --run-long
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Test settings: float64, a fixed seed, an empty param store; --device, --dtype, --run-slow."""
+"""Test settings: float64, a fixed seed, an empty param store; --device, --dtype, --run-long, --run-slow."""
 
 import math
 
@@ -16,15 +16,17 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="torch's default device")
     parser.addoption("--dtype", default="float64", choices=["float32", "float64"])
-    parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--run-long", action="store_true", help="also run tests marked long")
+    parser.addoption("--run-slow", action="store_true", help="run all tests, those marked slow too")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--run-slow"):
         return
+    left_out = {"slow"} if config.getoption("--run-long") else {"slow", "long"}
     for item in items:
-        if "slow" in item.keywords and "ci" not in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs --run-slow"))
+        for mark in left_out & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=f"needs --run-{mark}"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import inspect
 from functools import partial
 
 from pyro_flowvi import FLOWS, AutoCIF, AutoFlow, AutoFlowMixture
-from pyro_flowvi.autoguide.named import GUIDES as NAMED
+from pyro_flowvi.autoguide import GUIDES as NAMED
 
 SIZES = {"num_layers": 2, "hidden": (5,)}
 OPTIONS = {

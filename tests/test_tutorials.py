@@ -17,6 +17,7 @@ NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # those of nbclient, zmq and asyncio; a cell's errors are not warnings
 def test_runs_in_short_mode(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_FLOWVI_SHORT", "1")

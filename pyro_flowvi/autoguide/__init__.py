@@ -1,5 +1,8 @@
 """Guides that replace a Pyro autoguide on an unmodified model."""
 
+from types import MappingProxyType
+from typing import Final
+
 from . import named
 from .continuously_indexed import AutoCIF
 from .flow import AutoFlow
@@ -8,3 +11,6 @@ from .named import *  # noqa: F403  what named.__all__ lists: a new guide is ent
 
 __all__ = ["AutoCIF", "AutoFlow", "AutoFlowMixture"]
 __all__ += named.__all__
+
+GUIDES: Final = MappingProxyType({vars(named)[name]._flow_key: vars(named)[name] for name in named.__all__})
+"""The named guides by the keys of their flows in :data:`pyro_flowvi.FLOWS`."""

@@ -1,9 +1,8 @@
 """The named flow guides: each is AutoFlow with a flow of the registry."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from pyro.infer.autoguide.initialization import init_to_median
 
@@ -239,9 +238,3 @@ class AutoIAF(_Networked):
     """
 
     _flow_key = "iaf"
-
-
-GUIDES: Final[Mapping[str, type[AutoFlow]]] = MappingProxyType(
-    {guide._flow_key: guide for name in __all__ for guide in (globals()[name],)}
-)
-"""The named guides by the keys of their flows in :data:`pyro_flowvi.FLOWS`."""

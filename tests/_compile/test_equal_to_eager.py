@@ -66,7 +66,7 @@ class Setup:
 
 
 BUILDERS: dict[str, Callable[[], Setup]] = {}
-IN_CI = []
+QUICK = []
 
 
 def combination(name, ci=False):
@@ -76,7 +76,7 @@ def combination(name, ci=False):
         assert name not in BUILDERS
         BUILDERS[name] = build
         if ci:
-            IN_CI.append(name)
+            QUICK.append(name)
         return build
 
     return register
@@ -612,9 +612,8 @@ def train(svi, setup, run=None):
     return losses, values | buffers, torch.rand(())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.ci if name in IN_CI else ()) for name in BUILDERS]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in BUILDERS]
 )
 def test_equals_eager(name):
     if torch.get_default_dtype() != torch.float64:

@@ -10,13 +10,11 @@ from pyro.optim import Adam
 from pyro_flowvi import FLOWS, AutoCIF, AutoFlow, CompiledSVI
 from pyro_flowvi.distributions import FlowDistribution
 
-IN_CI = ("neural_spline", "maf")
+QUICK = ("neural_spline", "maf")
 """Each takes several seconds to compile: these have the gathers, the operators of the autoregressive inverse
 and the masked networks, and the amortised one below the couplings and the context."""
 
-CASES = [pytest.param(name, marks=[pytest.mark.ci] if name in IN_CI else []) for name in FLOWS]
-
-pytestmark = pytest.mark.slow
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FLOWS]
 
 
 def model(y):
@@ -50,7 +48,7 @@ def test_guide(name):
     assert_same_steps(guide, model, (torch.tensor(2.0),))
 
 
-@pytest.mark.parametrize("num_extra", [pytest.param(0, marks=pytest.mark.ci), 2])
+@pytest.mark.parametrize("num_extra", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_continuously_indexed(num_extra):
     def guide():
         return AutoCIF(model, "planar", 1, index_hidden=(3,), num_extra=num_extra, name="guide")
@@ -65,7 +63,7 @@ def rows_model(rows):
 
 
 @pytest.mark.parametrize(
-    "name", [*(n for n in FLOWS if n != "realnvp"), pytest.param("realnvp", marks=pytest.mark.ci)]
+    "name", [name if name == "realnvp" else pytest.param(name, marks=pytest.mark.long) for name in FLOWS]
 )
 def test_amortised(name):
     """A conditional flow as the guide of a latent for each row."""

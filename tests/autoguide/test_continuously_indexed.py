@@ -259,7 +259,7 @@ def test_a_callable_flow():
         ({"order": "between"}, "order: expected one of"),
         ({"num_extra": -1}, "num_extra: expected an integer of at least 0"),
         ({"index_scale": -1.0}, "index_scale: expected a positive number"),
-        ({"num_samples": 0}, "num_samples: expected a positive integer"),
+        ({"num_index_samples": 0}, "num_index_samples: expected a positive integer"),
     ],
 )
 def test_bad_arguments(options, message):

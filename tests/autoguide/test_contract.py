@@ -52,7 +52,7 @@ def step(model, guide, args, loss):
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 @pytest.mark.parametrize(
-    "kind", [kind if kind in KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in GUIDES]
+    "kind", [kind if kind in KINDS else pytest.param(kind, marks=pytest.mark.long) for kind in GUIDES]
 )
 class TestZoo:
     def test_objectives(self, kind, name):

@@ -13,7 +13,10 @@ from pyro_flowvi import AutoIAF, AutoNeuralSpline, AutoNICE, AutoRealNVP, AutoSy
 from tests import zoo
 from tests.autoguide.test_truth import check, conjugate_normal, fitted
 
-GUIDES = [AutoNICE, AutoRealNVP, AutoNeuralSpline, AutoIAF, AutoSylvester]
+GUIDES = [
+    guide if guide is AutoRealNVP else pytest.param(guide, marks=pytest.mark.long)
+    for guide in (AutoNICE, AutoRealNVP, AutoNeuralSpline, AutoIAF, AutoSylvester)
+]
 
 
 def divergence(model, guide, *args, num_samples=20_000):
@@ -68,7 +71,7 @@ def student():
     pyro.sample("x", dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1))
 
 
-@pytest.mark.parametrize("guide_class", [AutoRealNVP, AutoNeuralSpline])
+@pytest.mark.parametrize("guide_class", [AutoRealNVP, pytest.param(AutoNeuralSpline, marks=pytest.mark.long)])
 def test_heavy_tails(guide_class):
     """Student's t with 2.5 degrees of freedom: the 99.9 % quantile, 18.3, and the divergence."""
     quantile = scipy.stats.t(2.5).ppf(1 - 0.0005)
@@ -103,6 +106,7 @@ def correlated(dim, rho=0.9):
     pyro.factor("density", -0.5 * squares - norm)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", [funnel, correlated])
 @pytest.mark.parametrize("guide_class", [AutoNICE, AutoRealNVP, AutoIAF])
 def test_a_thousand_dimensions_train_at_the_defaults(guide_class, model):

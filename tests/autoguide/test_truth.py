@@ -14,7 +14,7 @@ from pyro.distributions import constraints
 from pyro_flowvi import AutoFlow, AutoPlanar, AutoRadial, fit
 from tests import zoo
 
-GUIDES = [AutoPlanar, AutoRadial]
+GUIDES = [AutoPlanar, pytest.param(AutoRadial, marks=pytest.mark.long)]
 
 
 def fitted(guide_class, model, args=(), **options):
@@ -176,6 +176,7 @@ def test_hierarchy_with_full_batch_locals(guide_class):
     check(guide, "theta", mean[1:], sd[1:])
 
 
+@pytest.mark.long
 def test_missing_data():
     """With y of known noise, a missing y is predictive: N(mean of mu, 1 + variance of mu)."""
     model, (y,) = zoo.make_zoo()["missing"]
@@ -226,7 +227,7 @@ def test_low_rank_affine_on_a_correlated_gaussian():
     def model():
         pyro.sample("x", dist.MultivariateNormal(torch.ones(6), covariance))
 
-    guide = fitted(AutoFlow, model, num_steps=2500, guide={"build": "planar", "affine": "low_rank"})
+    guide = fitted(AutoFlow, model, num_steps=2500, guide={"flow": "planar", "affine": "low_rank"})
     check(guide, "x", torch.ones(6), covariance.diagonal().sqrt())
 
 

@@ -176,7 +176,7 @@ class TestGuards:
         guide()
         judge = LogWeights(model, guide)
         assert judge.vectorized
-        weights = Run(model, guide, {}, None, judge, None, True).evaluate()
+        weights = Run(model, guide, None, judge, None, True).evaluate()
         # The guide is the prior: weights are one, but in the batches of which a draw was refused.
         batches = weights.reshape(-1, SMALL_BATCH)
         refused = batches.isneginf().all(-1)
@@ -312,6 +312,7 @@ class TestCheckpoint:
 
         return start
 
+    @pytest.mark.long
     def test_killed_and_resumed_it_ends_bit_for_bit_as_without(self, run, tmp_path):
         whole = run(tmp_path / "whole").communicate()[0].splitlines()
         steps = [int(line) for line in whole if not line.startswith("end")]

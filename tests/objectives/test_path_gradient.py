@@ -628,7 +628,7 @@ NORMAL_RUN = ("annealed", "iw")
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in NORMAL_RUN else pytest.param(n, marks=pytest.mark.slow) for n in COMPILED]
+    "name", [n if n in NORMAL_RUN else pytest.param(n, marks=pytest.mark.long) for n in COMPILED]
 )
 def test_compiled_steps_are_those_of_stock_svi(name):
     """Of the annealed one, both ways to step; its β differs at each."""
