@@ -97,6 +97,7 @@ def test_more_index_draws_make_a_tighter_bound():
 
 @pytest.mark.parametrize("num_extra", [0, 2])
 @pytest.mark.parametrize("elbo", ["stl", "annealed", "graph", "enum"])
+@pytest.mark.long
 def test_gradients_agree_in_the_mean(elbo, num_extra):
     """Every estimator has the mean of the plain one, for all parameters, those of r included."""
     options = {"num_particles": 1000, "vectorize_particles": True, "max_plate_nesting": 1}
@@ -171,6 +172,7 @@ def test_draws_and_indices_are_one_auxiliary_site():
     assert guide.sample_latent().shape == (1,)
 
 
+@pytest.mark.long
 def test_two_far_modes_at_the_defaults():
     """6 sd apart, where a flow that starts at one mode stays there: quadrature is the mixture itself."""
     guide = AutoCIF(two_modes, num_layers=2, hidden=(8,))

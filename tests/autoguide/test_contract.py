@@ -259,6 +259,7 @@ class TestLocals:
         with pytest.raises(ValueError, match=r"site 'theta'.*plate 'data' \(4 of 12\).*AutoGuideList"):
             AutoPlanar(self.model).materialize(torch.randn(12))
 
+    @pytest.mark.long
     def test_the_alternative_works(self):
         guide = AutoGuideList(self.model)
         guide.append(AutoPlanar(poutine.block(self.model, hide=["theta"])))

@@ -71,7 +71,8 @@ def student():
     pyro.sample("x", dist.StudentT(2.5, torch.zeros(2), 1.0).to_event(1))
 
 
-@pytest.mark.parametrize("guide_class", [AutoRealNVP, pytest.param(AutoNeuralSpline, marks=pytest.mark.long)])
+@pytest.mark.parametrize("guide_class", [AutoRealNVP, AutoNeuralSpline])
+@pytest.mark.long
 def test_heavy_tails(guide_class):
     """Student's t with 2.5 degrees of freedom: the 99.9 % quantile, 18.3, and the divergence."""
     quantile = scipy.stats.t(2.5).ppf(1 - 0.0005)

@@ -74,6 +74,7 @@ def test_elbo_reaches_the_evidence(guide_class):
     assert -result.best_loss == pytest.approx(evidence, abs=0.01)
 
 
+@pytest.mark.long
 def test_correlated_gaussian_in_50_dimensions():
     dim = 50
     factor = torch.randn(dim, dim) / math.sqrt(dim)
@@ -210,6 +211,7 @@ def test_enumerated_mixture_against_quadrature():
     check(guide, "loc", mean, sd)
 
 
+@pytest.mark.long
 def test_subsampled_plate_without_locals():
     model, (y,) = zoo.make_zoo()["subsampled_globals"]
     guide = fitted(AutoPlanar, model, (y,), num_steps=3000)

@@ -164,6 +164,7 @@ def test_one_component_is_maximum_likelihood():
 # -- recipes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_starts_are_ranked_by_held_out_rows(monkeypatch):
     """k-means cuts the circles in half planes; the likelihood of held-out rows knows better."""
     x, y = two_circles(150)

@@ -130,7 +130,13 @@ class TestAnnihilate:
 
     @pytest.mark.parametrize(
         "options",
-        [{"inference": "amortized"}, {"weights": "dirichlet"}, {"shared_layers": 1}, {"index_dim": 1}],
+        [
+            {"weights": "dirichlet"},
+            *(
+                pytest.param(options, marks=pytest.mark.long)
+                for options in ({"inference": "amortized"}, {"shared_layers": 1}, {"index_dim": 1})
+            ),
+        ],
         ids=str,
     )
     def test_every_kind_of_mixture(self, options):
