@@ -37,6 +37,7 @@ def _float32():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.long
 def test_eight_schools(tmp_path, capsys):
     figure = tmp_path / "funnel.png"
     assert main(["demo", "--steps", "20", "--figure", str(figure)]) == 0

@@ -147,6 +147,7 @@ def test_importance_weighted_objectives_agree():
     assert z.abs().max() < 5.0
 
 
+@pytest.mark.long
 def test_log_prob_is_an_estimate_from_below():
     guide = make(conjugate, Y, num_index_samples=2000)
     draws = guide.sample_posterior(50)

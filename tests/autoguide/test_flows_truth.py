@@ -52,6 +52,7 @@ def two_modes():
     pyro.factor("density", mixture.log_prob(x))
 
 
+@pytest.mark.long
 def test_spline_has_two_modes():
     guide = fitted(
         AutoNeuralSpline,

@@ -222,6 +222,7 @@ def test_subsampled_plate_without_locals():
     assert abs(math.log(got_sd / sd)) <= 0.2
 
 
+@pytest.mark.long
 def test_low_rank_affine_on_a_correlated_gaussian():
     factor = torch.randn(6, 1)
     covariance = factor @ factor.T + 0.5 * torch.eye(6)

@@ -43,7 +43,7 @@ def iw_bound(loc, log_scale, slope, y, num, points=24):
     return (mass * (total - math.log(num))).sum()
 
 
-@pytest.mark.parametrize("vectorized", [True, False])
+@pytest.mark.parametrize("vectorized", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("dreg", [True, False])
 def test_iw_is_unbiased(dreg, vectorized):
     y = torch.tensor(1.5)

@@ -128,7 +128,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("vectorized", [True, False])
+@pytest.mark.parametrize("vectorized", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_guide_whose_sites_depend_on_one_another(vectorized):
     def model():
         z1 = pyro.sample("z1", dist.Normal(0.0, 1.0))
@@ -165,7 +165,7 @@ def rows_params(y):
     return loc, pyro.param("log_scale", -0.2 * torch.ones(len(y)))
 
 
-@pytest.mark.parametrize("vectorized", [True, False])
+@pytest.mark.parametrize("vectorized", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_subsampled_plate(vectorized):
     y = torch.tensor([1.0, -1.0, 2.0, 0.5])
 
@@ -186,7 +186,7 @@ def test_subsampled_plate(vectorized):
     assert_unbiased(gradients(elbo, model, guide, params, 400, (y,)), exact)
 
 
-@pytest.mark.parametrize("vectorized", [True, False])
+@pytest.mark.parametrize("vectorized", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("change", ["mask", "scale"])
 def test_masks_and_scales(change, vectorized):
     y = torch.tensor([1.0, -1.0, 2.0])

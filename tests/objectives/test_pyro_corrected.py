@@ -31,7 +31,7 @@ def mixture_loss(logits, table):
     return (joint.exp() * (joint - torch.tensor([0.5, 0.3, 0.2]).log())).sum()
 
 
-@pytest.mark.parametrize("vectorized", [True, False])
+@pytest.mark.parametrize("vectorized", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_auxiliary_site_without_a_path(vectorized):
     """Measured: Pyro's is off by up to 0.21, which is the gradient of the auxiliary site's entropy."""
     num, options = 300, {"num_particles": 20 if vectorized else 4, "vectorize_particles": vectorized}

@@ -72,8 +72,17 @@ def test_layer(name, dim, scale):
     check_transform(randomized(LAYERS[name](dim), scale), torch.randn(6, dim))
 
 
-@pytest.mark.parametrize("batch", [(4,), (2, 3)])
-@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("dim", "batch"),
+    [
+        (1, (4,)),
+        (2, (2, 3)),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in ((1, (2, 3)), (2, (4,)), (5, (4,)), (5, (2, 3)))
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", FLOWS)
 def test_registry(name, dim, batch):
     flow = randomized(FLOWS[name](dim, num_layers=3, hidden=(5,)), 0.3)

@@ -34,7 +34,9 @@ def bisect(y, raw, bound):
     return torch.where(y.abs() > bound, y, 0.5 * (low + high))
 
 
-@pytest.mark.parametrize("bound", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize(
+    "bound", [pytest.param(1.0, marks=pytest.mark.long), 3.0, pytest.param(10.0, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_float32_round_trip_is_as_good_as_that_of_an_exact_inverse(scale, bound):
     x, raw = cases(scale, bound)

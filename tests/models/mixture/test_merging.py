@@ -147,6 +147,7 @@ class TestAnnihilate:
         elbo = TraceEnum_ELBO(max_plate_nesting=1)
         assert math.isfinite(elbo.loss(result.model.model, result.model.guide, clusters(20)))
 
+    @pytest.mark.long
     def test_the_seed_decides(self):
         model, x = placed(FIVE), clusters()
         first, again = (annihilate(model, x, seed=3, **QUICK) for _ in range(2))
