@@ -1,5 +1,6 @@
 """Test settings: float64, a fixed seed, an empty param store; --device, --dtype, --run-long, --run-slow."""
 
+import gc
 import math
 
 import numpy as np
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for mark in left_out & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=f"needs --run-{mark}"))
+
+
+def pytest_collection_finish():
+    # Full collections, by which names are freed, need not go through all of torch and of the tests each time.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -50,13 +50,14 @@ def make(model=model, guide=guide, optim=None, loss=None, **options):
 
 
 def refused(model, *args, guide=guide, **kwargs):
-    """The one warning of a run that stays eager."""
+    """The one warning of a run that stays eager, long enough that it would compile."""
     svi = make(model, guide)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("always")
-        losses = svi.run(2000, *(args or (Y,)), progress=False, **kwargs)
+        patch.setattr(policy, "PAYS_AT_LEAST", 300)
+        losses = svi.run(500, *(args or (Y,)), progress=False, **kwargs)
     assert not svi.compiled
-    assert len(losses) == 2000
+    assert len(losses) == 500
     assert losses[-100:].mean() < losses[:100].mean()
     (warning,) = [w for w in caught if w.category is CompileWarning]
     return str(warning.message)
@@ -92,6 +93,7 @@ class TestRefusals:
 
         assert "two runs with one seed differ" in refused(model)
 
+    @pytest.mark.long
     def test_the_value_of_a_draw(self):
         def model(y):
             mu = prior()
@@ -110,6 +112,7 @@ class TestRefusals:
 
         assert "if mu > 100.0:" in refused(model)
 
+    @pytest.mark.long
     def test_a_branch_on_a_parameter(self):
         def model(y):
             if pyro.param("loc", torch.tensor(0.0)) > 100.0:
@@ -135,6 +138,7 @@ class TestRefusals:
 
         assert "site extra" in refused(model)
 
+    @pytest.mark.long
     def test_a_parameter_that_appears_sometimes(self):
         def model(y):
             if torch.rand(()) > 0.5:

@@ -128,6 +128,7 @@ def test_gradients_agree_in_the_mean(elbo, num_extra):
     assert z.square().mean() < 2.0
 
 
+@pytest.mark.long
 def test_importance_weighted_objectives_agree():
     """The doubly reparameterised gradient in the extended space has the mean of the plain one."""
     guide = make(conjugate, Y)
@@ -154,7 +155,7 @@ def test_log_prob_is_an_estimate_from_below():
     assert guide.lower_bound
     with torch.no_grad():
         close = guide.log_prob(draws)
-        guide.num_samples = 20
+        guide.num_index_samples = 20
         rough = torch.stack([guide.log_prob(draws) for _ in range(100)])
         grid = torch.linspace(-6.0, 8.0, 201).unsqueeze(-1)
         mass = guide.get_posterior().log_prob_bound(grid, 1000).exp().sum() * 14.0 / 200

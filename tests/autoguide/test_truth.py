@@ -19,8 +19,7 @@ GUIDES = [AutoPlanar, pytest.param(AutoRadial, marks=pytest.mark.long)]
 
 def fitted(guide_class, model, args=(), **options):
     guide = guide_class(model, **options.pop("guide", {}))
-    # Each model would be compiled once; that compiled steps equal eager ones is tested elsewhere.
-    fit(model, guide, *args, seed=0, compile=False, progress=False, **options)
+    fit(model, guide, *args, seed=0, progress=False, **options)
     return guide
 
 
@@ -67,7 +66,7 @@ def test_conjugate_normal_anywhere(guide_class, name, prior_sd, noise_sd):
 def test_elbo_reaches_the_evidence(guide_class):
     model, args = zoo.make_zoo()["far"]
     guide = guide_class(model)
-    result = fit(model, guide, *args, num_steps=2000, lr=0.02, seed=0, compile=False, progress=False)
+    result = fit(model, guide, *args, num_steps=2000, lr=0.02, seed=0, progress=False)
     y = args[0].numpy()
     covariance = np.eye(len(y)) + 1e6
     evidence = scipy.stats.multivariate_normal(np.zeros(len(y)), covariance).logpdf(y)

@@ -128,6 +128,7 @@ class TestDiagnose:
         assert diagnose(model, guide, *args).verdict == "poor"
 
     @pytest.mark.parametrize("name", ["enumerated", "not_for_batches"])
+    @pytest.mark.long
     def test_draw_by_draw(self, name):
         model, args = zoo.make_zoo()[name]
         guide = AutoPlanar(model, num_layers=2)

@@ -351,6 +351,7 @@ class TestCompiled:
 
 
 class TestBestState:
+    @pytest.mark.long
     def test_a_start_without_density_does_not_freeze_the_run(self):
         """-inf among the first weights must not make every later state look worse."""
         y = 3 + torch.randn(20)

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flowvi.testing import check_transform
 from pyro_flowvi.transforms import AffineAutoregressive, Autoregressive, Conditional, SplineAutoregressive
 from pyro_flowvi.transforms.univariate import Affine
-from tests.transforms.test_properties import randomized
+from tests.transforms.layers import randomized
 
 LAYERS = [AffineAutoregressive, SplineAutoregressive]
 

@@ -27,7 +27,7 @@ from pyro_flowvi.transforms import (
     multiscale_realnvp,
 )
 from pyro_flowvi.transforms.univariate import Affine
-from tests.transforms.test_properties import randomized
+from tests.transforms.layers import randomized
 
 # Smooth: a finite difference across the kink of a ReLU is no derivative.
 SMALL = {"num_layers": 1, "channels": 1, "num_blocks": 1, "activation": "tanh"}

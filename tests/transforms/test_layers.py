@@ -29,7 +29,7 @@ from pyro_flowvi.transforms import (
 )
 from pyro_flowvi.transforms.sylvester import orthonormal_frame
 from pyro_flowvi.transforms.univariate import Affine
-from tests.transforms.test_properties import randomized
+from tests.transforms.layers import randomized
 
 NETWORKS = ("nice", "realnvp", "neural_spline", "neural_spline_ar", "iaf", "maf")
 

@@ -37,7 +37,7 @@ from pyro_flowvi.transforms.base import (
     score_by_inverse,
 )
 from pyro_flowvi.transforms.univariate import Additive, Affine, Multiplicative, RationalQuadratic
-from tests.transforms.test_properties import LAYERS, randomized
+from tests.transforms.layers import LAYERS, randomized
 
 
 def mixed(dim):

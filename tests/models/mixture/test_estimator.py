@@ -81,6 +81,7 @@ else:
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
 
 
+@pytest.mark.long
 def test_pipeline_search_clone_and_pandas():
     pandas = pytest.importorskip("pandas")
     x, y = (part[np.random.default_rng(0).permutation(120)] for part in blobs(dim=3, distance=10.0))
