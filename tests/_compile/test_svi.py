@@ -93,7 +93,6 @@ class TestRefusals:
 
         assert "two runs with one seed differ" in refused(model)
 
-    @pytest.mark.long
     def test_the_value_of_a_draw(self):
         def model(y):
             mu = prior()
@@ -112,7 +111,6 @@ class TestRefusals:
 
         assert "if mu > 100.0:" in refused(model)
 
-    @pytest.mark.long
     def test_a_branch_on_a_parameter(self):
         def model(y):
             if pyro.param("loc", torch.tensor(0.0)) > 100.0:
@@ -138,7 +136,6 @@ class TestRefusals:
 
         assert "site extra" in refused(model)
 
-    @pytest.mark.long
     def test_a_parameter_that_appears_sometimes(self):
         def model(y):
             if torch.rand(()) > 0.5:

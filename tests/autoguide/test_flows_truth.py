@@ -52,7 +52,6 @@ def two_modes():
     pyro.factor("density", mixture.log_prob(x))
 
 
-@pytest.mark.long
 def test_spline_has_two_modes():
     guide = fitted(
         AutoNeuralSpline,

@@ -351,8 +351,10 @@ class TestCompiled:
 
 
 class TestBestState:
-    @pytest.mark.long
-    def test_a_start_without_density_does_not_freeze_the_run(self):
+    @pytest.mark.parametrize(
+        "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
+    )
+    def test_a_start_without_density_does_not_freeze_the_run(self, seed):
         """-inf among the first weights must not make every later state look worse."""
         y = 3 + torch.randn(20)
 
@@ -362,17 +364,13 @@ class TestBestState:
             with pyro.plate("rows", len(y)):
                 pyro.sample("y", dist.Normal(x.unsqueeze(-1), 1.0), obs=y)
 
-        for seed in range(5):
-            pyro.clear_param_store()
-            guide = AutoNormal(model, init_scale=1.0)
-            try:
-                result = fit(
-                    model, guide, y, num_steps=500, num_particles=2, lr=0.05, seed=seed, progress=False
-                )
-            except FitDiverged:
-                continue  # a draw without density ended this seed
-            assert guide.median()["x"].item() == pytest.approx(y.mean().item(), abs=0.6)
-            assert result.best_loss < 100.0
+        guide = AutoNormal(model, init_scale=1.0)
+        try:
+            result = fit(model, guide, y, num_steps=500, num_particles=2, lr=0.05, seed=seed, progress=False)
+        except FitDiverged:
+            pytest.skip("a draw without density ended this seed")
+        assert guide.median()["x"].item() == pytest.approx(y.mean().item(), abs=0.6)
+        assert result.best_loss < 100.0
 
     def test_early_divergence_goes_back_to_the_start(self):
         seen = {"steps": 0}
