@@ -1,6 +1,6 @@
 """Every private name of Pyro that the package uses; no other module imports one.
 
-Tried on Pyro 1.9.1 and 1.9.2.  Methods that a subclass overrides or inherits are used where they stand:
+Tried on Pyro 1.9.2.  Methods that a subclass overrides or inherits are used where they stand:
 ``_get_trace`` and ``_vectorized_num_particles`` of objectives, ``_setup_prototype``, ``_prototype_hide_fn``
 and ``_pyro_context`` of guides, ``_get_optim`` of optimizers, and the marks ``_pyro_...`` on tensors.
 """
