@@ -6,6 +6,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from .._program.call import refusing_data
+from .._types import CompileMode
 from .graph_cache import GraphCache
 from .policy import CompileWherePays, InterpretWherePays, Mode, Policy, Settled
 from .step import CompiledStep, StepStats
@@ -32,7 +33,7 @@ class Stepper:
         svi: SVI,
         loss: Any,
         *,
-        compile: bool | str,
+        compile: CompileMode,
         interprets: bool = False,
         limits: Tensor | None = None,
     ) -> None:

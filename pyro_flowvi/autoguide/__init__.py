@@ -9,7 +9,7 @@ from .flow import AutoFlow
 from .flow_mixture import AutoFlowMixture
 from .named import *  # noqa: F403  what named.__all__ lists: a new guide is entered there alone
 
-__all__ = ["AutoCIF", "AutoFlow", "AutoFlowMixture"]
+__all__ = ["GUIDES", "AutoCIF", "AutoFlow", "AutoFlowMixture"]
 __all__ += named.__all__
 
 GUIDES: Final = MappingProxyType({vars(named)[name]._flow_key: vars(named)[name] for name in named.__all__})

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .._compile.stepper import Stepper
 from .._program.log_density import REFUSALS
+from .._types import CompileMode
 from ..objectives._choice import state_of
 from ._averaging import WeightAverage
 from ._batches import Call, Supply
@@ -74,7 +75,7 @@ class TrainingLoop:
         run: Run,
         num_steps: int,
         lr: float | None,
-        compile: bool | str,
+        compile: CompileMode,
         arguments: Supply,
         fresh_data: bool = False,
         may_settle: bool = True,
