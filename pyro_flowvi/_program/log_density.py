@@ -17,6 +17,7 @@ from torch import Tensor
 from .._types import Program, Site, Trace
 from .batching import NUM_PROBES, Score, align, batched, in_parts, runs_batched, site_log_probs
 from .enumeration import enumerated_log_weights
+from .left_out import check_left_out, find_left_out
 from .packing import Packing
 from .pyro_private import compute_model_factors, get_traces
 from .sites import latent_sites
@@ -38,7 +39,9 @@ class UnconstrainedModel:
     :param args: the model's positional arguments.
     :param kwargs: the model's keyword arguments.
     :param init_loc_fn: where each latent site starts.
-    :raises ValueError: as :func:`prototype`.
+    :param left_out: by site, the unconstrained numbers that are no part of the vector; by default those that
+        no density touches.
+    :raises ValueError: as :func:`prototype`, or if a density touches what is to be left out.
 
     Example::
 
@@ -55,22 +58,32 @@ class UnconstrainedModel:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         init_loc_fn: Callable[[Site], Tensor] = init_to_median,
+        left_out: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._model, self._args, self._kwargs = model, args, dict(kwargs or {})
         trace = prototype(model, args, kwargs, init_loc_fn)
         sites = dict(latent_sites(trace))
         self.packing: Packing = Packing(sites)
         """The sites' places in the vector."""
-        start = self.packing.unconstrain({name: site["value"] for name, site in sites.items()})[0]
-        self.start: Tensor = start.nan_to_num(0.0, 0.0, 0.0)
-        """The starting point, shape ``(D,)``."""
-        self.dim: int = len(self.start)
-        """The number D of unconstrained coordinates."""
         structure = ProgramStructure.of(trace)
         self._nesting = structure.max_plate_nesting
         self._enumerated = bool(structure.discrete)
         self.subsampled: bool = structure.subsampled
         """Whether the model sees a random part of its data; here it is the same part at every call."""
+        found = find_left_out(sites, self._log_prob)
+        if left_out is None:
+            left_out = found
+        else:
+            check_left_out({name: out for name, out in left_out.items() if name in sites}, found)
+        if left_out:
+            self.packing = Packing(sites, left_out)
+        self.dim: int = self.packing.dim
+        """The number D of unconstrained coordinates."""
+        if not self.dim:
+            raise ValueError("model: expected a latent that a density touches, got masked ones only")
+        start = self.packing.unconstrain({name: site["value"] for name, site in sites.items()})[0]
+        self.start: Tensor = start.nan_to_num(0.0, 0.0, 0.0)
+        """The starting point, shape ``(D,)``."""
         self.batched: bool = self._runs_batched()
         """Whether the model scores many points in one run."""
 
@@ -119,23 +132,25 @@ class UnconstrainedModel:
         for name, value, log_det in self._values(rows):
             values[name] = value
             log_dets.append(log_det)
-        model = poutine.condition(self._model, data=values)
+        density = self._log_prob(values, size) + torch.stack(log_dets).sum(0)
+        return density.reshape(z.shape[:-1])
+
+    def _log_prob(self, values: Mapping[str, Tensor], size: int = 1) -> Tensor:
+        """The model's log density of values by site, a scalar; of many points at once shape ``(size,)``."""
+        model = poutine.condition(self._model, data=dict(values))
         fixed = torch.random.fork_rng() if self.subsampled else ExitStack()
         with fixed, poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             if self.subsampled:
                 torch.manual_seed(0)
             warnings.filterwarnings("ignore", "Encountered NaN")
             if self._enumerated:
-                density = self._sum_out(model, size)
-            else:
-                if size > 1:
-                    model = batched(model, size, self._nesting)
-                trace: Trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-                trace = prune_subsample_sites(trace)
-                parts = site_log_probs(trace, size if size > 1 else None, self._nesting)
-                density = torch.stack(list(parts.values())).sum(0)
-        density = density + torch.stack(log_dets).sum(0)
-        return density.reshape(z.shape[:-1])
+                return self._sum_out(model, size)
+            if size > 1:
+                model = batched(model, size, self._nesting)
+            trace: Trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+            trace = prune_subsample_sites(trace)
+            parts = site_log_probs(trace, size if size > 1 else None, self._nesting)
+            return torch.stack(list(parts.values())).sum(0)
 
     def _sum_out(self, model: Program, size: int) -> Tensor:
         def nothing(*args: Any, **kwargs: Any) -> None:

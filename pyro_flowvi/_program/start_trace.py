@@ -67,7 +67,6 @@ def prototype(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     init_loc_fn: Callable[[Site], Tensor] = init_to_median,
-    before_run: Callable[[], None] = lambda: None,
 ) -> Trace:
     """A trace of the model at its starting point, checked for what continuous VI cannot serve.
 
@@ -75,7 +74,6 @@ def prototype(
     :param args: the model's positional arguments.
     :param kwargs: the model's keyword arguments.
     :param init_loc_fn: where each latent site starts.
-    :param before_run: called before each run of the model, to drop what a run may have cached.
     :raises ValueError: naming the site, for a model without continuous latent sites, a discrete site
         that is not enumerated, a local latent under a subsampled plate, a support that depends on
         another latent, or NaN in the data.
@@ -89,7 +87,6 @@ def prototype(
     kwargs = kwargs or {}
 
     def run(jitter: float = 0.0) -> Trace:
-        before_run()
         started = InitMessenger(SafeInit(init_loc_fn, jitter))(model)
         return prune_subsample_sites(poutine.trace(started).get_trace(*args, **kwargs))
 

@@ -26,6 +26,7 @@ PROTOTYPE_STATE = (
     "_cond_indep_stacks",
     "latent_dim",
     "plates",
+    "_packing",
     "_data",
 )
 """What the guide keeps of its traces of the model; copies share it."""

@@ -1,21 +1,22 @@
-"""A guide's traces of its model: made once, and made again where the data could have changed the latents."""
+"""A guide's trace of its model: what it knows of the latents."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
+from torch import Tensor
 
+from .._program.left_out import check_left_out, uncounted
 from .._program.log_density import UnconstrainedModel
-from .._program.sites import is_enumerated
+from .._program.packing import Packing
+from .._program.sites import is_enumerated, latent_sites
 from .._program.start_trace import SafeInit, prototype
 from ._lifecycle import PROTOTYPE_STATE, NamedGuide
 
 __all__ = ["PrototypeGuide"]
-
-_MAX_SIGNATURES = 100
 
 
 class PrototypeGuide(NamedGuide):
@@ -31,21 +32,23 @@ class PrototypeGuide(NamedGuide):
 
     def __init__(self, model: Callable[..., Any], init_loc_fn: Callable[..., Any], name: str | None) -> None:
         super().__init__(model, SafeInit(init_loc_fn), name)
-        self._signatures: set[Any] = set()
         self._data: tuple[Any, Any] | None = None
+        self._packing: Packing
 
     def materialize(self, *args: Any, **kwargs: Any) -> Self:
         """Sets the guide up with the model's arguments, so that its parameters exist; returns it.
 
+        A guide that is set up takes other data of the same latents.
+
         :raises RuntimeError: if the guide lost its model in a copy or a pickle.
-        :raises ValueError: as the class says.
+        :raises ValueError: as the class says, or if these data have other latents.
         """
         if self.prototype_trace is None:
             with self._pyro_context:
                 self._setup_prototype(*args, **kwargs)
-        elif self._stale:
+        elif self._stale or self._raw_model[0] is not None:
             self._require_model()
-            self._reset_prototype(args, kwargs)
+            self._trace_again(args, kwargs)
         self._data = args, kwargs
         return self
 
@@ -79,83 +82,128 @@ class PrototypeGuide(NamedGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model = self._require_model()
         with self._apart() as clear:
-            prototype(model, args, kwargs, self._init_fn.init_loc_fn, before_run=clear)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                clear()
+                return model(*args, **kwargs)
+
+            trace = prototype(run, args, kwargs, self._init_fn.init_loc_fn)
+            masked = any(uncounted(site) is not None for _, site in latent_sites(trace))
+            left_out = self._density_of(run, args, kwargs).packing.left_out if masked else {}
             try:
                 clear()
                 super()._setup_prototype(*args, **kwargs)
                 if self.master is None:
                     self._create_plates(*args, **kwargs)
+                self._pack(left_out)
                 self._build_flow()
             except BaseException:
                 self.prototype_trace = None
                 raise
-        self._signatures = {_signature((args, kwargs))}
+
+    def _pack(self, left_out: Mapping[str, Tensor]) -> None:
+        """Finds the latents' places, once they are known."""
+        trace: Any = self.prototype_trace
+        sites = {name: trace.nodes[name] for name in self._unconstrained_shapes}
+        self._packing = Packing(sites, left_out)
+        self.latent_dim = self._packing.dim
+
+    def _init_loc(self) -> Tensor:
+        """The starting point of the latents that the flow draws."""
+        values = {name: self._site(name)["value"].detach() for name in self._packing.latents}
+        return self._packing.unconstrain(values)[0]
+
+    def _site(self, name: str) -> Any:
+        trace: Any = self.prototype_trace
+        return trace.nodes[name]
 
     def _build_flow(self) -> None:
         """Makes the parameters, for the latents that are known now."""
         raise NotImplementedError(f"{type(self).__name__}._build_flow")
 
-    def _reset_prototype(self, args: Any, kwargs: Any) -> None:
-        """Traces the model again; the latents must be those that the flow was built for."""
-        before = dict(self._unconstrained_shapes)
+    def _trace_again(self, args: Any, kwargs: Any) -> None:
+        """Traces the model at other data: the latents must be those that the flow was built for.
+
+        What is known of them stays as it is, unless the guide was moved to another device or dtype.
+        """
         saved = {key: self.__dict__[key] for key in PROTOTYPE_STATE}
+        packing = self._packing
         # Sites that were observed at set-up and now are not (a prediction) are the model's to draw.
-        self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in before
+        self.__dict__["_prototype_hide_fn"] = lambda msg: _hidden(msg) or msg["name"] not in packing.latents
         try:
             # What the model draws here is no part of the user's stream of random numbers.
             with torch.random.fork_rng(), self._apart():
                 super()._setup_prototype(*args, **kwargs)
-        except BaseException:
-            self.__dict__.update(saved)
-            raise
+            self._pack(packing.left_out)
+            self._check_same(packing, self._packing)
+            if self._stale:
+                saved, self._stale = {}, False
         finally:
-            del self.__dict__["_prototype_hide_fn"]
-        after = self._unconstrained_shapes
-        if after != before:
             self.__dict__.update(saved)
-            for name in {**before, **after}:
-                old, new = before.get(name), after.get(name)
-                if old != new:
-                    raise ValueError(
-                        f"site {name!r}: expected unconstrained shape "
-                        f"{None if old is None else tuple(old)}, which the guide was set up with, "
-                        f"got {None if new is None else tuple(new)}; build a guide for this data"
-                    )
-        self._stale = False
+            del self.__dict__["_prototype_hide_fn"]
+
+    def _check_same(self, before: Packing, after: Packing) -> None:
+        """Refuses data with other latents.
+
+        :raises ValueError: naming the site.
+        """
+        for name in {**before.latents, **after.latents}:
+            old, new = (
+                tuple(packing.latents[name].free_shape) if name in packing.latents else None
+                for packing in (before, after)
+            )
+            if old != new:
+                raise ValueError(
+                    f"site {name!r}: expected unconstrained shape {old}, which the guide was set up with, "
+                    f"got {new}; build a guide for this data.  To predict new rows, keep the latents that "
+                    "they share with the old ones, and let the model draw their own: "
+                    "globals = {name: draws[name] for name in (...)} of "
+                    "draws = guide.sample_posterior(1000), and "
+                    "Predictive(model, posterior_samples=globals)"
+                )
 
     def _ready(self, args: Any, kwargs: Any) -> None:
-        """Sets the guide up, or checks that the latents are still the same."""
+        """Sets the guide up at its first call; from then on it answers whatever it is called with."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
             return
-        if torch._C._get_tracing_state():  # of torch.jit: sizes are tensors then
+        if self._raw_model[0] is None or torch._C._get_tracing_state():
             return
-        seen = _signature((args, kwargs))
-        known = seen in self._signatures or len(self._signatures) >= _MAX_SIGNATURES
-        if (self._stale or not known) and self._raw_model[0] is not None:
-            self._reset_prototype(args, kwargs)
-        self._signatures.add(seen)
+        if self._stale:
+            with suppress(Exception):  # a call without data: the next one with them will do
+                self._trace_again(args, kwargs)
+        if self._packing.left_out:
+            self._check_masks(args, kwargs)
+
+    def _check_masks(self, args: Any, kwargs: Any) -> None:
+        """Reads the model's masks at these data: what was masked out at set-up must be so now."""
+        trace: Any = self.prototype_trace
+        values = {name: trace.nodes[name]["value"] for name in self._packing.latents}
+        try:
+            with self._apart():
+                at_set_up = poutine.trace(poutine.condition(self._require_model(), data=values))
+                sites = at_set_up.get_trace(*args, **kwargs).nodes
+        except Exception:  # a call without data
+            return
+        now = {name: uncounted(sites[name]) for name in self._packing.left_out if name in sites}
+        check_left_out({name: self._packing.left_out[name] for name in now}, now)
 
     def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
         """The log density of the guide's model over the latents as the guide packs them.
 
         :raises RuntimeError: if the guide lost its model in a copy or a pickle.
+        :raises ValueError: if these data have other latents than those that the guide was set up with.
         """
-        return UnconstrainedModel(self._require_model(), args, kwargs, self._init_fn.init_loc_fn)
+        density = self._density_of(self._require_model(), args, kwargs)
+        if self.prototype_trace is not None:
+            self._check_same(self._packing, density.packing)
+        return density
+
+    def _density_of(self, model: Callable[..., Any], args: Any, kwargs: Any) -> UnconstrainedModel:
+        left_out = None if self.prototype_trace is None else self._packing.left_out
+        return UnconstrainedModel(model, args, kwargs, self._init_fn.init_loc_fn, left_out)
 
 
 def _hidden(msg: dict[str, Any]) -> bool:
     """What the prototype leaves out: all but latents, and of those what the model enumerates."""
     return bool(AutoContinuous._prototype_hide_fn(msg)) or is_enumerated(msg)
-
-
-def _signature(value: Any) -> Any:
-    """What of a model's arguments can change the number of its latents; hashable."""
-    if isinstance(value, Mapping):
-        return tuple((key, _signature(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_signature, value))
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple):  # of a distribution it is a method
-        return tuple(shape)
-    return value if isinstance(value, bool | int | str | None) else type(value)

@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from numbers import Integral
 from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from .._checks import check_dtype, check_positive
 from .._compile.log_density import traced
 from .._program.log_density import UnconstrainedModel
-from .._program.packing import Packing
 from .._program.pyro_private import is_module_local_param_enabled
 from .._types import AffineKind, InitFn, Program
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
@@ -28,7 +29,7 @@ from ._affine import AFFINES, affine_layer, enter_frame, frame_of, leave_frame, 
 from ._latent_site import CallPosterior
 from ._protocol import FitOptions, Frame
 from ._prototype import PrototypeGuide
-from ._summaries import marginal_quantiles
+from ._summaries import marginal_quantiles, reference_normal
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
@@ -57,8 +58,16 @@ class AutoFlow(PrototypeGuide):
     :raises ValueError: if an argument is not of the described kind, or ``name`` belongs to a live guide or
         model; at set-up as :func:`pyro_flowvi._program.start_trace.prototype`.
 
-    Parameters exist after :meth:`materialize` or the first call.  Reference: Rezende and Mohamed,
-    *Variational Inference with Normalizing Flows*, 2015.
+    Parameters exist after :meth:`materialize` or the first call.  From then on a call answers with the
+    latents of that set-up, whatever its arguments: none, new rows for ``Predictive``, a longer horizon of a
+    forecast.  New rows that have latents of their own take those from the model, with
+    ``Predictive(model, posterior_samples=globals)`` and ``globals`` what they share with the old ones.
+
+    Elements of latents that the model masks out and nothing else sees (padding, what ``obs_mask`` says is
+    observed) are left out of the flow: they are drawn from a standard normal whose density counts nowhere, so
+    that the ELBO is that of the model without them.  The model's masks are read at every call.
+
+    Reference: Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015.
 
     Example::
 
@@ -258,26 +267,43 @@ class AutoFlow(PrototypeGuide):
         return latent
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws every latent site, in the model's plates; the arguments are the model's."""
+        """Draws every latent site, in the model's plates.
+
+        :param args: the model's arguments.  The first call sets the guide up with them; later ones may leave
+            them out, or give others: a guide answers with the latents that it was set up for.
+        :param kwargs: the model's keyword arguments.
+        :raises ValueError: at set-up as the class says; later if an element that the model had masked out
+            at set-up no longer is.
+        """
         self._ready(args, kwargs)
         self._announce_params()
-        drawn: dict[str, Tensor] = super().forward(*args, **kwargs)
+        packing = self._packing
+        latent = packing.complete(self.sample_latent(*args, **kwargs), self._sample_left_out)
+        plates, drawn = self._create_plates(*args, **kwargs), {}
+        for site, free in super()._unpack_latent(latent):
+            name = site["name"]
+            value, log_det = packing.latents[name].constrain(free)
+            log_density = 0.0 if poutine.get_mask() is False else -log_det
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
+                delta = dist.Delta(value, log_density=log_density, event_dim=site["fn"].event_dim)
+                drawn[name] = pyro.sample(name, delta)
         return drawn
 
-    @property
-    def _packing(self) -> Packing:
-        return Packing({name: self._site(name) for name in self._unconstrained_shapes})
+    def _sample_left_out(self, shape: tuple[int, ...]) -> Tensor:
+        """Draws what no density touches, as an auxiliary site without a density of its own."""
+        like = next(self._flow.parameters(), torch.zeros(()))
+        noise = dist.Normal(like.new_zeros(shape[-1]), 1.0).to_event(1).mask(False)
+        site = f"_{self._pyro_name}_left_out"
+        rest: Tensor = pyro.sample(site, noise, infer={"is_auxiliary": True})
+        return rest
 
-    def _split(self, latent: Tensor) -> dict[str, Tensor]:
-        """Unconstrained values by site, each ``batch + site shape``, of ``latent`` ``(*batch, D)``."""
-        return self._packing.split(latent)
-
-    def _site(self, name: str) -> Any:
-        trace: Any = self.prototype_trace
-        return trace.nodes[name]
+    def _unpack_latent(self, latent: Tensor) -> Any:
+        return super()._unpack_latent(self._packing.complete(latent, torch.randn))
 
     def _bijection(self, name: str) -> Any:
-        return biject_to(self._site(name)["fn"].support)
+        return self._packing.latents[name].bijection
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int | Shape = (), resample: bool = False) -> dict[str, Tensor]:
@@ -322,17 +348,22 @@ class AutoFlow(PrototypeGuide):
 
     def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
         def split(latent: Tensor) -> dict[str, Tensor]:
-            return self._split(latent[..., : self.latent_dim])
+            return self._split_points(latent[..., : self.latent_dim])
 
         return marginal_quantiles(self._flow, probs, split, self._bijection)
 
+    def _split_points(self, latent: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values by site of many points; what is left out is the same at every call."""
+        rest = reference_normal(len(latent), self._packing.num_left_out) if self._packing.left_out else latent
+        return self._packing.split(latent, rest)
+
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The marginal posterior median of every site; the arguments, if any, are the model's.
+        """The marginal posterior median of every site; the model's arguments set the guide up if need be.
 
         Of vector supports such as the simplex: the image of the median in the unconstrained space.
         """
-        if args or kwargs:
+        if self.prototype_trace is None and (args or kwargs):
             self.materialize(*args, **kwargs)
         return self._quantile(torch.tensor(0.5))
 
@@ -344,7 +375,7 @@ class AutoFlow(PrototypeGuide):
         :return: site name -> tensor of shape ``(n,) + site shape``.
         :raises ValueError: if a probability is outside [0, 1].
         """
-        if args or kwargs:
+        if self.prototype_trace is None and (args or kwargs):
             self.materialize(*args, **kwargs)
         probs = torch.as_tensor(quantiles, dtype=torch.float64)
         if bool(((probs < 0) | (probs > 1)).any()):

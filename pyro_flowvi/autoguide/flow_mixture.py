@@ -286,4 +286,4 @@ class AutoFlowMixture(AutoFlow):
                 for x, k in zip(points[:, 1:].to(weights).split(rows), component.split(rows), strict=True)
             ]
         )
-        return sample_quantiles(self._split(latent), probs.to(weights), self._bijection)
+        return sample_quantiles(self._split_points(latent), probs.to(weights), self._bijection)

@@ -46,13 +46,7 @@ class WeightedDraws:
 
     def names(self) -> list[str]:
         """A name for each of the D coordinates of ``z``, such as ``theta[2]``."""
-        if self.density is None:
-            return []
-        names = []
-        for site, index in self.density.packing.split(torch.arange(self.density.dim)).items():
-            for place in np.ndindex(tuple(index.shape)):
-                names.append(site + (f"[{','.join(map(str, place))}]" if place else ""))
-        return names
+        return [] if self.density is None else self.density.packing.names()
 
 
 def _score_draws(particles: LogWeights, size: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,7 +7,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.optim import Adam
 
-from pyro_flowvi import AutoFlow, AutoPlanar, AutoRadial, diagnose, fit
+from pyro_flowvi import AutoFlow, AutoPlanar, AutoRadial, compare, diagnose, fit, to_arviz
 from pyro_flowvi.transforms import Planar
 from tests import zoo
 
@@ -130,11 +130,24 @@ class TestModels:
         model, _ = hierarchy()
         guide = AutoPlanar(model).materialize(torch.zeros(4))
         guide(torch.ones(4))
-        with pytest.raises(
-            ValueError, match=r"site 'theta': expected unconstrained shape \(4,\).*got \(5,\)"
+        other = torch.zeros(5)
+        refused = pytest.raises(
+            ValueError,
+            match=r"site 'theta': expected unconstrained shape \(4,\).*got \(5,\).*posterior_samples=globals",
+        )
+        for run in (
+            guide.materialize,
+            guide.density,
+            lambda y: fit(model, guide, y, num_steps=2, progress=False),
+            lambda y: diagnose(model, guide, y),
+            lambda y: compare(model, {"planar": guide}, y),
+            lambda y: to_arviz(model, guide, y, num_samples=10),
         ):
-            guide(torch.zeros(5))
-        guide(torch.ones(4))  # and the guide is as it was
+            with refused:
+                run(other)
+        with pytest.raises(ValueError, match="site 'y'"):  # Pyro's own
+            SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(other)
+        assert guide(torch.ones(4))["theta"].shape == (4,)  # and the guide is as it was
 
     def test_site_that_vanishes(self):
         def model(both):
@@ -144,7 +157,8 @@ class TestModels:
 
         guide = AutoPlanar(model).materialize(True)
         with pytest.raises(ValueError, match=r"site 'y': expected unconstrained shape \(\).*got None"):
-            guide(False)
+            guide.materialize(False)
+        assert set(guide(False)) == {"x", "y"}
 
     @pytest.mark.parametrize("validate", [False, True])
     def test_nan_in_the_data(self, validate):
