@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
@@ -17,10 +18,10 @@ from torch import Tensor
 from .._types import Program, Site, Trace
 from .batching import NUM_PROBES, Score, align, batched, in_parts, runs_batched, site_log_probs
 from .enumeration import enumerated_log_weights
-from .left_out import check_left_out, find_left_out
+from .left_out import check_left_out, find_left_out, uncounted
 from .packing import Packing
 from .pyro_private import compute_model_factors, get_traces
-from .sites import latent_sites
+from .sites import innermost, latent_sites
 from .start_trace import prototype
 from .structure import ProgramStructure
 
@@ -84,6 +85,8 @@ class UnconstrainedModel:
         start = self.packing.unconstrain({name: site["value"] for name, site in sites.items()})[0]
         self.start: Tensor = start.nan_to_num(0.0, 0.0, 0.0)
         """The starting point, shape ``(D,)``."""
+        self.improper: Tensor = self._improper(sites)
+        """Whether the prior of a coordinate is flat, or masked; shape ``(D,)``."""
         self.batched: bool = self._runs_batched()
         """Whether the model scores many points in one run."""
 
@@ -105,6 +108,23 @@ class UnconstrainedModel:
             except Exception:  # whatever a program raises at values that it does not expect
                 rows = []
         return torch.stack(rows).to(self.start) if rows else self.start.new_zeros(0, self.dim)
+
+    def _improper(self, sites: Mapping[str, Site]) -> Tensor:
+        parts = []
+        for name, latent in self.packing.latents.items():
+            flat = torch.tensor(isinstance(innermost(latent.fn), dist.ImproperUniform))
+            masked = uncounted(sites[name])
+            parts.append(
+                (flat if masked is None else flat | masked.cpu()).expand(latent.free_shape).reshape(-1)
+            )
+        return self.packing.keep(torch.cat(parts)).to(self.start.device)
+
+    def log_det_gradient(self, z: Tensor) -> Tensor:
+        """The gradient of log |det dx/dz|, of ``z`` ``(P, D)``."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            total = torch.stack([log_det.sum() for _, _, log_det in self._values(z)]).sum()
+            return torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)
 
     def _values(self, z: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, value with the points at dimension ``-1 - nesting``, log |det J| for each point."""

@@ -158,10 +158,12 @@ class Packing:
         :return: shapes ``S + (D,)`` and ``S``.
         """
         pairs = [latent.unconstrain(values[name]) for name, latent in self.latents.items()]
-        return self._packed([free for free, _ in pairs]), torch.stack([det for _, det in pairs]).sum(0)
+        return self.keep(torch.cat([free for free, _ in pairs], -1)), torch.stack(
+            [det for _, det in pairs]
+        ).sum(0)
 
-    def _packed(self, parts: list[Tensor]) -> Tensor:
-        z = torch.cat(parts, -1)
+    def keep(self, z: Tensor) -> Tensor:
+        """The inverse of :meth:`complete`."""
         return z if self._kept is None else z.index_select(-1, self._kept.to(z.device))
 
     def pack(self, samples: Mapping[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +194,8 @@ class Packing:
             inside = inside & valid
             free_values.append(free)
         batch = torch.broadcast_shapes(*(free.shape[:-1] for free in free_values))
-        latent_vectors = self._packed([free.expand(batch + free.shape[-1:]) for free in free_values])
+        parts = [free.expand(batch + free.shape[-1:]) for free in free_values]
+        latent_vectors = self.keep(torch.cat(parts, -1))
         return latent_vectors.to(like), log_det, inside
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .._checks import check_positive_int
 from .._compile.log_density import traced
 from .._program.call import as_keywords, check_programs
+from .._program.flat_directions import flat_sites
 from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis
 from ._verdict import Figures, judge, shifts
 from ._weighted_draws import WeightedDraws, weighted_draws
@@ -206,6 +207,9 @@ def diagnose(
     judgement = judge(figures)
     if fixed:
         judgement.add(f"the guide is a point mass at {fixed}: it has no density there to weigh by", 0)
+    flat = [] if draws.density is None else flat_sites(draws.density)
+    if flat:
+        judgement.add(f"the posterior is improper: it is flat along a direction of the sites {flat}", 0)
     if draws.particles.structure.subsampled:
         judgement.add("the model subsamples its data: the weights contain that noise as well")
     if draws.particles.structure.indexed:

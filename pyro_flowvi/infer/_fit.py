@@ -17,6 +17,7 @@ from .._checks import check_positive, check_positive_int
 from .._compile.inductor import PARALLEL_FROM
 from .._compile.optimizers import as_pyro_optim
 from .._program.call import as_keywords, check_programs
+from .._program.flat_directions import flat_sites
 from .._program.log_weights import LogWeights
 from .._program.scoring import Scoring
 from .._types import CompileMode, Program
@@ -131,6 +132,11 @@ def _begin(loop: TrainingLoop, pair: LogWeights, answers: FitGuide, race: bool) 
     """Moves the guide to where it starts, and finds the learning rate."""
     if answers.can_move():
         density = answers.density(*pair.args, **pair.kwargs)
+        if flat := flat_sites(density):
+            raise ValueError(
+                "model: expected a proper posterior, got one that is flat along a direction of the sites "
+                f"{flat}, whose priors are improper: the data say nothing there; give one a proper prior"
+            )
         draws = loop.num_steps * loop.run.loss.num_particles
         thorough = density.batched and draws >= THOROUGH_FROM
         effort = Effort.within(pair.structure.largest) if thorough else Effort.small()
@@ -221,7 +227,8 @@ def fit(
     :param progress: shows a progress bar.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
     :raises ValueError: if an argument is not of the described kind, model and guide are swapped, the data has
-        NaN, or the checkpoint is of another run or cut short.
+        NaN, improper priors leave the posterior flat along a direction, or the checkpoint is of another run
+        or cut short.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
     :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
     :raises FitDiverged: after five failures in a row; the last good state is restored, and kept in the
