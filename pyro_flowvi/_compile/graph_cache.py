@@ -24,7 +24,6 @@ from .preflight import EagerStep
 from .reached_state import kind_of
 from .step import CompiledStep
 from .tensor_objectives import Objective, tensor_loss
-from .trace import UNSUPPORTED_TORCH
 
 __all__ = ["GraphCache"]
 
@@ -112,8 +111,6 @@ class _Bindings:
 
 def _traceable(loss: Any) -> Objective:
     objective = tensor_loss(loss)
-    if UNSUPPORTED_TORCH:
-        raise CannotCompile(UNSUPPORTED_TORCH)
     if objective is None:
         raise CannotCompile(f"the objective {type(loss).__name__} has no form that can be traced")
     return objective
@@ -130,7 +127,7 @@ class GraphCache:
     :param policy: when to trace and to compile; None is never.
     :param strict: raises where a step cannot be compiled, instead of giving up with a warning.
     :param limits: as for :meth:`CompiledStep.lower`.
-    :raises CannotCompile: if it is strict, and the objective or the version of torch is not supported.
+    :raises CannotCompile: if it is strict, and the objective is not supported.
     """
 
     def __init__(

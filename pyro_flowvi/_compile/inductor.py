@@ -14,6 +14,7 @@ from .._types import Program
 from .errors import CannotCompile, brief
 from .inductor_cuda_graph import cuda_graph
 from .inductor_fixed_memory import with_fixed_memory
+from .torch_private import private
 from .trace import _RANDOM, aten
 
 __all__ = ["lower", "warm_up"]
@@ -42,9 +43,8 @@ def _add_product(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, al
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's table; random draws stay what they are eagerly, so that a seed means the same."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    table = {op: rule for op, rule in select_decomp_table().items() if _RANDOM not in getattr(op, "tags", ())}
+    all_rules = private("select_decomp_table")()
+    table = {op: rule for op, rule in all_rules.items() if _RANDOM not in getattr(op, "tags", ())}
     table |= dict.fromkeys((aten.mm.default, aten.bmm.default), _product)
     table |= dict.fromkeys((aten.mv.default, aten.dot.default), _product_vector)
     table |= dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _add_product)
@@ -53,9 +53,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
 def _functional_graph(function: Callable[..., Any], inputs: Sequence[Tensor], fake: Any) -> fx.GraphModule:
     """The function in Inductor's operations, free of mutation but for copies into its inputs at the end."""
-    from torch._functorch.compile_utils import fx_graph_cse
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+    make_fx, fx_graph_cse = private("make_fx"), private("fx_graph_cse")
     stand_ins = [fake.from_tensor(value, static_shapes=True) for value in inputs]
     with torch.no_grad():
         graph = make_fx(torch.func.functionalize(function), _decompositions(), tracing_mode="fake")(
@@ -71,8 +69,7 @@ def _keep_draws(nodes: fx.Graph) -> None:
 
     The order in which entries are drawn is that of memory.
     """
-    from torch._inductor import lowering
-
+    lowering = private("lowering")
     for node in nodes.nodes:
         if _RANDOM in getattr(node.target, "tags", ()):
             if node.target not in lowering.lowerings:
@@ -96,14 +93,11 @@ def warm_up() -> threading.Thread:
     """Compiles an empty kernel in the background, and with it, once a machine, what all kernels include."""
 
     def compile_nothing() -> None:
-        from torch._inductor import config
-        from torch._inductor.codecache import CppPythonBindingsCodeCache
-
         source = """#include <torch/csrc/inductor/cpp_prefix.h>
         extern "C" void kernel(float* x) { x[0] = 0.0f; }"""
         # A failure here is met again, and reported, by the first kernel.
-        with contextlib.suppress(Exception), config.patch(_FAST):
-            CppPythonBindingsCodeCache.load_pybinding(["float*"], source)
+        with contextlib.suppress(Exception), private("config").patch(_FAST):
+            private("CppPythonBindingsCodeCache").load_pybinding(["float*"], source)
 
     thread = threading.Thread(target=compile_nothing, name="pyro_flowvi-warm-up", daemon=True)
     thread.start()
@@ -121,32 +115,25 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
         order in which the function makes them.
     :raises CannotCompile: where Inductor or the compiler fail, or there is no compiler.
     """
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.fx_passes.joint_graph import constant_fold_uniform_value
-    from torch._inductor.fx_passes.post_grad import remove_noop_ops
-    from torch._inductor.virtualized import V
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
+    config = private("config")
+    tracing, context = private("tracing"), private("TracingContext")
     _check_compiler(inputs)
     # Without a ShapeEnv, Inductor's disk cache is bypassed.
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fake = private("FakeTensorMode")(allow_non_fake_inputs=True, shape_env=private("ShapeEnv")())
     errors = []
     # Once more without what may have gone wrong: assumed instructions, a header that was deleted meanwhile.
     for options in (_FAST, {"cpp_cache_precompile_headers": False}):
         patched = config.patch({"fallback_random": True, **options})
         try:
-            with patched, tracing(TracingContext(fake)), torch.no_grad(), warnings.catch_warnings():
+            with patched, tracing(context(fake)), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, about itself
                 graph = _functional_graph(function, inputs, fake)
                 stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
                 threads = 1 if _largest(graph) < PARALLEL_FROM else -1
-                with V.set_fake_mode(fake), config.patch({"cpp.threads": threads}):
-                    remove_noop_ops(graph.graph)
-                    constant_fold_uniform_value(graph)
-                    compiled = compile_fx_inner(graph, stand_ins, is_inference=True)
+                with private("V").set_fake_mode(fake), config.patch({"cpp.threads": threads}):
+                    private("remove_noop_ops")(graph.graph)
+                    private("constant_fold_uniform_value")(graph)
+                    compiled = private("compile_fx_inner")(graph, stand_ins, is_inference=True)
             return _callable(compiled, inputs, num_static)
         except Exception as error:
             errors.append(error)
@@ -170,12 +157,10 @@ def _callable(compiled: Any, inputs: Sequence[Tensor], num_static: int) -> Progr
 
 def _check_compiler(inputs: Sequence[Tensor]) -> None:
     if all(value.device.type == "cpu" for value in inputs):
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
+        missing = private("InvalidCxxCompiler")
         try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
+            private("get_cpp_compiler")()
+        except missing as error:
             raise CannotCompile(
                 "no C++ compiler was found: install g++ (Debian: apt install g++) or clang++ (macOS: "
                 "xcode-select --install), or name one in the environment variable CXX"

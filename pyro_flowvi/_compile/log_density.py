@@ -8,7 +8,7 @@ from torch import Tensor
 from .._program.batching import in_parts
 from .._program.log_density import REFUSALS, UnconstrainedModel
 from .errors import CannotCompile
-from .trace import UNSUPPORTED_TORCH, trace
+from .trace import trace
 
 __all__ = ["ValueAndGrad", "traced"]
 
@@ -31,7 +31,7 @@ def traced(density: UnconstrainedModel, width: int = WIDTH) -> ValueAndGrad:
     def plain(z: Tensor) -> tuple[Tensor, Tensor]:
         return in_parts(density.value_and_grad, z, width)
 
-    if UNSUPPORTED_TORCH or not density.batched or density.subsampled:
+    if not density.batched or density.subsampled:
         return plain
     offsets = torch.linspace(-1.0, 1.0, width, dtype=torch.float64).unsqueeze(-1)
     waves = torch.cos(torch.arange(density.dim, dtype=torch.float64))

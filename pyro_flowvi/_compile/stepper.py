@@ -25,7 +25,7 @@ class Stepper:
     :param interprets: whether "auto" uses graphs that are not worth compiling, operation by operation.
     :param limits: two norms: a gradient above the first is scaled down to it, one above the second leaves
         everything as it was.  This is for steps by a graph; the optimizer sees to eager ones.
-    :raises CannotCompile: with ``compile=True``, for an objective or a torch that is not supported.
+    :raises CannotCompile: with ``compile=True``, for an objective that is not supported.
     """
 
     def __init__(

@@ -43,8 +43,7 @@ class CompiledSVI(SVI):
         it pays, judged by counts alone: in :meth:`run` by the number of steps and the size of the graph, in
         :meth:`step` after 200 calls; False never does.
     :raises ValueError: if an argument is not of the described kind.
-    :raises CannotCompile: with ``compile=True``, for an objective or a version of torch that is not
-        supported.
+    :raises CannotCompile: with ``compile=True``, for an objective that is not supported.
 
     Example::
 

@@ -1,9 +1,4 @@
-"""Tracing a step into a graph and lowering it to machine code.
-
-All use of torch's private interfaces is in this file: ``make_fx``, functionalization and Inductor.  The
-public entry that may replace them one day is ``torch.compile`` (``torch.compiler``), which today neither
-traces through Pyro's handlers nor takes a graph without its own guards, at 0.2 ms a call.
-"""
+"""Tracing a step into a graph."""
 
 import itertools
 import traceback
@@ -13,20 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CannotCompile, stack_inside, user_line
+from .torch_private import private
 
-__all__ = ["UNSUPPORTED_TORCH", "Traced", "trace"]
+__all__ = ["Traced", "trace"]
 
-MIN_TORCH, MAX_TORCH = (2, 11), (2, 13)
-_TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-UNSUPPORTED_TORCH = (
-    None
-    if MIN_TORCH <= _TORCH <= MAX_TORCH
-    else f"torch {torch.__version__} is not among the supported versions, "
-    f"{'.'.join(map(str, MIN_TORCH))} to {'.'.join(map(str, MAX_TORCH))}"
-)
 aten = torch.ops.aten
 _RANDOM = torch.Tag.nondeterministic_seeded
 _DYNAMIC_SHAPE = torch.Tag.dynamic_output_shape
@@ -78,7 +66,7 @@ class _Watch(TorchDispatchMode):
         elif masks:
             for mask in masks:
                 self._note_reading(mask, "the shape of a result depends on {} (boolean indexing)")
-            with _disable_current_modes():
+            with private("_disable_current_modes")():
                 places = [
                     i.nonzero(as_tuple=True) if i is not None and i.dtype in _MASKS else (i,) for i in args[1]
                 ]
@@ -97,18 +85,16 @@ class _Watch(TorchDispatchMode):
                 func(args[0].permute(order), *args[1:], **(kwargs or {}))
                 return args[0]
             return func(*args, **(kwargs or {}))
-        with _disable_current_modes():
+        with private("_disable_current_modes")():
             return func(*args, **(kwargs or {}))
 
     def _note_reading(self, value: Tensor, cause: str) -> None:
         """Notes the tensors that a value is a function of; refuses parameters and random draws among them."""
-        from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-
         names = {frame.f_code.co_name for frame, _ in itertools.islice(traceback.walk_stack(None), 12)}
         if not names.isdisjoint(_VALIDATION):
             return
-        mode: Any = get_proxy_mode()
-        slot = get_proxy_slot(value, mode.tracer, None)
+        mode: Any = private("get_proxy_mode")()
+        slot = private("get_proxy_slot")(value, mode.tracer, None)
         read, culprit = set[Any](), None
         if slot is None:
             culprit = "parameters" if id(value) in self._params else None
@@ -145,8 +131,7 @@ def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence
     :param args: example arguments.
     :raises CannotCompile: if the function does what a graph cannot hold.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+    make_fx = private("make_fx")
     # Another object over the same memory: what the program reaches by itself must not pass for an argument.
     stand_ins = [arg.detach() for arg in args]
     watch = _Watch(params)

@@ -16,7 +16,7 @@ from pyro.optim import Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
 from pyro_flowvi import CompiledSVI
-from pyro_flowvi._compile import graph_cache, policy
+from pyro_flowvi._compile import policy, torch_private
 from pyro_flowvi._compile.optimizers import FlatParameters, make_buckets, meet
 from pyro_flowvi._compile.tensor_objectives import tensor_loss
 from pyro_flowvi.infer import CannotCompile, CompileWarning
@@ -207,9 +207,10 @@ class TestRefusals:
         with config.patch({"cpp.cxx": ("no-such-compiler",)}):
             assert "install g++" in refused(model)
 
-    def test_an_unknown_version_of_torch(self, monkeypatch):
-        monkeypatch.setattr(graph_cache, "UNSUPPORTED_TORCH", "torch 9.0 is not among the supported versions")
-        assert "torch 9.0" in refused(model)
+    @pytest.mark.parametrize("name", ["make_fx", "compile_fx_inner", "lowering"])
+    def test_a_torch_without_a_private_name(self, monkeypatch, name):
+        monkeypatch.setitem(torch_private._PLACES, name, f"torch.gone.{name}")
+        assert f"has no torch.gone.{name}.{name}; tried were 2.11" in refused(model)
 
 
 class TestArguments:
@@ -273,7 +274,7 @@ class TestPolicy:
         assert not svi.compiled
 
     def test_shapes_that_change_too_often(self, monkeypatch):
-        monkeypatch.setattr(graph_cache, "MAX_GRAPHS", 2)
+        monkeypatch.setattr("MAX_GRAPHS", 2)
         svi = make(compile=True)
         svi.step(Y)
         svi.step(Y[:2])
