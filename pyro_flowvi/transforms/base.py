@@ -166,12 +166,18 @@ def forward_and_log_det(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor
     return y, _sum_event(log_det, transform)
 
 
-def score_by_inverse(transform: Transform, y: Tensor, score: Tensor) -> Tensor:
-    """The score at ``y`` of the image of a density whose score at the preimage is ``score``; no graph."""
+def score_by_inverse(transform: Any, y: Tensor, score: Tensor, raw: Raw | None = None) -> Tensor:
+    """The score at ``y`` of the image of a density whose score at the preimage is ``score``; no graph.
+
+    :param raw: the parameters of a :class:`ParametricTransform`, if not its own.
+    """
     with torch.enable_grad():
         at = y.detach().requires_grad_()
         try:
-            x, log_det = inverse_and_log_det(transform, at)
+            if raw is None:
+                x, log_det = inverse_and_log_det(transform, at)
+            else:
+                x, log_det = transform.inverse_given(raw, at)
         except KeyError as error:  # of Pyro's transforms that invert by looking up what they were given
             raise NotImplementedError(f"{type(transform).__name__} has no inverse") from error
         total = (x * score).sum() + log_det.sum()
@@ -266,31 +272,3 @@ class ParametricTransform(FlowTransform):
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.inverse_given(self.raw_parameters(), y)
-
-
-class _Conditioned(FlowTransform):
-    """A parametric transform at the parameters of one context; lives as long as the call."""
-
-    def __init__(self, layer: ParametricTransform, raw: Raw, batch_shape: Size) -> None:
-        super().__init__(layer.dim)
-        self._layer = (layer,)  # in a tuple: not a submodule, its parameters have an owner
-        self._raw = raw
-        self._batch_shape = batch_shape
-        self.exact_inverse = layer.exact_inverse
-
-    @property
-    def batch_shape(self) -> Size:
-        return self._batch_shape
-
-    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._layer[0].forward_given(self._raw, x)
-
-    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            pushed = self._layer[0].score_given(self._raw, x, score)
-        if pushed is None:
-            return super().forward_with_score(x, score)
-        return *self.forward_and_log_det(x), pushed
-
-    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._layer[0].inverse_given(self._raw, y)

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from pyro.distributions.conditional import ConditionalTransformModule
-from torch import Tensor
+from torch import Size, Tensor
 
 from .._checks import check_positive_int
 from ..nn import MLP
-from .base import FlowTransform, ParametricTransform, _Conditioned
+from .base import FlowTransform, ParametricTransform, score_by_inverse
 
 __all__ = ["Conditional"]
 
@@ -46,14 +47,47 @@ class Conditional(ConditionalTransformModule):
     def condition(self, context: Tensor) -> FlowTransform:
         """The transform given ``context`` of shape ``(*B, context_dim)``; its batch shape is B.
 
+        Layer and network are read at each call of it, as Pyro's conditional transforms read theirs: it may be
+        kept while they are trained.
+
         :raises ValueError: if the last dimension of ``context`` is not ``context_dim``.
         """
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(f"context: expected shape (*, {self.context_dim}), got {tuple(context.shape)}")
-        batch_shape = context.shape[:-1]
-        offsets = self.network(context).split(list(self._sizes.values()), -1)
-        raw = {
-            name: own + offset.reshape(batch_shape + own.shape)
-            for (name, own), offset in zip(self.layer.raw_parameters().items(), offsets, strict=True)
+        return _Conditioned(self, context)
+
+
+class _Conditioned(FlowTransform):
+    """A conditional transform given one context; shares its parameters."""
+
+    def __init__(self, conditional: Conditional, context: Tensor) -> None:
+        super().__init__(conditional.dim)
+        self.conditional = conditional
+        self._context = context
+        self.exact_inverse = conditional.layer.exact_inverse
+
+    @property
+    def batch_shape(self) -> Size:
+        return self._context.shape[:-1]
+
+    def raw_parameters(self) -> dict[str, Tensor]:
+        """The layer's raw parameters at the context, by name; of batch shape B each."""
+        conditional, context = self.conditional, self._context
+        offsets = conditional.network(context).split(list(conditional._sizes.values()), -1)
+        return {
+            name: own + offset.reshape(self.batch_shape + own.shape)
+            for (name, own), offset in zip(conditional.layer.raw_parameters().items(), offsets, strict=True)
         }
-        return _Conditioned(self.layer, raw, batch_shape)
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conditional.layer.forward_given(self.raw_parameters(), x)
+
+    def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        layer, raw = self.conditional.layer, self.raw_parameters()
+        with torch.no_grad():
+            pushed = layer.score_given(raw, x, score)
+        y, log_det = layer.forward_given(raw, x)
+        return y, log_det, score_by_inverse(layer, y, score, raw) if pushed is None else pushed
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conditional.layer.inverse_given(self.raw_parameters(), y)

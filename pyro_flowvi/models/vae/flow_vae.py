@@ -181,10 +181,7 @@ class FlowVAE(NamedModel):
         return logits.reshape(z.shape[:-1] + tuple(own if shape is None else shape))
 
     def _conditioned(self, x: Tensor) -> Chain:
-        features = self.encode(x)
-        flow: Chain = self.flow.condition(features)
-        # Tells dtype and device of the noise where no layer has parameters of its own.
-        flow.register_buffer("like", features.new_empty(0), persistent=False)
+        flow: Chain = self.flow.condition(self.encode(x))
         return flow
 
     def posterior(self, x: Tensor) -> FlowDistribution | IndexedFlow:

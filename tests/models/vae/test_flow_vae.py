@@ -187,7 +187,7 @@ def test_amortised_layers_depend_on_the_image(flow, amortize):
     vae, x = FlowVAE(*parts(), flow, num_layers=2, hidden=(4,), amortize=amortize), images(2)
     assert all(value > 0.0 for value in all_gradients(vae, Trace_ELBO(), x).values())
     shake(vae)
-    raw = [part._raw for part in vae.posterior(x).transform][1:]  # the first is the normal's
+    raw = [part.raw_parameters() for part in vae.posterior(x).transform][1:]  # the first is the normal's
     assert raw
     for values in raw:
         assert any((value[0] - value[1]).abs().max() > 1e-3 for value in values.values())
@@ -233,7 +233,8 @@ def test_closed_form_kl():
     shake(vae)
     weights = vae.log_weights(x, 4000)
     (normal,) = list(vae.posterior(x).transform)
-    mean, log_scale = normal._raw["loc"], normal._raw["log_scale"]
+    raw = normal.raw_parameters()
+    mean, log_scale = raw["loc"], raw["log_scale"]
     z = mean + log_scale.exp() * torch.randn(4000, 3, DIM)
     logits = vae.decode(z)
     log_p = torch.distributions.Bernoulli(logits=logits).log_prob(x).flatten(2).sum(-1)
