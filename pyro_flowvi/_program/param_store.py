@@ -9,9 +9,17 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from .pyro_private import replace_stored, stored_params
+from .pyro_private import drop_stored, is_module_local_param_enabled, replace_stored, stored_params
 
-__all__ = ["NamedModel", "adopt_stored", "announce", "claim_name", "register"]
+__all__ = [
+    "NamedModel",
+    "adopt_stored",
+    "announce",
+    "check_name",
+    "claim_name",
+    "holds_name",
+    "register",
+]
 
 _live: "weakref.WeakValueDictionary[str, nn.Module]" = weakref.WeakValueDictionary()
 """Every guide and model with a name of its own in the param store: one registry, since the store is one."""
@@ -20,7 +28,10 @@ _live: "weakref.WeakValueDictionary[str, nn.Module]" = weakref.WeakValueDictiona
 def claim_name(owner: nn.Module, name: str | None, default: str) -> str:
     """Takes ``name``, or the first free one of ``default``, ``default_1``, ...: no two live owners share one.
 
-    :raises ValueError: if ``name`` is no non-empty string, or belongs to a live guide or model.
+    An explicit name is taken over from whoever holds it, as in a notebook's cell that is run again: what that
+    owner wrote leaves the param store, and :func:`check_name` raises for it from then on.
+
+    :raises ValueError: if ``name`` is no non-empty string.
 
     Example::
 
@@ -30,20 +41,47 @@ def claim_name(owner: nn.Module, name: str | None, default: str) -> str:
     """
     if name is not None and not (isinstance(name, str) and name):
         raise ValueError(f"name: expected a non-empty string, got {name!r}")
-    wanted = name or default
-    if wanted in _live:
+    free, count = name or default, 0
+    if free in _live:
         gc.collect()  # an owner in a reference cycle outlives its last use
-    if name is not None and name in _live:
-        raise ValueError(
-            f"name: expected one that no live guide or model holds, got {name!r}; delete the other or choose "
-            "another name"
-        )
-    free, count = wanted, 0
-    while free in _live:
+    before = _live.get(free)
+    if name is not None and before is not None and before is not owner:
+        _forget(before, free)
+    while name is None and free in _live:
         count += 1
-        free = f"{wanted}_{count}"
+        free = f"{default}_{count}"
     _live[free] = owner
     return free
+
+
+def holds_name(owner: nn.Module, name: str) -> bool:
+    """Whether the owner of a name has it still; another of the same explicit name may have taken it over."""
+    return _live.get(name) is owner
+
+
+def check_name(owner: nn.Module, name: str) -> None:
+    """Raises for an owner whose name was taken over, if it would be shown to the param store under it.
+
+    :raises RuntimeError: says who has the name now, and what the owner is good for still.
+    """
+    if holds_name(owner, name) or is_module_local_param_enabled():
+        return
+    heir = type(_live[name]).__name__ if name in _live else "one that is gone"
+    raise RuntimeError(
+        f"{name}: this {type(owner).__name__} has lost its name to another of that name ({heir}), which was "
+        "made later, and is no longer in the param store; draws, densities and state_dict are its own still. "
+        "To run or train it beside the other, give them different names, or take copy.deepcopy of it, which "
+        "gets a name of its own"
+    )
+
+
+def _forget(owner: nn.Module, name: str) -> None:
+    """Takes an owner's parameters out of the param store, but for what was loaded there since."""
+    own = {id(param) for param in owner.parameters()}
+    for key, param in list(stored_params().items()):
+        if key.startswith(f"{name}.") and id(param) in own and _is_leftover(key, param):
+            drop_stored(key)
+            del _registered[key]
 
 
 class NamedModel(PyroModule):
@@ -72,6 +110,16 @@ class NamedModel(PyroModule):
     def name(self) -> str:
         """Prefix of the parameters in the param store."""
         return self.__dict__["_store_name"]  # type: ignore[no-any-return]
+
+    def announce(self, *parts: str) -> None:
+        """Shows the trainable parameters of parts, attributes of the model, to Pyro.
+
+        :raises RuntimeError: if another model or guide has taken over the name.
+        :raises ValueError: as :func:`announce`.
+        """
+        check_name(self, self.name)
+        for part in parts:
+            announce(getattr(self, part), f"{self.name}.{part}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -22,6 +22,7 @@ __all__ = [
     "PYRO_STACK",
     "compute_dice_elbo",
     "compute_model_factors",
+    "drop_stored",
     "get_traces",
     "is_module_local_param_enabled",
     "load_optimizer_state",
@@ -49,3 +50,12 @@ def replace_stored(full_name: str, param: Tensor) -> None:
     store._param_to_name.pop(store._params[full_name], None)
     store._params[full_name] = param
     store._param_to_name[param] = full_name
+
+
+def drop_stored(full_name: str) -> None:
+    """Takes a parameter out of the param store, which may have it under another name too."""
+    store = pyro.get_param_store()
+    param = store._params.pop(full_name)
+    store._constraints.pop(full_name, None)
+    if store._param_to_name.get(param) == full_name:
+        del store._param_to_name[param]

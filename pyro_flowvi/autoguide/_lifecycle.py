@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .._checks import check_dtype
-from .._program.param_store import adopt_stored, claim_name, register
+from .._program.param_store import adopt_stored, claim_name, holds_name, register
 from .._program.pyro_private import is_module_local_param_enabled
 from ..transforms import Compose
 
@@ -39,8 +39,9 @@ class NamedGuide(AutoContinuous):
 
     :param model: a Pyro model.
     :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
-    :param name: prefix of the parameters in the param store; by default the class name, made unique.
-    :raises ValueError: if ``name`` belongs to a live guide or model.
+    :param name: prefix of the parameters in the param store, taken over from a live guide or model that has
+        it; by default the class name, made unique.
+    :raises ValueError: if ``name`` is no non-empty string.
 
     Example::
 
@@ -77,7 +78,12 @@ class NamedGuide(AutoContinuous):
     # -- parameters ----------------------------------------------------------------------------
 
     def _adopt_store(self, flow: Compose) -> None:
-        """Takes over the values of a param store that was restored since the last call."""
+        """Takes over the values of a param store that was restored since the last call.
+
+        A guide that lost its name has no more to do with the store, and keeps its values.
+        """
+        if not holds_name(self, self.name):
+            return
         for name, param in flow.named_parameters():
             adopt_stored(f"{self.name}.{name}", param, self._store_wins, leftovers=self._named)
         self._store_wins = True

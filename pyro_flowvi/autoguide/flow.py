@@ -17,6 +17,7 @@ from torch.distributions import Transform
 from .._checks import check_dtype, check_positive
 from .._compile.log_density import traced
 from .._program.log_density import UnconstrainedModel
+from .._program.param_store import check_name
 from .._program.pyro_private import is_module_local_param_enabled
 from .._types import AffineKind, InitFn, Program
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
@@ -48,15 +49,19 @@ class AutoFlow(PrototypeGuide):
         transform of vectors, Pyro's own included.
     :param name: prefix of the guide's parameters in the param store; by default the class name, with
         _1, _2, ... while another live guide holds it.  A guide adopts the values of a restored store; one
-        that is given a name also adopts what an earlier guide of that name left in the store.
+        that is given a name also adopts what an earlier guide of that name, no longer alive, left there.
+        From one that lives, as where a notebook's cell is run again, it takes the name over and starts
+        afresh: what that one wrote leaves the store, a call of it raises, and its draws, densities and
+        ``state_dict`` remain its own.
     :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
     :param init_scale: standard deviation, in unconstrained units, to start from.
     :param affine: "lower" (location and Cholesky factor), "low_rank" (diagonal and low rank),
         "elementwise", None for no affine map, or "auto": "lower" up to 200 latents, "low_rank" above.
     :param tails: adds a trainable tail index for each latent (:class:`pyro_flowvi.transforms.HeavyTails`)
         before the affine map, for posteriors with tails heavier than a Gaussian's.
-    :raises ValueError: if an argument is not of the described kind, or ``name`` belongs to a live guide or
-        model; at set-up as :func:`pyro_flowvi._program.start_trace.prototype`.
+    :raises ValueError: if an argument is not of the described kind; at set-up as
+        :func:`pyro_flowvi._program.start_trace.prototype`.
+    :raises RuntimeError: at a call of a guide whose name another has taken over.
 
     Parameters exist after :meth:`materialize` or the first call.  From then on a call answers with the
     latents of that set-up, whatever its arguments: none, new rows for ``Predictive``, a longer horizon of a
@@ -110,9 +115,10 @@ class AutoFlow(PrototypeGuide):
             raise ValueError(f"tails: expected True or False, got {tails!r}")
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
-        super().__init__(model, init_loc_fn, name)
+        init_scale = check_positive("init_scale", init_scale)
+        super().__init__(model, init_loc_fn, name)  # takes the name over, so after all checks
         self._build = flow
-        self._init_scale = check_positive("init_scale", init_scale)
+        self._init_scale = init_scale
         self._affine = affine
         self._tails = tails
         self.flow_name = flow if isinstance(flow, str) else recipe_name(flow)
@@ -176,7 +182,11 @@ class AutoFlow(PrototypeGuide):
     # -- fitting -------------------------------------------------------------------------------
 
     def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
-        """:meth:`materialize`; a part of the data is not remembered."""
+        """:meth:`materialize`; a part of the data is not remembered.
+
+        :raises RuntimeError: if another guide or model has taken over the name.
+        """
+        check_name(self, self.name)
         self.materialize(*args, **kwargs)
         if not all_data:
             self._data = None
@@ -274,7 +284,9 @@ class AutoFlow(PrototypeGuide):
         :param kwargs: the model's keyword arguments.
         :raises ValueError: at set-up as the class says; later if an element that the model had masked out
             at set-up no longer is.
+        :raises RuntimeError: if another guide or model has taken over the name.
         """
+        check_name(self, self.name)
         self._ready(args, kwargs)
         self._announce_params()
         packing = self._packing

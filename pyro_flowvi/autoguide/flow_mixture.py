@@ -124,6 +124,8 @@ class AutoFlowMixture(AutoFlow):
         if not isinstance(flow, str) and num_layers is not None:
             raise ValueError(f"num_layers: expected None with a callable flow, got {num_layers}")
         build = sized_flow(flow, num_layers, hidden) if isinstance(flow, str) else flow
+        num_components = check_positive_int("num_components", num_components)
+        init_spread = float(init_spread) and check_positive("init_spread", init_spread)
         super().__init__(
             model,
             build,
@@ -133,8 +135,8 @@ class AutoFlowMixture(AutoFlow):
             affine=affine,
             tails=tails,
         )
-        self.num_components = check_positive_int("num_components", num_components)
-        self._init_spread = float(init_spread) and check_positive("init_spread", init_spread)
+        self.num_components = num_components
+        self._init_spread = init_spread
         self._enumerate = enumerate
         self._counter = [0]
 

@@ -62,14 +62,6 @@ class TestNames:
         again(*args)
         assert torch.equal(again.affine.loc, trained)
 
-    def test_taken_name_is_refused(self):
-        model, _ = case("far")
-        guide = AutoPlanar(model, name="mine")
-        with pytest.raises(
-            ValueError, match="name: expected one that no live guide or model holds, got 'mine'"
-        ):
-            AutoPlanar(model, name=guide.name)
-
     def test_prefix_in_the_store(self):
         model, args = case("far")
         guide = AutoPlanar(model, name="mine")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..._checks import check_count, check_positive, check_positive_int, check_widths
-from ..._program.param_store import NamedModel, announce
+from ..._program.param_store import NamedModel
 from ...distributions import MixtureOfFlows
 from ...flows import check_layer_flow
 from ...nn import MLP
@@ -179,8 +179,7 @@ class VMoNF(NamedModel):
             validation is on.
         """
         check_rows(x, y, self.dim, self.num_classes)
-        for part in ("flow", "weights"):
-            announce(getattr(self, part), f"{self.name}.{part}")
+        self.announce("flow", "weights")
         logits = self._sampled_logits(x)
         mixture = self._mixture(logits)
         with self._plate(x, size):
@@ -205,11 +204,11 @@ class VMoNF(NamedModel):
         The arguments are those of :meth:`model`.
         """
         if self.weights_kind == "dirichlet":
-            announce(self.weights_posterior, f"{self.name}.weights_posterior")
+            self.announce("weights_posterior")
             pyro.sample("weights", self._dirichlet())
         if self.inference == "exact":
             return
-        announce(self.classifier, f"{self.name}.classifier")
+        self.announce("classifier")
         with self._plate(x, size):
             logits = self._classifier_logits(x)
             if y is not None:
@@ -250,7 +249,7 @@ class VMoNF(NamedModel):
             more = torch.where(labelled, (self.supervised_weight - 1.0) * joint, 0.0)
             pyro.factor("supervised", more)
         if self.classifier_weight:
-            announce(self.classifier, f"{self.name}.classifier")
+            self.announce("classifier")
             log_q = self._classifier_logits(x).log_softmax(-1)
             log_q = torch.where(allowed, log_q, -torch.inf).logsumexp(-1)
             pyro.factor("classified", torch.where(labelled, self.classifier_weight * log_q, 0.0))

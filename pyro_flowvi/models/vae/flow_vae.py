@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._checks import check_dtype, check_positive_int
-from ..._program.param_store import NamedModel, announce
+from ..._program.param_store import NamedModel
 from ...autoguide._latent_site import CallPosterior
 from ...autoguide.continuously_indexed import IndexedCallPosterior
 from ...distributions import FlowDistribution, IndexedFlow
@@ -129,7 +129,7 @@ class FlowVAE(NamedModel):
         :raises ValueError: if ``x`` is no such tensor, or the decoder's output does not fit.
         """
         _check_images(x)
-        announce(self.decoder, f"{self.name}.decoder")
+        self.announce("decoder")
         with pyro.plate("images", len(x), dim=-1):
             loc = x.new_zeros(self.latent_dim)
             z = pyro.sample("z", dist.Normal(loc, torch.ones_like(loc)).to_event(1))
@@ -142,8 +142,7 @@ class FlowVAE(NamedModel):
         :param x: as for :meth:`model`.
         :return: the draw of z, shape ``(B, D)``.
         """
-        announce(self.encoder, f"{self.name}.encoder")
-        announce(self.flow, f"{self.name}.flow")
+        self.announce("encoder", "flow")
         flow = self._conditioned(x)
         with pyro.plate("images", len(x), dim=-1):
             if not self.indexed:
