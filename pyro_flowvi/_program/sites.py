@@ -47,7 +47,7 @@ def _bounds(constraint: Any) -> Iterator[Tensor]:
 
 def is_enumerated(site: Site) -> bool:
     """Whether the model asks Pyro to sum this discrete site out."""
-    return bool(site["infer"].get("enumerate"))
+    return site["infer"].get("enumerate") in ("parallel", "sequential")
 
 
 def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

@@ -1,12 +1,14 @@
 """The latent of one call of a mixture guide: drawn from one component, scored by all of them."""
 
 import math
+import sys
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.score_parts import ScoreParts
+from pyro.infer import ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Size, Tensor
@@ -15,12 +17,57 @@ from .._program.pyro_private import PYRO_STACK
 from .._program.scoring import is_scoring
 from ..distributions import MixtureOfFlows
 from ..distributions.flow import Shape
-from ..distributions.mixture_of_flows import pick_component
+from ..distributions.mixture_of_flows import pick_component, refuse_dense_traces
+from ..objectives import TraceSTL_ELBO
 
-__all__ = ["ComponentCall", "ComponentIndex", "LatentGivenComponent"]
+__all__ = ["ComponentCall", "ComponentIndex", "LatentGivenComponent", "NotSummedOut", "refuse_objectives"]
 
 _NONE: Any = 0
 """Pyro's mark of a term that a site does not have."""
+
+
+class NotSummedOut(str):
+    """How a site is enumerated, where the objective draws it: false, so that Pyro does not warn of it.
+
+    Example::
+
+        >>> kind = NotSummedOut("parallel")
+        >>> kind == "parallel", bool(kind)
+        (True, False)
+    """
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def _objective() -> ELBO | None:
+    """The objective that runs the guide, of which Pyro tells a program nothing."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(own := frame.f_locals.get("self"), ELBO):
+            return own
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def refuse_objectives(name: str) -> None:
+    """Raises where an objective runs the guide whose gradient would be wrong, or that torch.jit traces.
+
+    :param name: of the guide.
+    :raises ValueError: with the objective's name and those to take.
+    :raises NotImplementedError: within ``TraceGraph_ELBO``.
+    """
+    objective = _objective()
+    kind, why = type(objective).__name__, ""
+    if kind.startswith("Jit"):
+        why = "whose torch.jit cannot trace K flows in one call; CompiledSVI compiles the step of those"
+    elif isinstance(objective, TraceMeanField_ELBO | TraceTailAdaptive_ELBO | TraceSTL_ELBO):
+        why = "which leaves out the score of the component; TraceEnumSTL_ELBO has path gradients"
+    if why:
+        raise ValueError(f"{name}: expected TraceEnum_ELBO, Trace_ELBO or RenyiELBO, got {kind}, {why}")
+    refuse_dense_traces(name)
 
 
 class ComponentCall:
@@ -138,6 +185,7 @@ class ComponentIndex(dist.Categorical):
     """
 
     call: ComponentCall
+    in_cost: ClassVar[bool] = True
 
     @classmethod
     def of(cls, call: ComponentCall) -> Self:
@@ -174,6 +222,8 @@ class LatentGivenComponent(TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
     has_rsample = True
+    in_cost: ClassVar[bool] = True
+    """That the entropy term has what ``Trace_ELBO`` leaves out of a score's cost."""
 
     def __init__(self, call: ComponentCall, component: Tensor) -> None:
         self.call, self.component = call, component

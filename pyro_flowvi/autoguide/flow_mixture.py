@@ -14,13 +14,19 @@ from .._compile.log_density import ValueAndGrad, traced
 from .._program.log_density import UnconstrainedModel
 from .._types import AffineKind, InitFn, Program
 from ..distributions import MixtureOfFlows
-from ..distributions.mixture_of_flows import pick_component, refuse_dense_traces
+from ..distributions.mixture_of_flows import pick_component
 from ..flows import check_layer_flow
 from ..init import PRIOR_DRAWS, Effort, Gaussian, find_modes
 from ..transforms import Compose, Stacked
 from ..transforms.compose import Chain
 from ._affine import set_affine
-from ._mixture_sites import ComponentCall, ComponentIndex, LatentGivenComponent
+from ._mixture_sites import (
+    ComponentCall,
+    ComponentIndex,
+    LatentGivenComponent,
+    NotSummedOut,
+    refuse_objectives,
+)
 from ._protocol import FitOptions
 from ._summaries import QUANTILE_DRAWS, QUANTILE_ELEMENTS, reference_normal, sample_quantiles
 from .flow import AutoFlow
@@ -70,7 +76,9 @@ class AutoFlowMixture(AutoFlow):
     Otherwise the components start apart by ``init_spread``, and may all end at the same mode.
 
     Under ``Trace_ELBO`` and ``RenyiELBO`` (from two particles on) the component is drawn, and gradients are
-    unbiased, but noisier.  ``TraceGraph_ELBO`` and :class:`pyro_flowvi.infer.TraceSTL_ELBO` refuse the guide.
+    unbiased, but noisier.  Others whose gradient would be wrong are refused by name: ``TraceGraph_ELBO``,
+    ``TraceMeanField_ELBO``, ``TraceTailAdaptive_ELBO``, :class:`pyro_flowvi.infer.TraceSTL_ELBO` and what is
+    made of them; and all of ``torch.jit``, such as ``JitTrace_ELBO``.
 
     :param model: a Pyro model.
     :param num_components: the number K of components.
@@ -86,6 +94,7 @@ class AutoFlowMixture(AutoFlow):
     :param name: as of :class:`AutoFlow`, as are the other keywords; ``affine`` None leaves nothing to start
         apart.
     :raises ValueError: if an argument is not of the described kind.
+    :raises ValueError: at a call under an objective that is refused.
     :raises NotImplementedError: at a call under ``TraceGraph_ELBO``.
 
     Reference: Pires and Figueiredo, *Variational Mixture of Normalizing Flows*, 2020, and for the bound
@@ -264,9 +273,10 @@ class AutoFlowMixture(AutoFlow):
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the component and, given it, the packed unconstrained latents, as auxiliary sites."""
-        refuse_dense_traces(self.name)
+        refuse_objectives(self.name)
         call = ComponentCall(self.get_posterior(), self._counter)
-        infer: Any = {"enumerate": self._enumerate, "is_auxiliary": True, "marginal": True}
+        kind = self._enumerate if call.enumerates else NotSummedOut(self._enumerate)
+        infer: Any = {"enumerate": kind, "is_auxiliary": True, "marginal": True}
         name = f"_{self._pyro_name}_component"
         component: Tensor = pyro.sample(name, ComponentIndex.of(call), infer=infer)
         given = LatentGivenComponent(call, component)

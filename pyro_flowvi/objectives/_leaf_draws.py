@@ -13,7 +13,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from .._program.scoring import Scoring
-from .._program.sites import innermost
+from .._program.sites import innermost, is_enumerated
 from .._types import Program, Trace
 
 __all__ = ["Draws", "reaches_others"]
@@ -31,7 +31,7 @@ def _is_drawn(name: str, site: Any, path: bool) -> bool:
     """Whether a guide's site is a random draw; raises where it is not one along a path."""
     if site["is_observed"]:
         return False
-    if site["infer"].get("enumerate"):
+    if is_enumerated(site):
         raise ValueError(f"site {name!r}: expected no enumeration in the guide; use TraceEnum_ELBO")
     inner = innermost(site["fn"])
     if isinstance(inner, pyro.distributions.Delta):
@@ -114,7 +114,7 @@ class Draws:
         if is_validation_enabled():
             check_model_guide_match(model_trace, again, nesting)
         for name, site in _sites(model_trace):
-            if site["infer"].get("enumerate") and name not in again.nodes:
+            if is_enumerated(site) and name not in again.nodes:
                 raise ValueError(f"site {name!r}: expected no enumeration in the model; use TraceEnum_ELBO")
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(again)
         model_trace.compute_log_prob()

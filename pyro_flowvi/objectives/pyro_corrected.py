@@ -43,7 +43,8 @@ class TraceAuxiliary_ELBO(Trace_ELBO):
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         for name, site in guide_trace.nodes.items():
-            if site["type"] == "sample" and name not in model_trace.nodes:
+            in_cost = site["type"] == "sample" and getattr(innermost(site["fn"]), "in_cost", False)
+            if site["type"] == "sample" and name not in model_trace.nodes and not in_cost:
                 # A density of one: nothing is added to the ELBO, and log q of the site to the cost.
                 model_trace.add_node(
                     name,

@@ -34,7 +34,6 @@ BASIC = ("hierarchy", "log_normal", "dirichlet")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*found no sample sites configured for enumeration"),
-    pytest.mark.filterwarnings("ignore:_AutoFlowMixture.*_component"),
 ]
 
 

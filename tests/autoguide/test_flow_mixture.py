@@ -25,7 +25,6 @@ from pyro_flowvi.transforms import Planar
 from tests import zoo
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:_Auto.*_component"),
     pytest.mark.filterwarnings("ignore:.*found no sample sites configured for enumeration"),
 ]
 

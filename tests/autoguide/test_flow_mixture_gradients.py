@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
+from pyro import infer, poutine
 from pyro.distributions.score_parts import ScoreParts
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
@@ -20,13 +20,18 @@ from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.autoguide._mixture_sites import LatentGivenComponent
 from pyro_flowvi.distributions import MixtureOfFlows
 from pyro_flowvi.flows import FLOWS
-from pyro_flowvi.infer import TraceEnumSTL_ELBO
+from pyro_flowvi.infer import (
+    TraceAuxiliary_ELBO,
+    TraceEnumSTL_ELBO,
+    TraceIW_ELBO,
+    TraceMeanFieldJacobian_ELBO,
+    TraceSTL_ELBO,
+)
 from pyro_flowvi.transforms import Stacked
 from tests import zoo
 from tests.autoguide.test_flow_mixture import SMALL, Y, log_density, square_root, two_modes
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:_Auto.*_component"),
     pytest.mark.filterwarnings("ignore:.*found no sample sites configured for enumeration"),
 ]
 
@@ -122,6 +127,13 @@ class TestGradients:
             norm = torch.cat([param.grad.flatten() for param in guide.parameters()]).norm()
             assert low <= norm <= high
 
+    def test_component_drawn_under_trace_auxiliary(self):
+        """Which adds the score that ``Trace_ELBO`` leaves out, and here finds it there already."""
+        guide = away_from_the_posterior()
+        loss = TraceAuxiliary_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=1)
+        found = Gradients(guide, lambda: loss.loss_and_grads(square_root, guide, Y), 60)
+        assert found.distance(exact_elbo_gradient()).max() < 4.5
+
     @pytest.mark.parametrize("vectorized", [True, False])
     def test_component_drawn(self, vectorized):
         guide = away_from_the_posterior()
@@ -196,11 +208,52 @@ class TestGradients:
             loss.loss_and_grads(square_root, guide, 1e4 * Y)
             assert all(param.grad.isfinite().all() for param in guide.parameters())
 
-    def test_trace_graph_is_refused(self):
-        guide = away_from_the_posterior()
-        with pytest.raises(NotImplementedError, match="got TraceGraph_ELBO"):
-            TraceGraph_ELBO().loss(square_root, guide, Y)
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            Trace_ELBO(),
+            TraceEnum_ELBO(max_plate_nesting=1),
+            TraceEnumSTL_ELBO(max_plate_nesting=1),
+            RenyiELBO(num_particles=2),
+            TraceAuxiliary_ELBO(),
+        ],
+        ids=lambda loss: type(loss).__name__,
+    )
+    @pytest.mark.parametrize("enumerate", ["parallel", "sequential"])
+    @pytest.mark.filterwarnings("error")
+    def test_no_warning_where_it_is_right(self, loss, enumerate):
+        guide = AutoFlowMixture(square_root, 2, **SMALL, enumerate=enumerate)
+        SVI(square_root, guide, Adam({"lr": 0.01}), loss).step(Y)
 
+    @pytest.mark.parametrize("validate", [False, True])
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            infer.JitTrace_ELBO,
+            infer.JitTraceEnum_ELBO,
+            infer.JitTraceMeanField_ELBO,
+            infer.JitTraceGraph_ELBO,
+            infer.TraceGraph_ELBO,
+            infer.TraceMeanField_ELBO,
+            infer.TraceTailAdaptive_ELBO,
+            TraceIW_ELBO,
+            TraceMeanFieldJacobian_ELBO,
+            TraceSTL_ELBO,
+        ],
+    )
+    def test_others_are_refused_by_name(self, kind, validate):
+        guide = away_from_the_posterior()
+        loss = kind(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+        with (
+            pyro.validation_enabled(validate),
+            pytest.raises(
+                (ValueError, NotImplementedError),
+                match=rf"{guide.name}: expected TraceEnum_ELBO, .* or RenyiELBO, got {kind.__name__}\b",
+            ),
+        ):
+            SVI(square_root, guide, Adam({"lr": 0.01}), loss).step(Y)
+
+    def test_trace_graph_is_refused_by_the_distribution(self):
         def own_guide(y):
             flows = Stacked(FLOWS["planar"](1) for _ in range(2))
             pyro.sample("x", dist.Delta(MixtureOfFlows(None, flows).rsample()[0]))
