@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._types import Program, Site, Trace
 from .batching import NUM_PROBES, Score, align, batched, in_parts, runs_batched, site_log_probs
+from .dtypes import dtype_for_sums
 from .enumeration import enumerated_log_weights
 from .left_out import check_left_out, find_left_out, uncounted
 from .packing import Packing
@@ -69,6 +70,7 @@ class UnconstrainedModel:
         structure = ProgramStructure.of(trace)
         self._nesting = structure.max_plate_nesting
         self._enumerated = bool(structure.discrete)
+        self._dtype = dtype_for_sums(model, args, self._kwargs, trace) if self._enumerated else None
         self.subsampled: bool = structure.subsampled
         """Whether the model sees a random part of its data; here it is the same part at every call."""
         found = find_left_out(sites, self._log_prob)
@@ -150,7 +152,7 @@ class UnconstrainedModel:
             rows = rows[0]
         values, log_dets = {}, []
         for name, value, log_det in self._values(rows):
-            values[name] = value
+            values[name] = value.to(dtype=self._dtype)
             log_dets.append(log_det)
         density = self._log_prob(values, size) + torch.stack(log_dets).sum(0)
         return density.reshape(z.shape[:-1])

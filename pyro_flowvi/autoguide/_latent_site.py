@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._program.scoring import is_scoring
@@ -16,11 +17,13 @@ class CallPosterior(FlowDistribution):
     That saves the inverse pass, and serves transforms that have none.
     """
 
+    dtype: torch.dtype | None = None
+    """Of draws and densities, if not that of the transform."""
     _drawn: tuple[Tensor, ...] | None = None
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         draw = self.rsample_with_score if is_scoring() else self.rsample_and_log_prob
-        self._drawn = draw(sample_shape)
+        self._drawn = tuple(drawn.to(dtype=self.dtype) for drawn in draw(sample_shape))
         return self._drawn[0]
 
     def drawn_score(self, value: Tensor) -> Tensor | None:
@@ -32,7 +35,12 @@ class CallPosterior(FlowDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._drawn is not None and value is self._drawn[0]:
             return self._drawn[1]
-        return super().log_prob(value)
+        if self.dtype is None:
+            return super().log_prob(value)
+        return super().log_prob(value.to(self._like()[0])).to(dtype=self.dtype)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "CallPosterior":
-        return super().expand(batch_shape, self._get_checked_instance(CallPosterior, _instance))
+        new = self._get_checked_instance(CallPosterior, _instance)
+        new.dtype = self.dtype
+        super().expand(batch_shape, new)
+        return new  # type: ignore[no-any-return]

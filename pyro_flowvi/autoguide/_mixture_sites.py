@@ -83,6 +83,7 @@ class ComponentCall:
 
     :param mixture: the guide's posterior.
     :param counter: of calls that were scored since the last backward pass, a list of one number.
+    :param dtype: of draws and densities, if not that of the mixture.
 
     Example::
 
@@ -92,8 +93,8 @@ class ComponentCall:
         tensor([0.5000, 0.5000, 0.5000])
     """
 
-    def __init__(self, mixture: MixtureOfFlows, counter: list[int]) -> None:
-        self.mixture, self._counter = mixture, counter
+    def __init__(self, mixture: MixtureOfFlows, counter: list[int], dtype: torch.dtype | None = None) -> None:
+        self.mixture, self._counter, self.dtype = mixture, counter, dtype
         self.enumerates = any(isinstance(handler, EnumMessenger) for handler in PYRO_STACK)
         """Whether the objective sums discrete sites out."""
         self._path = self.enumerates and is_scoring() and torch.is_grad_enabled()
@@ -104,7 +105,7 @@ class ComponentCall:
     def log_weight(self, component: Tensor) -> Tensor:
         """log w_k of a component of any shape; one tensor for both sites."""
         if self._log_weight is None or self._log_weight[0] is not component:
-            log_weights: Tensor = self.mixture.logits
+            log_weights: Tensor = self.mixture.logits.to(dtype=self.dtype)
             if getattr(component, "_pyro_categorical_support", None) is not None:  # all of them, in order
                 value = log_weights.reshape(component.shape)
             else:
@@ -114,13 +115,14 @@ class ComponentCall:
 
     def log_q(self, value: Tensor) -> Tensor:
         """The log density of the mixture; within :class:`Scoring` its gradient is that through the value."""
+        value = value.to(self.mixture.logits.dtype)
         if not self._path:
-            return self.mixture.log_prob(value)
+            return self.mixture.log_prob(value).to(dtype=self.dtype)
         with torch.enable_grad():
             leaf = value.detach().requires_grad_()
             log_q = self.mixture.log_prob(leaf)
             (score,) = torch.autograd.grad(log_q.sum(), leaf)
-        return log_q.detach() + (score * (value - value.detach())).sum(-1)
+        return (log_q.detach() + (score * (value - value.detach())).sum(-1)).to(dtype=self.dtype)
 
     def latent_log_prob(self, log_q: Tensor, component: Tensor) -> Tensor:
         """log q - log w_k."""
@@ -233,8 +235,10 @@ class LatentGivenComponent(TorchDistribution):
         shape, mixture = Size(sample_shape) + self.batch_shape, self.call.mixture
         if getattr(self.component, "_pyro_categorical_support", None) is not None and not sample_shape:
             # Enumerated, at the leftmost dimension: as many draws of each, not K times as many.
-            return mixture.rsample_components(shape[1:]).movedim(-2, 0).contiguous()
-        return pick_component(mixture.rsample_components(shape), self.component.expand(shape))
+            drawn = mixture.rsample_components(shape[1:]).movedim(-2, 0).contiguous()
+        else:
+            drawn = pick_component(mixture.rsample_components(shape), self.component.expand(shape))
+        return drawn.to(dtype=self.call.dtype)
 
     def log_q(self, value: Tensor) -> Tensor:
         """The log density of the mixture."""

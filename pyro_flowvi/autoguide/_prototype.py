@@ -7,11 +7,14 @@ from typing import Any, Self
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
+from .._program.dtypes import dtype_for_sums
 from .._program.left_out import check_left_out, uncounted
 from .._program.log_density import UnconstrainedModel
 from .._program.packing import Packing
+from .._program.pyro_private import PYRO_STACK
 from .._program.sites import is_enumerated, latent_sites
 from .._program.start_trace import SafeInit, prototype
 from ._lifecycle import PROTOTYPE_STATE, NamedGuide
@@ -34,6 +37,12 @@ class PrototypeGuide(NamedGuide):
         super().__init__(model, SafeInit(init_loc_fn), name)
         self._data: tuple[Any, Any] | None = None
         self._packing: Packing
+        self._sums_dtype: torch.dtype | None = None
+
+    def _call_dtype(self) -> torch.dtype | None:
+        """The dtype of a call's latents, if not that of the parameters: see :func:`dtype_for_sums`."""
+        enumerates = any(isinstance(handler, EnumMessenger) for handler in PYRO_STACK)
+        return self._sums_dtype if enumerates else None
 
     def materialize(self, *args: Any, **kwargs: Any) -> Self:
         """Sets the guide up with the model's arguments, so that its parameters exist; returns it.
@@ -91,6 +100,7 @@ class PrototypeGuide(NamedGuide):
             masked = any(uncounted(site) is not None for _, site in latent_sites(trace))
             left_out = self._density_of(run, args, kwargs).packing.left_out if masked else {}
             try:
+                self._sums_dtype = dtype_for_sums(run, args, kwargs, trace)
                 clear()
                 super()._setup_prototype(*args, **kwargs)
                 if self.master is None:

@@ -62,7 +62,8 @@ class IndexedCallPosterior(CallPosterior):
     def log_prob(self, value: Tensor) -> Tensor:
         dim = self._inner_dim
         own = super().log_prob(value) - standard_normal_log_prob(value[..., dim:])
-        return tightened(FlowDistribution(None, self.transform), dim, value[..., :dim], own, self.num_extra)
+        latent = value[..., :dim].to(self._like()[0])
+        return tightened(FlowDistribution(None, self.transform), dim, latent, own, self.num_extra)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "IndexedCallPosterior":
         new = self._get_checked_instance(IndexedCallPosterior, _instance)
@@ -189,5 +190,6 @@ class AutoCIF(AutoFlow):
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the packed unconstrained latents, as an auxiliary site together with their indices."""
         posterior = IndexedCallPosterior(self._flow, num_extra=self.num_extra)
+        posterior.dtype = self._call_dtype()
         extended: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         return extended[..., : self.latent_dim]

@@ -273,6 +273,7 @@ class AutoFlow(PrototypeGuide):
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the packed unconstrained latents as an auxiliary site."""
         posterior = CallPosterior(None, self._flow, dim=self.latent_dim)
+        posterior.dtype = self._call_dtype()
         latent: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
         return latent
 

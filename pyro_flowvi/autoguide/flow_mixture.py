@@ -274,7 +274,7 @@ class AutoFlowMixture(AutoFlow):
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the component and, given it, the packed unconstrained latents, as auxiliary sites."""
         refuse_objectives(self.name)
-        call = ComponentCall(self.get_posterior(), self._counter)
+        call = ComponentCall(self.get_posterior(), self._counter, self._call_dtype())
         kind = self._enumerate if call.enumerates else NotSummedOut(self._enumerate)
         infer: Any = {"enumerate": kind, "is_auxiliary": True, "marginal": True}
         name = f"_{self._pyro_name}_component"
