@@ -50,9 +50,9 @@ class AutoFlow(PrototypeGuide):
     :param name: prefix of the guide's parameters in the param store; by default the class name, with
         _1, _2, ... while another live guide holds it.  A guide adopts the values of a restored store; one
         that is given a name also adopts what an earlier guide of that name, no longer alive, left there.
-        From one that lives, as where a notebook's cell is run again, it takes the name over and starts
-        afresh: what that one wrote leaves the store, a call of it raises, and its draws, densities and
-        ``state_dict`` remain its own.
+        From one that lives (or a model that has the name), as where a notebook's cell is run again, it takes
+        the name over and starts afresh: what that one wrote leaves the store, a call of it raises, and its
+        draws, densities and ``state_dict`` remain its own.
     :param init_loc_fn: a per-site function of ``pyro.infer.autoguide.initialization``.
     :param init_scale: standard deviation, in unconstrained units, to start from.
     :param affine: "lower" (location and Cholesky factor), "low_rank" (diagonal and low rank),

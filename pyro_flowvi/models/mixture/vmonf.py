@@ -80,7 +80,8 @@ class VMoNF(NamedModel):
         of x'', where x' and x'' are x with independent noise.
     :param consistency_noise: the standard deviation of that noise.
     :param consistency_ramp: the number of steps over which w rises from 0, if ``step`` is given.
-    :param name: prefix of the parameters in the param store; by default the class name, made unique.
+    :param name: prefix of the parameters in the param store, taken over from a live model or guide of it;
+        by default the class name, made unique.
     :raises ValueError: if an argument is not of the described kind.
 
     Example::

@@ -60,7 +60,8 @@ class FlowVAE(NamedModel):
     :param amortize: "base", "context" or "hypernetwork", as above.
     :param num_extra: index draws beside its own in the bound of an indexed posterior's draw, as in
         :class:`~pyro_flowvi.distributions.IndexedFlow`.
-    :param name: prefix of the parameters in the param store; by default the class name, made unique.
+    :param name: prefix of the parameters in the param store, taken over from a live model or guide of it;
+        by default the class name, made unique.
     :raises ValueError: if an argument is not of the described kind, or a length cannot be told.
 
     Example::
