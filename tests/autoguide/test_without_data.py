@@ -130,7 +130,7 @@ class Walk(ForecastingModel):
         self.predict(dist.Normal(0.0, scale.unsqueeze(-1)), (level + drift.cumsum(-1)).unsqueeze(-1))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixture"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_forecast(kind):
     data, covariates = torch.randn(20, 1).cumsum(0), torch.zeros(25, 0)
     model = Walk()
