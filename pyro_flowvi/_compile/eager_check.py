@@ -1,6 +1,7 @@
 """A new compiled step held against eager Pyro, before it is used and now and then after."""
 
 import math
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from .errors import CannotCompile
+from .errors import CannotCompile, brief, user_line
 from .optimizers import flatten
 from .preflight import TOLERANCES, EagerStep, close
 from .step import CompiledStep
@@ -31,21 +32,26 @@ def compare(
 ) -> None:
     """Takes a step with some seed both ways, and undoes it.
 
-    :raises CannotCompile: if losses, gradients or updates differ.
+    :raises CannotCompile: if losses, gradients or updates differ, or one of the two raises.
     """
     before = [[value.clone() for value in bucket.state] for bucket in step.buckets]
     limits = None if step.limits is None else step.limits.clone()
     if step.limits is not None:
         step.limits.fill_(math.inf)
     try:
-        with eager.undisturbed(*tensors):
+        with eager.undisturbed(*tensors, *step.traced.constants):
             if perturbed:
                 torch.manual_seed(seed)
                 for value in (value for bucket in step.buckets for value in bucket.values):
                     value.add_(PERTURBATION * (1 + value.abs()) * torch.randn_like(value))
             start = [[value.clone() for value in bucket.values] for bucket in step.buckets]
             torch.manual_seed(seed)
-            stats, *plain = [value.clone() for value in step.run(*tensors)]
+            try:
+                stats, *plain = [value.clone() for value in step.run(*tensors)]
+            except Exception as error:
+                raise CannotCompile(
+                    f"the compiled step failed in a comparison with {brief(error)}"
+                ) from error
             loss = stats[0]
             grads = _gradients(step, before, plain)
             if bool(loss.isfinite()):
@@ -56,10 +62,11 @@ def compare(
         try:
             with torch.enable_grad(), pyro.validation_enabled(False):
                 expected_loss, expected, _ = eager.run(args, kwargs, seed)
-        except Exception:
+        except Exception as error:
             if perturbed:
-                return  # nothing is known where eager Pyro fails as well
-            raise
+                return  # nothing is known of parameters at which eager Pyro fails
+            line = user_line(traceback.extract_tb(error.__traceback__))
+            raise CannotCompile(f"the eager step failed in a comparison with {brief(error)}", line) from error
     finally:
         if step.limits is not None and limits is not None:
             step.limits.copy_(limits)

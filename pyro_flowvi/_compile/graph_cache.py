@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .._program.pyro_private import PYRO_STACK, stored_params
 from .eager_check import compare
-from .errors import CannotCompile, CompileWarning, is_library
+from .errors import CannotCompile, CompileWarning, brief, is_library, user_line
 from .inductor import warm_up
 from .optimizers import FlatParameters, inner_optimizer, make_buckets, meet
 from .policy import Mode, Policy
@@ -29,6 +29,8 @@ __all__ = ["GraphCache"]
 
 MAX_GRAPHS = 8
 """Compiled steps that one object makes: one for each combination of shapes and other arguments."""
+MAX_SHORT_LIVED = 3
+"""Graphs in succession that served one step, or none, before what the program reaches was another."""
 
 
 class _Call(NamedTuple):
@@ -145,6 +147,7 @@ class GraphCache:
         self._bindings: _Bindings | None = None
         self._fuse = True
         self._last: Any = None
+        self._short_lived = 0
         if strict:
             _traceable(loss)
 
@@ -171,7 +174,8 @@ class GraphCache:
                 return None, []  # what a handler or a mode does to the step is for eager Pyro to say
             call = self._describe(args, kwargs)
             step = self.steps.get(call.key)
-            if step is not None and not self._fits(svi, step, call.tensors):
+            audit = step is not None and step.calls + 1 >= step.next_audit
+            if step is not None and not self._fits(svi, step, call.tensors, audit):
                 self.steps.pop(call.key, None)
                 self._counts[call.shapes].calls, step = 0, None
             if step is None:
@@ -179,11 +183,11 @@ class GraphCache:
                     step = self._build(svi, policy, args, kwargs, left)
                 if step is None:
                     return None, []
-            elif step.calls + 1 >= step.next_audit or step.is_new_to(call.tensors):
+            elif audit or step.is_new_to(call.tensors):
                 compare(self._eager, step, args, kwargs, call.tensors, seed=step.next_audit)
-                step.next_audit *= 10 if step.calls + 1 >= step.next_audit else 1
+                step.next_audit *= 10 if audit else 1
         except CannotCompile as cause:
-            self._give_up(cause)
+            self.give_up(cause)
             return None, []
         return step, call.tensors
 
@@ -225,11 +229,15 @@ class GraphCache:
             self._last = args, [kind_of(arg) for arg in args], state, call
         return call
 
-    def _fits(self, svi: SVI, step: CompiledStep, tensors: list[Tensor]) -> bool:
+    def _fits(self, svi: SVI, step: CompiledStep, tensors: list[Tensor], audit: bool) -> bool:
         """Whether a step still fits the state around it; takes over moments that were replaced."""
         bindings, eager = self._bindings, self._eager
         same = svi.model is eager.model and svi.guide is eager.guide
-        if bindings is None or not (same and eager.reached.holds() and bindings.hold(svi.optim)):
+        if same and not eager.reached.holds(audit):
+            self._note_changes(step)
+            self._forget()
+            return False
+        if bindings is None or not (same and bindings.hold(svi.optim)):
             self._forget()
             return False
         if not bindings.follow_rules():
@@ -241,6 +249,15 @@ class GraphCache:
             self._forget()
             return False
         return step.holds(tensors)
+
+    def _note_changes(self, step: CompiledStep) -> None:
+        """Refuses a program whose state changes so often that its graphs serve next to no step."""
+        self._short_lived = self._short_lived + 1 if step.calls <= 1 else 0
+        if self._short_lived >= MAX_SHORT_LIVED:
+            names = ", ".join(sorted(set(self._eager.reached.changes()))[:3]) or "the memory of tensors"
+            raise CannotCompile(
+                f"what model and guide reach changes at every step ({names}), and each time it is traced anew"
+            )
 
     def _pays(self, policy: Policy, call: _Call, left: int | None) -> bool:
         """Whether to trace; counts the call."""
@@ -254,6 +271,21 @@ class GraphCache:
         return policy.traces(count.calls, left, count.size)
 
     def _build(
+        self, svi: SVI, policy: Policy, args: Any, kwargs: Any, left: int | None
+    ) -> CompiledStep | None:
+        """As :meth:`_make`, which whatever it raises leaves nothing behind."""
+        stored = set(stored_params())
+        try:
+            return self._make(svi, policy, args, kwargs, left)
+        except Exception as error:
+            for name in stored_params().keys() - stored:
+                del pyro.get_param_store()[name]
+            if isinstance(error, CannotCompile):
+                raise
+            line = user_line(traceback.extract_tb(error.__traceback__))
+            raise CannotCompile(f"a trial of the eager step failed with {brief(error)}", line) from error
+
+    def _make(
         self, svi: SVI, policy: Policy, args: Any, kwargs: Any, left: int | None
     ) -> CompiledStep | None:
         """Inspects, traces and lowers a step, and compares it; None if its graph is not worth that."""
@@ -275,6 +307,7 @@ class GraphCache:
             return None
         bindings = self._bind(svi.optim, step.params)
         bindings.watch(met)
+        self._eager.reached.leave(step.params)
         self.num_built += 1
         step.lower(bindings.buckets, call.tensors, self._limits, mode == "machine code")
         for seed, perturbed in ((1, False), (2, True)):
@@ -307,7 +340,8 @@ class GraphCache:
     def _forget(self) -> None:
         self.steps, self._traced, self._bindings = {}, {}, None
 
-    def _give_up(self, cause: CannotCompile) -> None:
+    def give_up(self, cause: CannotCompile) -> None:
+        """Leaves all further steps to eager Pyro, with a warning, or raises if the cache is strict."""
         if self.strict:
             raise cause
         self.cause = cause

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from .._program.pyro_private import stored_params
 from .._types import Program
 from .errors import CannotCompile, is_library
-from .reached_state import PLAIN, ReachedState
+from .places import PLAIN
+from .reached_state import ReachedState
 
 __all__ = ["TOLERANCES", "EagerStep", "close"]
 
@@ -103,7 +104,7 @@ class EagerStep:
 
     @contextmanager
     def undisturbed(self, *tensors: Tensor) -> Iterator[None]:
-        """Gives generators, and tensors that the program may change, back as they were."""
+        """Gives generators, and values that the program may change, back as they were."""
         # Views of parameters are left to whoever changes the parameters.
         params = [*stored_params().values(), *self._own_parameters()]
         owned = {param.untyped_storage().data_ptr() for param in params}
@@ -111,12 +112,15 @@ class EagerStep:
         found = [value for value in reached if value.untyped_storage().data_ptr() not in owned]
         kept = [(value, value.detach().clone()) for value in found if value.numel() <= MAX_KEPT]
         python, numpy = random.getstate(), np.random.get_state()
+        known = self.reached.holds(audit=True)
         with torch.random.fork_rng():
             try:
                 yield
             finally:
                 random.setstate(python)
                 np.random.set_state(numpy)
+                if known:
+                    self.reached.put_back()
                 with torch.no_grad():
                     for value, old in kept:  # compiled code does not count versions
                         if not torch.equal(value, old):
@@ -150,9 +154,9 @@ class EagerStep:
             loss, grads, sites = self._run_and_keep(args, kwargs)
             if any(value._version != version for value, version in large):
                 raise CannotCompile("the program changes a large tensor in place")
-            changed = self.reached.changes()
+            changed = self.reached.settle()
             if changed:
-                names = ", ".join(sorted(changed)[:3])
+                names = ", ".join(sorted(set(changed))[:3])
                 raise CannotCompile(
                     f"the program changes Python values of its own ({names}), as no graph does"
                 )
@@ -196,13 +200,16 @@ class EagerStep:
         left = {p: p.grad for p in (*stored_params().values(), *self._own_parameters())}
         for param in left:
             param.grad = None
-        with Sites() as sites, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
-            loss = torch_item(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
-        grads = {param: param.grad for param in sites.params.values() if param.grad is not None}
-        for param in sites.params.values():
-            param.grad = left.get(param)
+        sites = Sites()
+        try:
+            with sites, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.manual_seed(seed)
+                loss = torch_item(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
+            grads = {param: param.grad for param in sites.params.values() if param.grad is not None}
+        finally:
+            for param in (*left, *sites.params.values()):
+                param.grad = left.get(param)
         return loss, grads, sites
 
 

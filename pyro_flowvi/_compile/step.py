@@ -11,12 +11,19 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .._types import Program
+from .errors import CannotCompile, brief
 from .inductor import lower
 from .optimizers import FlatParameters, flatten
 from .run_by_operation import by_operation
 from .trace import Traced, trace
 
 __all__ = ["CompiledStep", "StepStats"]
+
+_FALLIBLE = (
+    *("bernoulli", "binomial", "multinomial", "poisson", "gamma", "dirichlet"),
+    *("cholesky", "linalg", "index", "gather", "scatter", "embedding"),
+)
+"""Parts of the names of operations that raise for some values."""
 
 
 class StepStats(NamedTuple):
@@ -75,6 +82,8 @@ class CompiledStep:
         self.machine_code = True
         self.calls, self.next_audit = 0, 1
         self._advance = advance
+        names = [str(node.target) for node in self.traced.graph.graph.nodes]
+        self._may_fail = any(part in name for name in names for part in _FALLIBLE)
 
     def lower(
         self,
@@ -173,8 +182,15 @@ class CompiledStep:
 
         :return: loss, number of dropped particles, norm of the gradient (zero without limits), in memory
             that the next step overwrites.
+        :raises CannotCompile: if an operation fails; the generator is then as before the step.
         """
-        stats, *grads = self.run(*tensors)
+        generator = torch.get_rng_state() if self._may_fail else None
+        try:
+            stats, *grads = self.run(*tensors)
+        except Exception as error:
+            if generator is not None:
+                torch.set_rng_state(generator)
+            raise CannotCompile(f"the compiled step failed with {brief(error)}") from error
         self.calls += 1
         if grads:
             self._step_outside(optim, grads)
@@ -188,7 +204,10 @@ class CompiledStep:
             bucket.write()
 
     def take(self, optim: PyroOptim, tensors: Sequence[Tensor], count: int) -> list[StepStats]:
-        """Takes up to ``count`` steps; stops after a loss that is not finite."""
+        """Takes up to ``count`` steps; stops after a loss that is not finite, or before a step that fails.
+
+        :raises CannotCompile: if the first one fails.
+        """
         found: list[StepStats] = []
         try:
             for _ in range(count):
@@ -196,17 +215,26 @@ class CompiledStep:
                 found.append(StepStats(loss, int(dropped), None if self.limits is None else norm))
                 if not math.isfinite(loss):
                     break
+        except CannotCompile:
+            if not found:
+                raise
         finally:
             self.write()
         return found
 
     def losses(self, optim: PyroOptim, tensors: Sequence[Tensor], count: int) -> list[float] | list[Tensor]:
-        """Takes so many steps; their losses, as tensors on a GPU, which need not wait for one another."""
+        """Takes up to ``count`` steps; their losses, as tensors on a GPU, which need not wait for each other.
+
+        :raises CannotCompile: if the first one fails; it stops before a later one.
+        """
         found: list[Any] = []
         try:
             for _ in range(count):
                 stats = self(optim, tensors)
                 found.append(stats.tolist()[0] if stats.is_cpu else stats[0].clone())
+        except CannotCompile:
+            if not found:
+                raise
         finally:
             self.write()
         return found

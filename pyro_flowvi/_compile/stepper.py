@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._program.call import refusing_data
 from .._types import CompileMode
+from .errors import CannotCompile
 from .graph_cache import GraphCache
 from .policy import CompileWherePays, InterpretWherePays, Mode, Policy, Settled
 from .step import CompiledStep, StepStats
@@ -68,14 +69,22 @@ class Stepper:
         step, tensors = self._find(svi, args, kwargs, left)
         if step is None:
             return [StepStats(self._step_eagerly(svi, args, kwargs, left))]
-        return step.take(svi.optim, tensors, min(count, step.steps_to_audit()))
+        try:
+            return step.take(svi.optim, tensors, min(count, step.steps_to_audit()))
+        except CannotCompile as cause:
+            self.graphs.give_up(cause)
+            return [StepStats(self._step_eagerly(svi, args, kwargs, left))]
 
     def losses(self, svi: SVI, args: Any, kwargs: Any, count: int, left: int) -> list[float] | list[Tensor]:
         """As :meth:`take`, but goes on after any loss, and does not wait for those of a GPU: tensors."""
         step, tensors = self._find(svi, args, kwargs, left)
         if step is None:
             return [self._step_eagerly(svi, args, kwargs, left)]
-        return step.losses(svi.optim, tensors, min(count, step.steps_to_audit()))
+        try:
+            return step.losses(svi.optim, tensors, min(count, step.steps_to_audit()))
+        except CannotCompile as cause:
+            self.graphs.give_up(cause)
+            return [self._step_eagerly(svi, args, kwargs, left)]
 
     def _find(
         self, svi: SVI, args: Any, kwargs: Any, left: int | None
