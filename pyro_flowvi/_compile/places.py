@@ -193,13 +193,14 @@ def _class_places(kind: type) -> Iterator[Place]:
 
 
 def _module_places(name: str, module: nn.Module) -> Iterator[Place]:
-    groups = [module._modules, module._parameters, module._buffers]
+    groups: list[Any] = [module._modules, module._parameters, module._buffers]
     if isinstance(module, PyroModule):
         groups.append(module._pyro_samples)
     for group in groups:
         yield from _attributes(name, group, [*group])
     hooks = module._forward_hooks, module._forward_pre_hooks
-    for group in (module._modules, *hooks):
+    sized: list[Any] = [module._modules, *hooks]
+    for group in sized:
         yield Place(f"hooks or submodules of {name}", group, None, "size")
         if group:
             yield from _fixed(name, group.values())
