@@ -79,7 +79,8 @@ class _Watch(TorchDispatchMode):
                     )
                     self._note_reading(value, what)
         else:
-            if torch.Tag.inplace in func.tags and _RANDOM in func.tags and not args[0].is_contiguous():
+            in_place = func._schema.name.endswith("_")
+            if in_place and _RANDOM in func.tags and not args[0].is_contiguous():
                 # Drawn in the order of memory, which a graph without mutation would not keep.
                 order = sorted(range(args[0].dim()), key=args[0].stride, reverse=True)
                 func(args[0].permute(order), *args[1:], **(kwargs or {}))

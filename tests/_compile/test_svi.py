@@ -16,7 +16,7 @@ from pyro.optim import Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
 from pyro_flowvi import CompiledSVI
-from pyro_flowvi._compile import policy, torch_private
+from pyro_flowvi._compile import graph_cache, policy, torch_private
 from pyro_flowvi._compile.optimizers import FlatParameters, make_buckets, meet
 from pyro_flowvi._compile.tensor_objectives import tensor_loss
 from pyro_flowvi.infer import CannotCompile, CompileWarning
@@ -274,7 +274,7 @@ class TestPolicy:
         assert not svi.compiled
 
     def test_shapes_that_change_too_often(self, monkeypatch):
-        monkeypatch.setattr("MAX_GRAPHS", 2)
+        monkeypatch.setattr(graph_cache, "MAX_GRAPHS", 2)
         svi = make(compile=True)
         svi.step(Y)
         svi.step(Y[:2])
