@@ -7,8 +7,8 @@ import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
-from tqdm import tqdm
 
+from .._bar import tqdm
 from .._checks import check_positive_int
 from .._program.call import check_programs
 from .._types import CompileMode, Program

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from pyro.infer import SVI
 from torch import Tensor
-from tqdm import tqdm
 
+from .._bar import tqdm
 from .._compile.stepper import Stepper
 from .._program.log_density import REFUSALS
 from .._types import CompileMode

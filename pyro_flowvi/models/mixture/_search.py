@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from pyro.distributions import Independent, StudentT
 from torch import Tensor
-from tqdm import tqdm
 
+from ..._bar import tqdm
 from ._partitions import cluster_gaussians, warm_starts
 from ._training import MixtureTrainer, TrainingResult, TrainingRows
 from .vmonf import VMoNF
