@@ -1,5 +1,6 @@
 """Partitions of the data that a mixture of flows starts from."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -20,6 +21,10 @@ SMOOTHING: Final = 0.9
 SMOOTHINGS: Final = 3
 """The neighbours' share in the responsibilities of :func:`_neighbours`, and how often they are mixed in."""
 MIN_NEIGHBORS: Final = 3
+FAR: Final = 2.5
+"""Standard deviations from a column's mean beyond which rows are no further: rare values are no parts."""
+LEAST_WITHIN: Final = 0.25
+"""Of a column's standard deviation, what it is taken to have within two parts at least."""
 SAME_AGREEMENT: Final = 0.98
 """Partitions that agree on that share of the rows are one."""
 
@@ -35,8 +40,10 @@ def warm_starts(
 ) -> dict[str, Labels]:
     """Partitions of the rows into ``num`` parts by several methods, needs scikit-learn.
 
-    Rows with a label are in the part of their label.  A method that cannot be applied, such as label
-    spreading without labels, is left out, and so is one whose partition an earlier one has found.
+    They do not depend on the units of the columns: distances are those of standardised columns, of which
+    those that tell parts apart count for more.  Rows with a label are in the part of their label.  A method
+    that cannot be applied, such as label spreading without labels, is left out, and so is one whose partition
+    an earlier one has found.
 
     :param names: keys of :data:`STARTS`.
     :param x: finite values, shape ``(N, D)``.
@@ -61,7 +68,8 @@ def warm_starts(
         known = np.flatnonzero(labels >= 0)[:MAX_ROWS]
         rest = random_state.permutation(np.setdiff1d(rows, known))
         rows = np.sort(np.concatenate([known, rest[: max(MAX_ROWS - len(known), MAX_ROWS // 2)]]))
-    y, z = labels[rows], x[rows]
+    y, x = labels[rows], _in_one_unit(x, rows, num, random_state)
+    z = x[rows]
     if x.shape[1] > MAX_COLUMNS:
         from sklearn.decomposition import PCA
 
@@ -79,6 +87,26 @@ def warm_starts(
     if not found:
         raise ValueError(f"init: expected a start that the data allow, got {list(names)}, which need labels")
     return {name: _extended(x, labels, rows, part) for name, part in found.items()}
+
+
+def _in_one_unit(x: Array, rows: Labels, num: int, random_state: Any) -> Array:
+    """The columns, each divided by the standard deviation that it has within the parts of its own k-means.
+
+    In standard deviations of the whole column, one that tells parts apart would count for less than noise.
+    Each column has a partition of its own, so that data alike in all directions stay so: a curve that is
+    stretched loses its neighbours.
+    """
+    spread = x[rows].std(0)
+    z: Array = ((x - x[rows].mean(0)) / np.where(spread > 0, spread, np.inf)).clip(-FAR, FAR)
+    for column in z.T[:, :, None]:
+        some = column[rows]
+        if not some.any():
+            continue
+        part = _clusters(some, num, random_state, 1)
+        size = np.maximum(np.bincount(part, minlength=num), 1.0)
+        within = (some[:, 0] - (np.bincount(part, some[:, 0], num) / size)[part]).std()
+        column /= max(within / some.std(), LEAST_WITHIN * 2.0 / max(num, 2))
+    return z
 
 
 def _extended(x: Array, labels: Labels, rows: Labels, part: Labels) -> Labels:
@@ -118,11 +146,16 @@ def _agreement(part: Labels, other: Labels, num: int) -> float:
 
 
 # -- methods -----------------------------------------------------------------------------------------
-def _kmeans(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+def _clusters(x: Array, num: int, random_state: Any, n_init: int) -> Labels:
     from sklearn.cluster import KMeans
 
-    result: Labels = KMeans(num, n_init=10, random_state=random_state).fit_predict(x)
+    with warnings.catch_warnings(action="ignore"):  # with fewer distinct rows than parts, some are empty
+        result: Labels = KMeans(num, n_init=n_init, random_state=random_state).fit_predict(x)
     return result
+
+
+def _kmeans(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+    return _clusters(x, num, random_state, 10)
 
 
 def _gmm(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
@@ -149,8 +182,9 @@ def _spectral(x: Array, labels: Labels, num: int, random_state: Any, num_neighbo
     count, parts = connected_components(near, directed=False)
     if count == num:  # the eigenvectors of equal eigenvalues would be any mixture of the parts
         return np.asarray(parts, dtype=np.int64)
-    if count > 1:
+    while count > 1:  # parts that are each other's nearest remain apart from the rest at first
         near = _connected(x, near, count, parts)
+        count, parts = connected_components(near, directed=False)
     method = SpectralClustering(
         num, affinity="precomputed", assign_labels="kmeans", random_state=random_state
     )
@@ -194,13 +228,10 @@ def _label_spreading(
 ) -> Labels | None:
     if labels.max() + 1 != num:
         return None
-    import warnings
-
     from sklearn.semi_supervised import LabelSpreading
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(action="ignore"):
         # Rows that no label reaches have no distribution, and take the first part.
-        warnings.simplefilter("ignore")
         method = LabelSpreading(
             kernel="knn", n_neighbors=min(num_neighbors, len(x) - 1), alpha=SPREADING, max_iter=1000
         )

@@ -86,18 +86,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Start:
-    """A candidate: a partition of all rows and a flow, with its score after brief training.
+    """A candidate: a partition of all rows and a flow, with its score and, if that is infinite, the reason.
 
     Example::
 
-        >>> Start("kmeans", "realnvp", np.zeros(3, dtype=int)).nll
-        nan
+        >>> Start("kmeans", "realnvp", np.zeros(3, dtype=int)).reason
+        'not scored'
     """
 
     name: str
     flow: Any
     parts: Labels
-    nll: float = math.nan
+    nll: float = math.inf
+    reason: str = "not scored"
+
+    def scored(self, nll: float) -> "Start":
+        """This one with its score; one that is not finite is infinite."""
+        if math.isfinite(nll):
+            return replace(self, nll=nll, reason="")
+        return replace(self, nll=math.inf, reason="the likelihood of held-out rows is not finite")
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,7 @@ class SearchResult:
 class StartSearch:
     """Candidates on one data set.
 
-    :param z: the standardised rows, shape ``(N, D)``, on which flows are trained.
-    :param x: the rows as they are, shape ``(N, C)``, which are clustered.
+    :param z: the standardised rows, shape ``(N, D)``.
     :param codes: the component of each row, or -1.
     :param num: the number of components.
     :param settings: how to train.
@@ -136,7 +142,7 @@ class StartSearch:
         >>> x = np.random.randn(60, 2)
         >>> settings = Settings("realnvp", "kmeans", 1, 2, (4,), 20, 32, 4e-3, 0.05, 0.15, 0.1, 10, 0)
         >>> state = np.random.RandomState(0)
-        >>> search = StartSearch(x, x, np.full(60, -1), 2, settings, state, torch.device("cpu"))
+        >>> search = StartSearch(x, np.full(60, -1), 2, settings, state, torch.device("cpu"))
         >>> search.best().start.name
         'kmeans'
     """
@@ -144,14 +150,14 @@ class StartSearch:
     def __init__(
         self,
         z: Array,
-        x: Array,
         codes: Labels,
         num: int,
         settings: Settings,
         random_state: Any,
         device: torch.device,
     ) -> None:
-        self.z, self.x, self.codes, self.num = z, x, codes, num
+        # In the precision of training: then the rounding of other units does not lead elsewhere.
+        self.z, self.codes, self.num = z.astype(np.float32).astype(np.float64), codes, num
         self.settings, self.random_state, self.device = settings, random_state, device
         self.dim = z.shape[1]
         self.seed = int(random_state.randint(2**31 - 1))
@@ -264,7 +270,7 @@ class StartSearch:
         for _ in range(settings.n_init if choose else 1):
             starts = warm_starts(
                 names,
-                self.x,
+                self.z,
                 self.codes,
                 self.num,
                 self.random_state,
@@ -316,7 +322,7 @@ class StartSearch:
             if len(left) == 1 or rows >= ENOUGH_ROWS:
                 break
             split = self._split()
-        ranked = [replace(each, nll=_mean(score)) for each, score in zip(candidates, scores, strict=True)]
+        ranked = [each.scored(_mean(score)) for each, score in zip(candidates, scores, strict=True)]
         winner = min(i for i in left if behind[i] <= 1.0)
         order = sorted(range(len(ranked)), key=lambda i: (i != winner, i not in left, ranked[i].nll))
         return [ranked[i] for i in order]
@@ -351,7 +357,11 @@ class StartSearch:
         # Double precision, so that a row's score does not depend on the rows beside it.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         model = self._based(model, start.flow, dtype)
-        nll = outcome.nll if len(self.held_out) else math.nan
+        if not len(self.held_out):
+            tried = [replace(each, reason="no rows were held out") for each in tried]
+        elif len(tried) == 1:  # nothing to choose from: it was not scored after brief training
+            tried = [start.scored(outcome.nll)]
+        nll = outcome.nll if len(self.held_out) and math.isfinite(outcome.nll) else math.inf
         return SearchResult(model, start, tried, nll, outcome.losses, outcome.checks, outcome.diverged)
 
 
@@ -363,11 +373,11 @@ def _mean(scores: list[Array]) -> float:
 def _behind(scores: list[Array], among: set[int]) -> dict[int, float]:
     """By how many standard errors each is worse than the best, in the mean over the same rows."""
     best = min(among, key=lambda i: _mean([scores[i]]))
-    behind = {}
+    behind = dict.fromkeys(among, math.inf)
     for i in among:
-        difference = scores[i] - scores[best]
+        if i != best and not math.isfinite(_mean([scores[i]])):
+            continue
+        difference = scores[i] - scores[best] if i != best else np.zeros(1)
         error = float(difference.std()) / math.sqrt(len(difference))
         behind[i] = float(difference.mean()) / error if error > 0 else 0.0
-        if not math.isfinite(behind[i]):
-            behind[i] = math.inf
     return behind

@@ -22,6 +22,8 @@ __all__ = ["FlowMixture"]
 Array = NDArray[np.float64]
 CONSTANT_SCALE: Final = 1e-3
 """Standard deviation that the density gives to a column that does not vary."""
+ROUNDING: Final = 64 * float(np.finfo(np.float64).eps)
+"""A column whose standard deviation is less than so much of its mean is taken to be constant."""
 CHUNK: Final = 2**13
 """Rows that are scored at once."""
 
@@ -50,13 +52,14 @@ class FlowMixture(_Base):
     trained by exact maximum likelihood with the component summed out (:class:`~pyro_flowvi.models.VMoNF`).
     Labels for some rows or all of them are observations of the component.  Needs scikit-learn.
 
-    Columns are standardised.  A mixture needs a start: several partitions of the rows (k-means, a Gaussian
-    mixture, spectral clustering, Gaussians whose responsibilities agree with their neighbours' and, with
-    labels, label spreading) are trained briefly, on up to three splits of the rows, and that with the best
-    likelihood of held-out rows is trained in full, with splines and with affine couplings; above 8 columns
-    with affine couplings alone.  Where the likelihood cannot tell starts apart, the one that follows
-    neighbours is taken.  As with k-means, distances are those of the columns as they are given: put a scaler
-    before columns of different units.
+    Columns are standardised: neither the fit nor its start depends on their units.  A mixture needs a start:
+    several partitions of the rows (k-means, a Gaussian mixture, spectral clustering, Gaussians whose
+    responsibilities agree with their neighbours' and, with labels, label spreading) are trained briefly, on up
+    to three splits of the rows, and that with the best likelihood of held-out rows is trained in full, with
+    splines and with affine couplings; above 8 columns with affine couplings alone.  Where the likelihood cannot
+    tell starts apart, the one that follows neighbours is taken.  Distances are those of standardised columns,
+    of which those that tell parts apart count for more; of images, whose pixels have one unit, give principal
+    components.
 
     The base of affine couplings ("realnvp") is a Student distribution with 20 degrees of freedom, of all
     other flows the standard normal.
@@ -97,7 +100,8 @@ class FlowMixture(_Base):
     ``weights_``; ``model_``, the :class:`VMoNF` of the standardised columns ``(x - mean_) / scale_`` that
     vary, ``varying_``; ``flow_``; ``start_``, the name of the start; ``start_labels_``, its partition of the
     rows, as :meth:`predict` would return it; ``starts_``, what was tried, with each one's held-out negative
-    log likelihood in the units of the data; ``held_out_nll_`` (NaN if no rows were held out);
+    log likelihood in the units of the data (of one start alone, that of the full training) and, where that is
+    infinite, the ``reason``; ``held_out_nll_`` (infinite if no rows were held out);
     ``loss_curve_``; ``n_iter_``; ``converged_``, False if training stopped at values that are not finite, at
     the best parameters before those; ``n_features_in_``, ``feature_names_in_``.
 
@@ -185,7 +189,7 @@ class FlowMixture(_Base):
             self._scale_by(x)
         random_state = check_random_state(self.random_state)
         search = StartSearch(
-            self._standardised(x), x, targets.codes, num, settings, random_state, self._device()
+            self._standardised(x), targets.codes, num, settings, random_state, self._device()
         )
         found = search.continued(before, self.flow_) if before is not None else search.best()
         self.classes_ = targets.classes
@@ -201,7 +205,9 @@ class FlowMixture(_Base):
         self.start_ = found.start.name
         self.start_labels_ = self.component_labels_[found.start.parts]
         self.starts_ = [
-            {"init": each.name, "flow": each.flow, "held_out_nll": each.nll + offset} for each in found.tried
+            {"init": each.name, "flow": each.flow, "held_out_nll": each.nll + offset}
+            | ({"reason": each.reason} if each.reason else {})
+            for each in found.tried
         ]
         self.held_out_nll_ = found.nll + offset
         self.loss_curve_ = found.losses
@@ -271,9 +277,13 @@ class FlowMixture(_Base):
         return validate_data(self, X, **options)  # type: ignore[no-any-return]
 
     def _scale_by(self, x: Array) -> None:
-        self.mean_: Array = x.mean(0)
-        self.scale_: Array = x.std(0)
-        self.varying_ = (np.ptp(x, 0) > 0) & (self.scale_ > 1e-12 * np.abs(self.mean_))
+        # From the middle and in parts of the range, whose squares neither overflow nor vanish.
+        low, high = x.min(0), x.max(0)
+        middle, half = 0.5 * low + 0.5 * high, 0.5 * high - 0.5 * low
+        u = (x - middle) / np.where(half > 0, half, 1.0)
+        self.mean_: Array = middle + half * u.mean(0)
+        self.scale_: Array = half * u.std(0)
+        self.varying_ = self.scale_ > ROUNDING * np.abs(self.mean_)
         if not self.varying_.any():
             raise ValueError("X: expected a column that varies, got constant ones alone")
         self.scale_[~self.varying_] = CONSTANT_SCALE
