@@ -8,10 +8,21 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import pyro_flowvi
 
 torch.set_num_threads(1)
+# The same examples every time, so that a change is all that a failure can come from.
+for profile, count in (("few", 12), ("many", 150)):
+    settings.register_profile(
+        profile,
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def pytest_addoption(parser):
@@ -19,6 +30,11 @@ def pytest_addoption(parser):
     parser.addoption("--dtype", default="float64", choices=["float32", "float64"])
     parser.addoption("--run-long", action="store_true", help="also run tests marked long")
     parser.addoption("--run-slow", action="store_true", help="run all tests, those marked slow too")
+
+
+def pytest_configure(config):
+    more = config.getoption("--run-long") or config.getoption("--run-slow")
+    settings.load_profile("many" if more else "few")
 
 
 def pytest_collection_modifyitems(config, items):

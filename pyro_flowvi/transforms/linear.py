@@ -171,16 +171,17 @@ class LowerAffine(ParametricTransform):
 
 
 class LULinear(ParametricTransform):
-    r"""A linear map in triangular factors, :math:`f(x) = loc + L U x`: any orientation-preserving mixing.
+    r"""A linear map in triangular factors, :math:`f(x) = loc + L S U x`: any orientation-preserving mixing.
 
-    L is unit lower triangular, U upper triangular with a positive diagonal (Kingma and Dhariwal, *Glow*,
-    2018, section 3.2).  Starts as the identity.
+    L is unit lower triangular, U unit upper triangular, S diagonal and positive (Kingma and Dhariwal, *Glow*,
+    2018, section 3.2, whose U has the diagonal; apart from it, small scales make no long inverse).  Starts as
+    the identity.
 
     :param dim: the length D of the vectors.
     :raises ValueError: if ``dim`` is not a positive integer.
 
     Shapes: input ``(*, D)``; ``loc`` ``(D,)``, ``factors`` ``(D, D)``: L below the diagonal, U above it, and
-    the logarithms of U's diagonal on it; any real values.
+    the logarithms of S on it; any real values.
 
     Example::
 
@@ -194,12 +195,12 @@ class LULinear(ParametricTransform):
         self.factors = nn.Parameter(torch.zeros(dim, dim))
 
     @staticmethod
-    def _upper(factors: Tensor) -> tuple[Tensor, Tensor]:
+    def _scaled_upper(factors: Tensor) -> tuple[Tensor, Tensor]:
         scale, log_scale = finite_scale(factors.diagonal(dim1=-2, dim2=-1))
-        return factors.triu(1) + torch.diag_embed(scale), log_scale.sum(-1)
+        return scale.unsqueeze(-1) * factors.triu(1) + torch.diag_embed(scale), log_scale.sum(-1)
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
-        upper, log_det = self._upper(raw["factors"])
+        upper, log_det = self._scaled_upper(raw["factors"])
         lower = raw["factors"].tril(-1)
         if upper.dim() == 2 and x.numel() >= upper.numel():  # many vectors: one product with each, not two
             matrix = torch.addmm(upper, lower, upper)
@@ -211,10 +212,11 @@ class LULinear(ParametricTransform):
         return y, log_det.expand(y.shape[:-1])
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
-        upper, log_det = self._upper(raw["factors"])
-        x = _solve(raw["factors"], y - raw["loc"], upper=False, unit=True)
-        x = _solve(upper, x, upper=True, unit=False)
-        return x, -log_det.expand(x.shape[:-1])
+        factors = raw["factors"]
+        scale, log_scale = finite_scale(factors.diagonal(dim1=-2, dim2=-1))
+        x = _solve(factors, y - raw["loc"], upper=False, unit=True) / scale
+        x = _solve(factors, x, upper=True, unit=True)
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
 
 class Householder(ParametricTransform):
@@ -324,6 +326,13 @@ class LowRankAffine(ParametricTransform):
         size = 0.1 * math.sqrt(scale / (dim * rank))
         self.factor = nn.Parameter(size * torch.randn(dim, rank))
 
+    @staticmethod
+    def _factor(raw: Raw, scale: Tensor) -> Tensor:
+        """W, as large beside the square roots of s as the small matrix can tell its 1 from rounding."""
+        factor = raw["factor"]
+        most = torch.finfo(factor.dtype).eps ** -0.5 / 16.0 * scale.sqrt().unsqueeze(-1)
+        return torch.maximum(torch.minimum(factor, most), -most)
+
     def _small_cholesky(self, factor: Tensor, scale: Tensor) -> Tensor:
         weighted = factor / scale.unsqueeze(-1)
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
@@ -335,18 +344,27 @@ class LowRankAffine(ParametricTransform):
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, log_scale = finite_scale(raw["log_scale"])
-        factor = raw["factor"]
+        factor = self._factor(raw, scale)
         y = raw["loc"] + scale * x + _linear(_linear(x, factor.mT), factor)
         log_det = self._log_det(log_scale, self._small_cholesky(factor, scale))
         return y, log_det.expand(y.shape[:-1])
 
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
         scale, log_scale = finite_scale(raw["log_scale"])
-        factor = raw["factor"]
+        factor = self._factor(raw, scale)
         cholesky = self._small_cholesky(factor, scale)
-        x = (y - raw["loc"]) / scale
-        inner = torch.cholesky_solve(_linear(x, factor.mT).unsqueeze(-1), cholesky).squeeze(-1)
-        x = x - _linear(inner, factor) / scale
+
+        def solve(rest: Tensor) -> Tensor:
+            rest = rest / scale
+            inner = torch.cholesky_solve(_linear(rest, factor.mT).unsqueeze(-1), cholesky).squeeze(-1)
+            return rest - _linear(inner, factor) / scale
+
+        centred = y - raw["loc"]
+        x = solve(centred)
+        # Where W is large beside s the difference cancels; what is left over is solved for once more.
+        with torch.no_grad():
+            correction = solve(centred - scale * x - _linear(_linear(x, factor.mT), factor))
+        x = x + correction
         return x, -self._log_det(log_scale, cholesky).expand(x.shape[:-1])
 
 

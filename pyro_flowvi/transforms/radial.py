@@ -42,8 +42,9 @@ RADIAL_FLOOR = 1e-3
 
 
 def _log_power(a: Tensor) -> Tensor:
-    """Without a bound below and, so that points inside the shell do not underflow at once, slow above 0."""
-    return torch.where(a > 0, torch.log1p(_GAIN * a.clamp_min(0.0)), _GAIN * a)
+    """Slow above 0, so that points inside the shell do not underflow; as low as 1 / p is a number."""
+    low = -0.3 * math.log(torch.finfo(a.dtype).max) / _GAIN
+    return torch.where(a > 0, torch.log1p(_GAIN * a.clamp_min(0.0)), _GAIN * a.clamp_min(low))
 
 
 def radial_params(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,10 +165,12 @@ def radial_power(x: Tensor, log_power: Tensor) -> tuple[Tensor, Tensor]:
         >>> bool((y - torch.tensor([15.0, 20.0])).abs().max() < 1e-4)
         True
     """
-    # Squares of what comes out have to be finite too.
+    # Squares of what comes out have to be finite too: farther out the scale is constant, in both directions.
     highest = 0.45 * math.log(torch.finfo(x.dtype).max)
-    log_scale = (log_power.expm1() * safe_norm(x).log()).clamp(-highest, highest)
-    return x * log_scale.exp().unsqueeze(-1), x.shape[-1] * log_scale + log_power
+    wanted = log_power.expm1() * safe_norm(x).log()
+    log_scale = wanted.clamp(-highest, highest)
+    log_slope = torch.where(wanted.abs() <= highest, log_power, 0.0)
+    return x * log_scale.exp().unsqueeze(-1), x.shape[-1] * log_scale + log_slope
 
 
 class Radial(ParametricTransform):

@@ -54,12 +54,12 @@ class FlowMixture(_Base):
 
     Columns are standardised: neither the fit nor its start depends on their units.  A mixture needs a start:
     several partitions of the rows (k-means, a Gaussian mixture, spectral clustering, Gaussians whose
-    responsibilities agree with their neighbours' and, with labels, label spreading) are trained briefly, on up
-    to three splits of the rows, and that with the best likelihood of held-out rows is trained in full, with
-    splines and with affine couplings; above 8 columns with affine couplings alone.  Where the likelihood cannot
-    tell starts apart, the one that follows neighbours is taken.  Distances are those of standardised columns,
-    of which those that tell parts apart count for more; of images, whose pixels have one unit, give principal
-    components.
+    responsibilities agree with their neighbours' and, with labels, label spreading) are trained briefly, on
+    up to three splits of the rows, and that with the best likelihood of held-out rows is trained in full,
+    with splines and with affine couplings; above 8 columns with affine couplings alone.  Where the likelihood
+    cannot tell starts apart, the one that follows neighbours is taken.  Distances are those of standardised
+    columns, of which those that tell parts apart count for more; of images, whose pixels have one unit, give
+    principal components.
 
     The base of affine couplings ("realnvp") is a Student distribution with 20 degrees of freedom, of all
     other flows the standard normal.
