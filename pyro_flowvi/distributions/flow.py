@@ -21,6 +21,13 @@ def standard_normal_log_prob(x: Tensor) -> Tensor:
     return -0.5 * (x.square().sum(-1) + x.shape[-1] * math.log(2 * math.pi))
 
 
+def log_prob_of(distribution: Distribution, x: Tensor) -> Tensor:
+    """Its log density at ``x``, also of an empty batch, which torch cannot check."""
+    shape = torch.broadcast_shapes(x.shape[:-1], distribution.batch_shape)
+    log_prob: Tensor = distribution.log_prob(x) if shape.numel() else x.sum(-1).expand(shape)
+    return log_prob
+
+
 def _moved(distribution: Distribution, *args: Any, **kwargs: Any) -> Distribution:
     """A copy whose tensors, at any depth, went through ``Tensor.to``."""
     distribution = copy.copy(distribution)
@@ -98,9 +105,12 @@ class FlowDistribution(TorchDistribution):
     def _like(self) -> tuple[torch.dtype, torch.device]:
         """Dtype and device of the transform, so of the base noise."""
         if isinstance(self.transform, nn.Module):
-            for tensor in (*self.transform.parameters(), *self.transform.buffers()):
-                if tensor.is_floating_point():
-                    return tensor.dtype, tensor.device
+            # A conditioned layer does not own its parameters, and refers to the one that does.
+            owners = [owner for part in self.transform.modules() for owner in getattr(part, "_layer", ())]
+            for module in (self.transform, *owners):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    if tensor.is_floating_point():
+                        return tensor.dtype, tensor.device
         return torch.get_default_dtype(), torch.get_default_device()
 
     def _base_sample_and_log_prob(self, sample_shape: Size) -> tuple[Tensor, Tensor]:
@@ -111,7 +121,7 @@ class FlowDistribution(TorchDistribution):
             return x, standard_normal_log_prob(x)
         base = self.base.expand(self.batch_shape)
         x = base.rsample(sample_shape) if base.has_rsample else base.sample(sample_shape)
-        return x, base.log_prob(x)
+        return x, log_prob_of(base, x)
 
     def rsample_and_log_prob(self, sample_shape: Shape = ()) -> tuple[Tensor, Tensor]:
         """Draws with their log densities, from one forward pass.
@@ -158,7 +168,7 @@ class FlowDistribution(TorchDistribution):
         if self._validate_args and value.numel():  # torch cannot check an empty batch
             self._validate_sample(value)
         x, log_det = inverse_and_log_det(self.transform, value)
-        base_log_prob = standard_normal_log_prob(x) if self.base is None else self.base.log_prob(x)
+        base_log_prob = standard_normal_log_prob(x) if self.base is None else log_prob_of(self.base, x)
         log_prob: Tensor = base_log_prob + log_det
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_count, check_positive_int
 from ..transforms import IndexedCompose
-from .flow import FlowDistribution, Shape, standard_normal_log_prob
+from .flow import FlowDistribution, Shape, log_prob_of, standard_normal_log_prob
 
 __all__ = ["IndexedFlow", "index_log_ratios", "log_mean_exp", "tightened"]
 
@@ -111,7 +111,7 @@ class WithNoise(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         w, noise = value.split([self.base.event_shape[0], self.index_dim], -1)
-        log_prob: Tensor = self.base.log_prob(w) + standard_normal_log_prob(noise)
+        log_prob: Tensor = log_prob_of(self.base, w) + standard_normal_log_prob(noise)
         return log_prob
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "WithNoise":
