@@ -105,12 +105,9 @@ class FlowDistribution(TorchDistribution):
     def _like(self) -> tuple[torch.dtype, torch.device]:
         """Dtype and device of the transform, so of the base noise."""
         if isinstance(self.transform, nn.Module):
-            # A conditioned layer does not own its parameters, and refers to the one that does.
-            owners = [owner for part in self.transform.modules() for owner in getattr(part, "_layer", ())]
-            for module in (self.transform, *owners):
-                for tensor in (*module.parameters(), *module.buffers()):
-                    if tensor.is_floating_point():
-                        return tensor.dtype, tensor.device
+            for tensor in (*self.transform.parameters(), *self.transform.buffers()):
+                if tensor.is_floating_point():
+                    return tensor.dtype, tensor.device
         return torch.get_default_dtype(), torch.get_default_device()
 
     def _base_sample_and_log_prob(self, sample_shape: Size) -> tuple[Tensor, Tensor]:
