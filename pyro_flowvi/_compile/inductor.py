@@ -118,13 +118,13 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
     config = private("config")
     tracing, context = private("tracing"), private("TracingContext")
     _check_compiler(inputs)
-    # Without a ShapeEnv, Inductor's disk cache is bypassed.
-    fake = private("FakeTensorMode")(allow_non_fake_inputs=True, shape_env=private("ShapeEnv")())
     errors = []
     # Once more without what may have gone wrong: assumed instructions, a header that was deleted meanwhile.
     for options in (_FAST, {"cpp_cache_precompile_headers": False}):
-        patched = config.patch({"fallback_random": True, **options})
         try:
+            # Without a ShapeEnv, Inductor's disk cache is bypassed.
+            fake = private("FakeTensorMode")(allow_non_fake_inputs=True, shape_env=private("ShapeEnv")())
+            patched = config.patch({"fallback_random": True, **options})
             with patched, tracing(context(fake)), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, about itself
                 graph = _functional_graph(function, inputs, fake)
