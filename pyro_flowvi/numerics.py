@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["newton_root", "norm_floor", "safe_norm", "shifted_softplus"]
+__all__ = ["finite_scale", "newton_root", "norm_floor", "safe_norm", "shifted_softplus"]
 
 
 def norm_floor(dtype: torch.dtype) -> float:
@@ -18,6 +18,19 @@ def norm_floor(dtype: torch.dtype) -> float:
         True
     """
     return float(torch.finfo(dtype).tiny ** 0.8)
+
+
+def finite_scale(log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and its log, both finite for any raw value.
+
+    Example::
+
+        >>> finite_scale(torch.tensor(1e4, dtype=torch.float64))[0].isfinite()
+        tensor(True)
+    """
+    bound = 0.3 * math.log(torch.finfo(log_scale.dtype).max)
+    log_scale = log_scale.clamp(-bound, bound)
+    return log_scale.exp(), log_scale
 
 
 def safe_norm(x: Tensor) -> Tensor:

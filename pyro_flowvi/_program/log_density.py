@@ -74,10 +74,11 @@ class UnconstrainedModel:
         self.subsampled: bool = structure.subsampled
         """Whether the model sees a random part of its data; here it is the same part at every call."""
         found = find_left_out(sites, self._log_prob)
-        if left_out is None:
-            left_out = found
+        shapes = {name: latent.free_shape for name, latent in self.packing.latents.items()}
+        if left_out is None or any(out.shape != shapes.get(name) for name, out in left_out.items()):
+            left_out = found  # of other latents, as it is for the guide to say
         else:
-            check_left_out({name: out for name, out in left_out.items() if name in sites}, found)
+            check_left_out(left_out, found)
         if left_out:
             self.packing = Packing(sites, left_out)
         self.dim: int = self.packing.dim

@@ -144,8 +144,11 @@ class PrototypeGuide(NamedGuide):
             # What the model draws here is no part of the user's stream of random numbers.
             with torch.random.fork_rng(), self._apart():
                 super()._setup_prototype(*args, **kwargs)
-            self._pack(packing.left_out)
+            self._pack({})
             self._check_same(packing, self._packing)
+            self._pack(packing.left_out)
+            if packing.left_out:
+                self._check_masks(args, kwargs)
             if self._stale:
                 saved, self._stale = {}, False
         finally:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
 from ..nn import ConvResNet, check_image_shape
+from ..numerics import finite_scale
 from .base import FlowTransform, ParametricTransform, Raw
 from .compose import Compose, ConditionalCompose
 from .conditional import Conditional
 from .coupling import LOG_SCALE_LIMIT, Coupling, coupling_mask
-from .linear import finite_scale
 from .univariate import Affine
 
 __all__ = ["Conv1x1", "Partial", "Squeeze2d", "channel_mask", "checkerboard_mask", "multiscale_realnvp"]

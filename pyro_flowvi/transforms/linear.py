@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
-from ..numerics import safe_norm
+from ..numerics import finite_scale, safe_norm
 from .base import FlowTransform, ParametricTransform, Raw
 
 __all__ = [
@@ -24,13 +24,6 @@ __all__ = [
 ]
 
 MAX_REFLECTIONS = 16
-
-
-def finite_scale(log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and its log, both finite for any raw value."""
-    bound = 0.3 * math.log(torch.finfo(log_scale.dtype).max)
-    log_scale = log_scale.clamp(-bound, bound)
-    return log_scale.exp(), log_scale
 
 
 def _linear(x: Tensor, matrix: Tensor) -> Tensor:

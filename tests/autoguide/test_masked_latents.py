@@ -234,12 +234,16 @@ def test_the_mask_is_read_at_every_call(data):
         guide,
         svi.step,
         guide.density,
+        guide.materialize,
         lambda *args: fit(padded, guide, *args, num_steps=2, progress=False),
         lambda *args: diagnose(padded, guide, *args),
     ):
         with refused:
             run(y, longer)
     guide()  # without data there is nothing to read
+    for run in (guide.density, guide.materialize):
+        with pytest.raises(ValueError, match=r"site 'scale': expected unconstrained shape \(3, 4\)"):
+            run(y[:, :3], mask[:, :3])
     svi.step(y, mask)
 
 
