@@ -1,5 +1,6 @@
 """Many draws of a guide, scored one by one: the log importance weights log p(x, z) - log q(z)."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -14,9 +15,11 @@ from torch.distributions import TransformedDistribution
 from .._types import Program, Trace
 from .batching import NUM_PROBES, Score, batched, even_sizes, runs_batched, site_log_probs
 from .call import check_guide_trace
+from .data import check_data, naming_arrays
 from .enumeration import enumerated_log_weights
 from .sites import innermost
 from .structure import ProgramStructure, sample_sites
+from .validation import check_shapes
 
 __all__ = ["LogWeights"]
 
@@ -52,6 +55,9 @@ class LogWeights:
     :param guide: a guide for it.
     :param args: the model's positional arguments.
     :param kwargs: the model's keyword arguments.
+    :param max_plate_nesting: of the user's objective, for Pyro's checks of the shapes.
+    :raises ValueError: where Pyro's validation refuses the shapes of a site, the data are no tensors, or the
+        guide observes data.
     """
 
     def __init__(
@@ -60,13 +66,17 @@ class LogWeights:
         guide: Program,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
+        max_plate_nesting: float = math.inf,
     ) -> None:
         self.model, self.guide = model, guide
         self.args, self.kwargs = args, dict(kwargs or {})
         with poutine.block(), torch.no_grad():
-            guide_trace: Trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
-            model_trace = self._replay(guide_trace)
+            with naming_arrays(model, self.args, self.kwargs):
+                guide_trace: Trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+                model_trace = self._replay(guide_trace)
             check_guide_trace(guide_trace)
+            check_data(model_trace, model, self.args, self.kwargs)
+            check_shapes(model_trace, guide_trace, max_plate_nesting)
             for name, site in sample_sites(guide_trace).items():
                 _check_untransformed(name, site)
             self.structure: ProgramStructure = ProgramStructure.of(model_trace, guide_trace)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .._types import Site, Trace
+from .data import check_data, naming_arrays
 from .sites import _bounds, latent_sites
 from .structure import is_subsampled
 
@@ -76,7 +77,7 @@ def prototype(
     :param init_loc_fn: where each latent site starts.
     :raises ValueError: naming the site, for a model without continuous latent sites, a discrete site
         that is not enumerated, a local latent under a subsampled plate, a support that depends on
-        another latent, or NaN in the data.
+        another latent, data that are no tensors, or NaN in them.
 
     Example::
 
@@ -91,10 +92,12 @@ def prototype(
         return prune_subsample_sites(poutine.trace(started).get_trace(*args, **kwargs))
 
     with poutine.block(), torch.no_grad():
-        trace = run()
+        with naming_arrays(model, args, kwargs):
+            trace = run()
         latents = dict(latent_sites(trace))
         _check_latents(latents)
-        _check_data(trace)
+        check_data(trace, model, args, kwargs, before_run)
+        _check_no_nan(trace)
         bounds = {name: list(_bounds(site["fn"].support)) for name, site in latents.items()}
         if any(bounds.values()):
             for jitter in (0.5, 0.05):
@@ -130,7 +133,7 @@ def _check_latents(latents: Mapping[str, Site]) -> None:
         raise ValueError("model: expected at least one continuous latent site, got none")
 
 
-def _check_data(trace: Trace) -> None:
+def _check_no_nan(trace: Trace) -> None:
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"]:
             continue

@@ -134,7 +134,8 @@ def diagnose(
         a tenth of that where the model does not run for many points at once.
     :param fit_result: what :func:`pyro_flowvi.fit` returned: a fit that had not converged is never good.
     :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, the guide
-        has not been set up and cannot be, or model and guide are swapped.
+        has not been set up and cannot be, model and guide are swapped, the data are no tensors, or Pyro's
+        validation refuses the shape of a site.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
     References: Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling*, 2024

@@ -226,9 +226,10 @@ def fit(
         file exists the run goes on from it, and ends bit for bit as without the interruption.
     :param progress: shows a progress bar.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
-    :raises ValueError: if an argument is not of the described kind, model and guide are swapped, the data has
-        NaN, improper priors leave the posterior flat along a direction, or the checkpoint is of another run
-        or cut short.
+    :raises ValueError: if an argument is not of the described kind, model and guide are swapped, Pyro's
+        validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors or
+        have NaN, improper priors leave the posterior flat along a direction, or the checkpoint is of another
+        run or cut short.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
     :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
     :raises FitDiverged: after five failures in a row; the last good state is restored, and kept in the
@@ -258,9 +259,10 @@ def fit(
     first = supply.first()
     answers = as_fit_guide(model, guide)
     answers.set_up(*first, all_data=not changing)
-    pair = judge = LogWeights(model, guide, *first)
+    nesting = getattr(loss, "max_plate_nesting", math.inf)
+    pair = judge = LogWeights(model, guide, *first, nesting)
     if validation is not None:
-        judge = LogWeights(model, guide, *as_call_with(kwargs, validation))
+        judge = LogWeights(model, guide, *as_call_with(kwargs, validation), nesting)
     default = answers.fit_options()
     particles = num_particles or (default.num_particles if pair.vectorized else NUM_PARTICLES_APART)
     objective = _objective(loss, pair, particles)
