@@ -14,6 +14,7 @@ from .._types import Program, Trace
 __all__ = [
     "as_call",
     "as_keywords",
+    "check_batch",
     "check_guide_trace",
     "check_programs",
     "keywords_of",
@@ -83,18 +84,34 @@ def as_call(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments from a batch.
 
     That is a tuple or list of arguments, a mapping of keyword arguments, ``(args, kwargs)``, or one argument.
+    A DataLoader makes lists of tuples.
     """
     if _is_keywords(value):
         return (), dict(value)
     if isinstance(value, tuple | list):
-        if len(value) == 2 and isinstance(value[0], tuple) and _is_keywords(value[1]):
-            return value[0], dict(value[1])
+        if len(value) == 2 and isinstance(value[0], tuple | list) and _is_keywords(value[1]):
+            return tuple(value[0]), dict(value[1])
         return tuple(value), {}
     return (value,), {}
 
 
 def _is_keywords(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def check_batch(name: str, model: Program, kwargs: Mapping[str, Any]) -> None:
+    """Refuses keywords that the model does not take, where a batch may be one argument that is a dict.
+
+    :raises UnexpectedKeyword: with the remedy.
+    """
+    known = keywords_of(model)
+    unknown = [] if known is None else sorted(set(kwargs) - known)
+    if unknown:
+        takes = ", ".join(sorted(known or ())) or "it has none"
+        raise UnexpectedKeyword(
+            f"{name}: expected keyword arguments of the model ({takes}), got {unknown}; one argument that is "
+            "a dict is the batch (dict,)"
+        )
 
 
 def check_programs(model: Any, guide: Any) -> None:

@@ -16,7 +16,7 @@ from pyro.optim import PyroOptim
 from .._checks import check_positive, check_positive_int
 from .._compile.inductor import PARALLEL_FROM
 from .._compile.optimizers import as_pyro_optim
-from .._program.call import as_keywords, check_programs
+from .._program.call import as_keywords, check_batch, check_programs
 from .._program.flat_directions import flat_sites
 from .._program.log_weights import LogWeights
 from .._program.scoring import Scoring
@@ -256,13 +256,15 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     supply, changing = Supply(batches, args, kwargs), batches is not None
-    first = supply.first()
+    first, held_out = supply.first(), None if validation is None else as_call_with(kwargs, validation)
+    for name, call in (("batches", first), ("validation", held_out)):
+        check_batch(name, model, {} if call is None else call[1])
     answers = as_fit_guide(model, guide)
     answers.set_up(*first, all_data=not changing)
     nesting = getattr(loss, "max_plate_nesting", math.inf)
     pair = judge = LogWeights(model, guide, *first, nesting)
-    if validation is not None:
-        judge = LogWeights(model, guide, *as_call_with(kwargs, validation), nesting)
+    if held_out is not None:
+        judge = LogWeights(model, guide, *held_out, nesting)
     default = answers.fit_options()
     particles = num_particles or (default.num_particles if pair.vectorized else NUM_PARTICLES_APART)
     objective = _objective(loss, pair, particles)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
+from torch.utils.data import DataLoader
 
 from pyro_flowvi import AutoPlanar, CompiledSVI, compare, diagnose, fit, to_arviz
 from pyro_flowvi._program.call import as_call, as_keywords, keywords_of
@@ -68,10 +69,43 @@ def test_a_keyword_in_both_places_is_an_error():
         (((1,), {"y": 2}), ((1,), {"y": 2})),
         ((1, {"y": 2}), ((1, {"y": 2}), {})),  # two arguments, of which one is a dict
         (({"x": 1},), (({"x": 1},), {})),
+        ([[1], {"y": 2}], ((1,), {"y": 2})),  # as a DataLoader puts pairs together
     ],
 )
 def test_four_forms_of_a_batch(batch, expected):
     assert as_call(batch) == expected
+
+
+LOADERS = {
+    "tuples": [(x, y) for x, y in zip(Y, Y, strict=True)],
+    "keywords": [{"x": x, "y": y} for x, y in zip(Y, Y, strict=True)],
+    "pairs": [((x,), {"y": y}) for x, y in zip(Y, Y, strict=True)],
+}
+
+
+@pytest.mark.parametrize("rows", LOADERS.values(), ids=LOADERS)
+def test_batches_of_a_data_loader(rows):
+    """The same losses as with the batches by hand."""
+    losses = []
+    for i, batches in enumerate((DataLoader(rows, 2), [(Y[:2], Y[:2]), (Y[2:], Y[2:])])):
+        guide = AutoPlanar(model, 1, name=f"loaded{i}")
+        result = fit(model, guide, batches=batches, num_steps=4, lr=0.01, seed=0, progress=False)
+        losses.append(result.losses.tolist())
+    assert losses[0] == losses[1]
+
+
+def test_a_dict_for_a_model_of_one_argument():
+    def whole(batch):
+        model(**batch)
+
+    batch = {"x": Y, "y": Y}
+    for given, name in (
+        ({"batches": [batch]}, "batches"),
+        ({"batches": [(batch,)], "validation": batch}, "valid"),
+    ):
+        with pytest.raises(TypeError, match=name + r".*\(batch\), got \['x', 'y'\]; .* the batch \(dict,\)"):
+            fit(whole, AutoPlanar(whole), **given, num_steps=2, progress=False)
+    fit(whole, AutoPlanar(whole), batches=[(batch,)], num_steps=2, progress=False)
 
 
 FUNCTIONS = {
