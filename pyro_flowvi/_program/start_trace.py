@@ -7,6 +7,7 @@ model at a starting point.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
@@ -16,6 +17,7 @@ from torch.distributions import biject_to
 
 from .._types import Site, Trace
 from .data import check_data, naming_arrays
+from .feasible import find_values, has_density, is_refusal, no_start
 from .sites import _bounds, latent_sites
 from .structure import is_subsampled
 
@@ -44,9 +46,13 @@ class SafeInit:
             )
         self.init_loc_fn = init_loc_fn
         self.jitter = jitter
+        self.values: dict[str, Tensor] = {}
+        """Of the sites that a search has found a start for, since the function's own has no density."""
 
     def __call__(self, site: Site) -> Tensor:
         fn = site["fn"]
+        if site["name"] in self.values:
+            return self.values[site["name"]]
         if fn.support.is_discrete:
             drawn: Tensor = fn.sample()
             return drawn
@@ -74,7 +80,8 @@ def prototype(
     :param model: a Pyro model.
     :param args: the model's positional arguments.
     :param kwargs: the model's keyword arguments.
-    :param init_loc_fn: where each latent site starts.
+    :param init_loc_fn: where each latent site starts; of a :class:`SafeInit` the ``values`` are set if it is
+        a start without a density and a search finds another.
     :raises ValueError: naming the site, for a model without continuous latent sites, a discrete site
         that is not enumerated, a local latent under a subsampled plate, a support that depends on
         another latent, data that are no tensors, or NaN in them.
@@ -86,14 +93,26 @@ def prototype(
         torch.Size([])
     """
     kwargs = kwargs or {}
+    init = init_loc_fn if isinstance(init_loc_fn, SafeInit) else SafeInit(init_loc_fn)
 
     def run(jitter: float = 0.0) -> Trace:
-        started = InitMessenger(SafeInit(init_loc_fn, jitter))(model)
+        started = InitMessenger(SafeInit(init, jitter) if jitter else init)(model)
         return prune_subsample_sites(poutine.trace(started).get_trace(*args, **kwargs))
 
     with poutine.block(), torch.no_grad():
-        with naming_arrays(model, args, kwargs):
-            trace = run()
+        refused: ValueError | None = None
+        try:
+            with naming_arrays(model, args, kwargs):
+                trace = run()
+        except ValueError as error:  # of a parameter, say, that is out of its range at this start
+            if not is_refusal(error):
+                raise
+            refused = error
+            try:
+                with pyro.validation_enabled(False):
+                    trace = run()
+            except (ValueError, RuntimeError):
+                raise error from None
         latents = dict(latent_sites(trace))
         _check_latents(latents)
         check_data(trace, model, args, kwargs, before_run)
@@ -107,6 +126,11 @@ def prototype(
                     continue
                 _check_static_supports(bounds, moved)
                 break
+        if not has_density(trace):
+            init.values = find_values(model, args, kwargs, trace, before_run) or {}
+            if refused and not init.values:
+                raise ValueError(f"{refused}\n{no_start(trace)}") from refused
+            trace = run() if init.values else trace
     return trace
 
 

@@ -9,6 +9,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 
 from .._types import Trace
+from .feasible import is_refusal
 from .sites import is_enumerated
 
 __all__ = ["check_shapes"]
@@ -62,5 +63,4 @@ def _has_density(trace: Trace, name: str) -> bool:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a distribution refused the value and not its shape."""
-    return not isinstance(error, ValueError) or "within the support" in str(error)
+    return not isinstance(error, ValueError) or is_refusal(error)

@@ -96,7 +96,7 @@ class PrototypeGuide(NamedGuide):
                 clear()
                 return model(*args, **kwargs)
 
-            trace = prototype(run, args, kwargs, self._init_fn.init_loc_fn)
+            trace = prototype(run, args, kwargs, self._init_fn)
             masked = any(uncounted(site) is not None for _, site in latent_sites(trace))
             left_out = self._density_of(run, args, kwargs).packing.left_out if masked else {}
             try:
@@ -214,7 +214,7 @@ class PrototypeGuide(NamedGuide):
 
     def _density_of(self, model: Callable[..., Any], args: Any, kwargs: Any) -> UnconstrainedModel:
         left_out = None if self.prototype_trace is None else self._packing.left_out
-        return UnconstrainedModel(model, args, kwargs, self._init_fn.init_loc_fn, left_out)
+        return UnconstrainedModel(model, args, kwargs, self._init_fn, left_out)
 
 
 def _hidden(msg: dict[str, Any]) -> bool:

@@ -85,6 +85,12 @@ class FitResult:
         return plot_trace(self)
 
 
+START = (
+    "the guide draws where the model has no density; give a start by init_loc_fn, a smaller init_scale, or a "
+    "distribution whose support does not depend on the data"
+)
+
+
 class FitDiverged(RuntimeError):
     """Training met losses or gradients that are not finite, again and again; the guide holds its last good
     state.
@@ -105,7 +111,9 @@ class FitDiverged(RuntimeError):
         self.step, self.site, self.losses, self.cause = step, site, losses, cause
         what = f"the model raised {cause!r}" if cause and not site else "the loss is not finite"
         where = f", first at site {site!r}" if site else "" if cause else ", at no single site"
-        super().__init__(f"step {step}: {what}{where}; the last good state is restored")
+        # At the first step there was no good state: a search for a start has found none.
+        then = "the last good state is restored" if step else START
+        super().__init__(f"step {step}: {what}{where}; {then}")
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.step, self.site, self.losses, self.cause)

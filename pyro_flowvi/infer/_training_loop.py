@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._bar import tqdm
 from .._compile.stepper import Stepper
+from .._program.feasible import is_refusal
 from .._program.log_density import REFUSALS
 from .._types import CompileMode
 from ..objectives._choice import state_of
@@ -136,8 +137,8 @@ class TrainingLoop:
                     # The rate of the table, which is tried first, stays unless another is surely better.
                     if best is None or is_worse(best[1], weights):
                         best = progress.lr, weights
-            except RECOVERABLE:
-                if not self.stepper.started:
+            except RECOVERABLE as error:
+                if not self.stepper.started and not is_refusal(error):
                     raise  # most likely the model's own mistake: its message is the best
             self._go_back()
             if objective_state:
@@ -187,7 +188,7 @@ class TrainingLoop:
         try:
             taken = self._steps(call, count, left)
         except RECOVERABLE as error:
-            if progress.step == 0 and not isinstance(error, NotFinite):
+            if progress.step == 0 and not (isinstance(error, NotFinite) or is_refusal(error)):
                 raise  # most likely the model's own mistake: its message is the best
             taken, cause = [(math.nan, math.nan)], None if isinstance(error, NotFinite) else error
         for value, norm in taken:

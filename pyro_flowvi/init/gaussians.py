@@ -18,6 +18,9 @@ MIN_EIGENVALUES = (1e-3, 1e-8)
 """Bounds on the curvature of a candidate in units of the start, tried both at the ends of runs."""
 MAX_EIGENVALUE = 1e12
 SCALES = (0.1, 1.0)
+NARROW_SCALES = tuple(0.1 * 2.0**-k for k in range(10))
+SHARES = (0.03, 0.1, 0.2, 0.4, 0.7)
+"""Scales, and shares of the way back from the ends of runs, where a hard edge cuts every other candidate."""
 MAX_MODES = 32
 LEAST_MASS = 1e-3
 """Share of the Laplace masses below which a mode is left out."""
@@ -328,7 +331,11 @@ def find_gaussian(
         else:
             pool.append(_diagonal(value_and_grad, points, gradients))
     candidates = _join(pool)
-    bounds = elbos(value_and_grad, candidates, normal_noise(effort.draws // 4, dim, start))
+    sorting = normal_noise(effort.draws // 4, dim, start)
+    bounds = elbos(value_and_grad, candidates, sorting)
+    if not bool(bounds.isfinite().any()):  # each is cut by an edge of the support, where runs end
+        candidates = _narrow(start, ends, dense)
+        bounds = elbos(value_and_grad, candidates, sorting)
     candidates = candidates.select(bounds.argsort(descending=True)[: 8 * effort.finalists].tolist())
     bounds = elbos(value_and_grad, candidates, normal_noise(effort.draws, dim, start))
     finalists = candidates.select(apart(candidates, bounds, effort.finalists))
@@ -340,6 +347,14 @@ def find_gaussian(
     both = _join([best, refine(value_and_grad, best, last_steps, effort.draws, seed=3)])
     winner = both.select([int(elbos(value_and_grad, both, fresh).argmax())])
     return replace(winner, scale=winner.scale_tril())
+
+
+def _narrow(start: Tensor, ends: Tensor, dense: bool) -> Gaussian:
+    """Narrow normals on the way from the start to the ends of runs, which may be at an edge."""
+    places = torch.cat([start + (1.0 - share) * (ends - start) for share in SHARES] + [start.unsqueeze(0)])
+    loc = places.repeat_interleave(len(NARROW_SCALES), 0)
+    scale = torch.tensor(NARROW_SCALES).to(start).repeat(len(places)).unsqueeze(-1).expand_as(loc)
+    return Gaussian(loc, torch.diag_embed(scale) if dense else scale, ("prior",) * len(loc))
 
 
 def apart(candidates: Gaussian, bounds: Tensor, most: int) -> list[int]:
