@@ -74,6 +74,7 @@ def prototype(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     init_loc_fn: Callable[[Site], Tensor] = init_to_median,
+    before_run: Callable[[], None] = lambda: None,
 ) -> Trace:
     """A trace of the model at its starting point, checked for what continuous VI cannot serve.
 
@@ -82,6 +83,7 @@ def prototype(
     :param kwargs: the model's keyword arguments.
     :param init_loc_fn: where each latent site starts; of a :class:`SafeInit` the ``values`` are set if it is
         a start without a density and a search finds another.
+    :param before_run: called before each run of the model, to drop what a run may have cached.
     :raises ValueError: naming the site, for a model without continuous latent sites, a discrete site
         that is not enumerated, a local latent under a subsampled plate, a support that depends on
         another latent, data that are no tensors, or NaN in them.
@@ -96,6 +98,7 @@ def prototype(
     init = init_loc_fn if isinstance(init_loc_fn, SafeInit) else SafeInit(init_loc_fn)
 
     def run(jitter: float = 0.0) -> Trace:
+        before_run()
         started = InitMessenger(SafeInit(init, jitter) if jitter else init)(model)
         return prune_subsample_sites(poutine.trace(started).get_trace(*args, **kwargs))
 

@@ -96,7 +96,7 @@ class PrototypeGuide(NamedGuide):
                 clear()
                 return model(*args, **kwargs)
 
-            trace = prototype(run, args, kwargs, self._init_fn)
+            trace = prototype(model, args, kwargs, self._init_fn, before_run=clear)
             masked = any(uncounted(site) is not None for _, site in latent_sites(trace))
             left_out = self._density_of(run, args, kwargs).packing.left_out if masked else {}
             try:

@@ -20,7 +20,7 @@ from pyro.infer import (
 from pyro.optim import Adam
 
 from pyro_flowvi import AutoFlowMixture, AutoPlanar, AutoRealNVP, CompiledSVI, diagnose, fit, to_arviz
-from pyro_flowvi.infer import TraceSTL_ELBO
+from pyro_flowvi.infer import CannotCompile, TraceSTL_ELBO
 
 from ..guides import GUIDES, KINDS
 
@@ -252,10 +252,10 @@ def test_a_compiled_step_sees_another_mask(data):
     svi = CompiledSVI(padded, AutoPlanar(padded), Adam({"lr": 0.02}), Trace_ELBO(), compile=True)
     for _ in range(4):
         svi.step(y, mask)
-    with pytest.raises(ValueError, match=r"site '(scale|z)': expected the elements"):
-        svi.step(y, mask_of(LENGTHS + 1))
-    with pytest.raises(ValueError, match=r"site '(scale|z)': expected the elements"):
-        svi.step(y, mask.logical_or_(mask_of(LENGTHS + 1)))
+    for other in (mask_of(LENGTHS + 1), mask.logical_or_(mask_of(LENGTHS + 1))):
+        with pytest.raises(CannotCompile, match=r"ValueError: site 'scale': expected the elements") as error:
+            svi.step(y, other)
+        assert isinstance(error.value.__cause__, ValueError)
 
 
 def test_copies_know_what_is_left_out(data):
