@@ -51,6 +51,8 @@ def psis(log_ratios: ArrayLike) -> tuple[Array, float]:
     ratios = ratios - ratios.max()
     if np.ptp(ratios) < 1e-12:  # equal weights have no tail to fit
         return np.full_like(ratios, -np.log(len(ratios))), -np.inf
+    if len(ratios) < 25:
+        return ratios - _logsumexp(ratios), math.nan
     smoothed: Any
     try:
         smoothed, khat = _array_stats().psislw(-ratios)  # it takes negated log ratios

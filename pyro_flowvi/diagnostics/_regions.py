@@ -162,7 +162,7 @@ def _log_mass(density: ValueAndGrad, region: Tensor, log_p: Tensor, reach: _Reac
     for a normal region and needs no spread.
     """
     size, dim = region.shape
-    loc, scale = region.mean(0), region.std(0).clamp_min(1e-3)
+    loc, scale = region.mean(0), region.std(0, correction=0).clamp_min(1e-3)  # a chain may have one state
     if dim > MAX_SPREAD_DIM:
         some = region[torch.randperm(size)[:NUM_STATES]]
         slopes = in_parts(density, some, NUM_STATES // 2)[1]

@@ -61,6 +61,10 @@ class Figures:
     guide_tail_index: float
     probes: Probes | None
     converged: bool | None
+    guide: str = ""
+    """The name of the guide's class."""
+    resamples: bool = True
+    """Whether the guide is one of this package, with ``sample_posterior`` and ``tails``."""
 
     @property
     def share(self) -> float:
@@ -87,12 +91,35 @@ class Judgement:
         return ("poor", "usable", "good")[self.rank]
 
 
-RESAMPLE = "use resampled draws: guide.sample_posterior(n, resample=True) or to_arviz(..., resample=True)"
 LONGER = "train longer, or with more particles"
-RICHER = "take a richer guide: AutoRealNVP or AutoNeuralSpline, more layers"
 EASIER = "reparameterise the model (LocScaleReparam for a funnel)"
-TAILS = "AutoFlow(..., tails=True) for tails heavier than a normal's"
-MODES = "fit from other starts (init_loc_fn, seed) and compare the ELBOs; a mixture guide holds several modes"
+RICH_GUIDES = ("AutoRealNVP", "AutoNeuralSpline")
+
+
+def _resample(f: Figures) -> str:
+    own = "guide.sample_posterior(n, resample=True) or " if f.resamples else ""
+    return f"use resampled draws: {own}to_arviz(..., resample=True)"
+
+
+def _richer(f: Figures) -> str:
+    if f.guide == "AutoFlowMixture":
+        return "give AutoFlowMixture more components, or a richer flow"
+    others = " or ".join(name for name in RICH_GUIDES if name != f.guide)
+    if f.guide in RICH_GUIDES:
+        return f"give {f.guide} more layers, or take another guide: {others}, AutoFlowMixture"
+    return f"take a richer guide: {others}{', or more layers' if f.resamples else ''}"
+
+
+def _tails(f: Figures) -> str:
+    name = f.guide if f.resamples and f.guide else "AutoFlow"
+    return f"{name}(..., tails=True) for tails heavier than a normal's"
+
+
+def _modes(f: Figures) -> str:
+    several = (
+        "give it more components" if f.guide == "AutoFlowMixture" else "AutoFlowMixture holds several modes"
+    )
+    return f"fit from other starts (init_loc_fn, seed) and compare the ELBOs; {several}"
 
 
 def judge(figures: Figures) -> Judgement:
@@ -134,11 +161,13 @@ def _weights(judgement: Judgement, f: Figures) -> None:
     effective = f"{100 * f.share:.1f} % of the draws are effective"
     if within or sure:
         rare = "" if within else ": rare draws carry much weight, which matters little here"
-        judgement.add(told + rare, 2 if f.khat <= GOOD_KHAT or sure else 1, "" if sure else RESAMPLE)
-        judgement.add(effective, 2 if f.ess >= USABLE_ESS else 0, "" if f.ess >= USABLE_ESS else RICHER)
+        judgement.add(told + rare, 2 if f.khat <= GOOD_KHAT or sure else 1, "" if sure else _resample(f))
+        judgement.add(effective, 2 if f.ess >= USABLE_ESS else 0, "" if f.ess >= USABLE_ESS else _richer(f))
         _shifts(judgement, f)
     elif f.share >= USABLE_SHARE:
-        judgement.add(f"{told}: rare draws carry much weight, the guide's tails are too light", 1, RESAMPLE)
+        judgement.add(
+            f"{told}: rare draws carry much weight, the guide's tails are too light", 1, _resample(f)
+        )
         judgement.add(effective)
         _shifts(judgement, f)
     elif sound_moments(f):
@@ -150,7 +179,7 @@ def _weights(judgement: Judgement, f: Figures) -> None:
             "use the draws as they are, without resampling, for means and intervals, not for rare events",
         )
     else:
-        judgement.add(f"{told}: rare draws carry much weight, the guide's tails are too light", 0, RICHER)
+        judgement.add(f"{told}: rare draws carry much weight, the guide's tails are too light", 0, _richer(f))
         judgement.add(effective, advice=LONGER)
         judgement.add(
             f"resampling would move {f.shift_name} by {f.shift:.2f} sd, as far as the weights can tell",
@@ -169,11 +198,11 @@ def _shifts(judgement: Judgement, f: Figures) -> None:
         if small
         else f"resampling moves the mean of {f.shift_name} by {f.shift:.2f} sd",
         2 if small else 1,
-        "" if small else RESAMPLE,
+        "" if small else _resample(f),
     )
     if f.scale_shift >= GOOD_SHIFT:
         judgement.add(
-            f"resampling changes an sd by {100 * math.expm1(min(f.scale_shift, 9.0)):.0f} %", 1, RESAMPLE
+            f"resampling changes an sd by {100 * math.expm1(min(f.scale_shift, 9.0)):.0f} %", 1, _resample(f)
         )
 
 
@@ -184,7 +213,7 @@ def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
             f"chains from far starts settled where the guide does not draw, about {p.missed_at:.0f} sd from "
             f"its mean, with {100 * p.missed:.1f} % of the mass: a missed mode or part of the posterior",
             0 if p.missed >= enough else 1,
-            MODES,
+            _modes(f),
         )
     if p.left >= LEFT_SHARE:
         judgement.add(
@@ -197,7 +226,7 @@ def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
             f"chains from the guide's draws drift: centre {p.location:+.2f} ± {p.location_se:.2f} sd at "
             f"{p.location_name}, spread × {math.exp(min(p.scale, 9.0)):.2f} at {p.scale_name}",
             0 if p.resampled >= RESAMPLED_SHARE else 1,
-            RESAMPLE if judgement.rank and p.resampled < RESAMPLED_SHARE else LONGER,
+            _resample(f) if judgement.rank and p.resampled < RESAMPLED_SHARE else LONGER,
         )
     elif not p.conclusive:
         judgement.add(
@@ -213,7 +242,7 @@ def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
         judgement.add(
             f"the posterior has heavier tails (index {p.tail_index:.2f}) than the guide "
             f"({f.guide_tail_index:.2f})",
-            advice=TAILS,
+            advice=_tails(f),
         )
 
 

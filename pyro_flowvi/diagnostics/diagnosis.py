@@ -14,6 +14,7 @@ from .._checks import check_positive_int
 from .._compile.log_density import traced
 from .._program.call import as_keywords, check_programs
 from .._program.flat_directions import flat_sites
+from ..autoguide import AutoFlow
 from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis
 from ._verdict import Figures, judge, shifts
 from ._weighted_draws import WeightedDraws, weighted_draws
@@ -204,6 +205,8 @@ def diagnose(
         guide_tail_index=tail_index,
         probes=found,
         converged=getattr(fit_result, "converged", None),
+        guide=type(guide).__name__,
+        resamples=isinstance(guide, AutoFlow),
     )
     judgement = judge(figures)
     if fixed:

@@ -266,6 +266,8 @@ def _rhat(values: Array) -> float:
     """Worst rank-normalised potential scale reduction of chains, ``(T, P, D)`` (Vehtari et al. 2021)."""
     from scipy.special import ndtri
 
+    if len(values) < 2:  # of a model that runs for one point at a time, with short steps
+        return math.nan
     normal = ndtri(np.clip(values, 1e-3, 1.0 - 1e-3))
     within = normal.var(0, ddof=1).mean(0)
     between = normal.mean(0).var(0, ddof=1)

@@ -24,6 +24,7 @@ from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, as_fit_guide
 from ..init import Effort
 from ..objectives._choice import as_objective, objective_for
+from ._bar import Bar
 from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
 from ._guarded_optim import GuardedOptim
@@ -140,6 +141,7 @@ def _begin(loop: TrainingLoop, pair: LogWeights, answers: FitGuide, race: bool) 
         draws = loop.num_steps * loop.run.loss.num_particles
         thorough = density.batched and draws >= THOROUGH_FROM
         effort = Effort.within(pair.structure.largest) if thorough else Effort.small()
+        loop.bar.tell(f"search for a start: {effort.starts} runs of L-BFGS")
         loop.start = locate(loop.run, answers, density, effort)
     loop.prepare(race)
 
@@ -224,7 +226,7 @@ def fit(
         from 300 steps on and compiles it where very many steps are to come.
     :param checkpoint: a path.  The run is written there every half minute and when it ends; if the
         file exists the run goes on from it, and ends bit for bit as without the interruption.
-    :param progress: shows a progress bar.
+    :param progress: shows a progress bar, which tells of the search and the race before the steps as well.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
     :raises ValueError: if an argument is not of the described kind, model and guide are swapped, Pyro's
         validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors or
@@ -259,34 +261,35 @@ def fit(
     first, held_out = supply.first(), None if validation is None else as_call_with(kwargs, validation)
     for name, call in (("batches", first), ("validation", held_out)):
         check_batch(name, model, {} if call is None else call[1])
-    answers = as_fit_guide(model, guide)
-    answers.set_up(*first, all_data=not changing)
-    nesting = getattr(loss, "max_plate_nesting", math.inf)
-    pair = judge = LogWeights(model, guide, *first, nesting)
-    if held_out is not None:
-        judge = LogWeights(model, guide, *held_out, nesting)
-    default = answers.fit_options()
-    particles = num_particles or (default.num_particles if pair.vectorized else NUM_PARTICLES_APART)
-    objective = _objective(loss, pair, particles)
-    rate = default.lr if lr is None else float(lr)
-    ranked = validation is not None or (loss is None and not changing and not pair.structure.subsampled)
-    adam = PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim
-    run = _new_run(pair, judge, objective, adam, ranked)
-    may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
-    own_rate = rate if optim is None else None
-    loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle)
-    saved = save = None
-    if file is not None:
-        settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
-        identity = fingerprint(settings, (first, validation))
-        saved, save = file.read(identity), partial(file.write, loop, identity)
-    try:
-        with _threads_for(pair.structure.largest * int(objective.num_particles)):
-            if saved is None:
-                _begin(loop, pair, answers, race=lr is None and (not changing or callable(batches)))
-            else:
-                restore(loop, saved)
-            stop_reason = loop.train(progress, save, CHECKPOINT_SECONDS)
-    finally:
-        answers.leave_frame()
-    return _result(loop, stop_reason, time.perf_counter() - started)
+    with Bar(type(guide).__name__, num_steps, progress) as bar:
+        answers = as_fit_guide(model, guide)
+        answers.set_up(*first, all_data=not changing)
+        nesting = getattr(loss, "max_plate_nesting", math.inf)
+        pair = judge = LogWeights(model, guide, *first, nesting)
+        if held_out is not None:
+            judge = LogWeights(model, guide, *held_out, nesting)
+        default = answers.fit_options()
+        particles = num_particles or (default.num_particles if pair.vectorized else NUM_PARTICLES_APART)
+        objective = _objective(loss, pair, particles)
+        rate = default.lr if lr is None else float(lr)
+        ranked = validation is not None or (loss is None and not changing and not pair.structure.subsampled)
+        adam = PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim
+        run = _new_run(pair, judge, objective, adam, ranked)
+        may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
+        own_rate = rate if optim is None else None
+        loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar)
+        saved = save = None
+        if file is not None:
+            settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
+            identity = fingerprint(settings, (first, validation))
+            saved, save = file.read(identity), partial(file.write, loop, identity)
+        try:
+            with _threads_for(pair.structure.largest * int(objective.num_particles)):
+                if saved is None:
+                    _begin(loop, pair, answers, race=lr is None and (not changing or callable(batches)))
+                else:
+                    restore(loop, saved)
+                stop_reason = loop.train(save, CHECKPOINT_SECONDS)
+        finally:
+            answers.leave_frame()
+        return _result(loop, stop_reason, time.perf_counter() - started)

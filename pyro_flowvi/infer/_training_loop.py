@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from pyro.infer import SVI
@@ -19,6 +18,7 @@ from .._program.log_density import REFUSALS
 from .._types import CompileMode
 from ..objectives._choice import state_of
 from ._averaging import WeightAverage
+from ._bar import Bar
 from ._batches import Call, Supply
 from ._guarded_optim import NotFinite
 from ._progress import Progress
@@ -69,6 +69,7 @@ class TrainingLoop:
     :param arguments: the model's arguments step by step.
     :param fresh_data: whether they differ from step to step.
     :param may_settle: whether equal weights of all draws mean that there is nothing left to train.
+    :param bar: shows what is going on.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class TrainingLoop:
         arguments: Supply,
         fresh_data: bool = False,
         may_settle: bool = True,
+        bar: Bar | None = None,
     ) -> None:
+        self.bar = bar or Bar()
         self.run, self.num_steps, self.arguments = run, num_steps, arguments
         self.fresh_data = fresh_data
         # A schedule of the objective's own has to run to its end.
@@ -128,10 +131,11 @@ class TrainingLoop:
             return  # the start is as good as the posterior: there is little to win
         table, best = progress.lr, None
         objective_state = state_of(run.loss)
-        for multiple in RACE_RATES:
+        for number, multiple in enumerate(RACE_RATES, 1):
             progress.lr = table * multiple
+            contestant = f"race of learning rates: {number} of {len(RACE_RATES)}"
             try:
-                if self._runs_at(progress.lr):
+                if self._runs_at(progress.lr, contestant):
                     weights = run.evaluate()
                     progress.race[progress.lr] = float(weights.mean())
                     # The rate of the table, which is tried first, stays unless another is surely better.
@@ -146,10 +150,12 @@ class TrainingLoop:
             progress.num_dropped = 0
         progress.lr = best[0] if best else table / RACE_RATES[-1]
 
-    def _runs_at(self, lr: float) -> bool:
+    def _runs_at(self, lr: float, contestant: str) -> bool:
         """Takes the steps of a race; whether there was data for all, and every loss finite."""
         schedule = CosineSchedule(RACE_STEPS, RACE_WARM_UP, final_share=1.0)
         for step in range(RACE_STEPS):
+            if step % AVERAGE_EVERY == 0:
+                self.bar.tell(f"{contestant}, step {step} of {RACE_STEPS}")
             self.run.optim.advance(schedule.rate(step, lr))
             call = self.arguments(step)
             if call is None or not math.isfinite(self._steps(call, 1, self.num_steps)[0][0]):
@@ -294,7 +300,7 @@ class TrainingLoop:
 
     # -- the run ------------------------------------------------------------------------------------
 
-    def train(self, progress_bar: bool, save: Callable[[], None] | None = None, seconds: float = 0.0) -> str:
+    def train(self, save: Callable[[], None] | None = None, seconds: float = 0.0) -> str:
         """Takes all steps and leaves the best state in place; the reason to stop.
 
         :param save: writes a checkpoint; called at most every so many ``seconds``.
@@ -302,17 +308,16 @@ class TrainingLoop:
         run, progress = self.run, self.progress
         if progress.stop_reason is not None:
             return progress.stop_reason
-        name = type(run.guide).__name__
-        with tqdm(total=self.num_steps, initial=progress.step, disable=not progress_bar, desc=name) as bar:
-            try:
-                reason = self._take_all(bar, save, seconds)
-            except KeyboardInterrupt:
-                reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
-            except FitDiverged:
-                if save is not None:
-                    progress.failures = 0
-                    save()
-                raise
+        self.bar.begin(progress.step)
+        try:
+            reason = self._take_all(save, seconds)
+        except KeyboardInterrupt:
+            reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
+        except FitDiverged:
+            if save is not None:
+                progress.failures = 0
+                save()
+            raise
         if reason != "interrupted" or not run.best:
             self._keep_last()
         run.restore()
@@ -321,17 +326,17 @@ class TrainingLoop:
             save()
         return reason
 
-    def _take_all(self, bar: Any, save: Callable[[], None] | None, seconds: float) -> str:
+    def _take_all(self, save: Callable[[], None] | None, seconds: float) -> str:
         """Steps, checks and checkpoints until there is a reason to stop, which is returned."""
         progress, saved = self.progress, time.monotonic()
         while progress.step < self.num_steps:
             before = progress.step
             if not self.step():
                 return "no more batches"
-            bar.update(progress.step - before)
+            self.bar.advance(progress.step - before)
             if progress.step > before and progress.step % self.every == 0:
                 over = self.check()
-                bar.set_postfix_str(f"ELBO {-self.run.best_loss:.2f}", refresh=False)
+                self.bar.tell(f"ELBO {-self.run.best_loss:.2f}", at_once=False)
                 if over:
                     return "converged"
             if save is not None and time.monotonic() - saved >= seconds:

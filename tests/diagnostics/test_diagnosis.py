@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro_flowvi import AutoPlanar, AutoRadial, fit
 from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.diagnostics import compare, diagnose
+from pyro_flowvi.diagnostics._verdict import Figures, judge
 from pyro_flowvi.psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis, resample
 from tests import zoo
 
@@ -246,3 +247,12 @@ class TestCompare:
     def test_bad_guides(self, guides):
         with pytest.raises(ValueError, match="guides"):
             compare(standard_normal, guides)
+
+
+@pytest.mark.parametrize("name", ["AutoNeuralSpline", "AutoRealNVP", "AutoFlowMixture", "AutoNormal"])
+def test_advice_does_not_name_the_guide_that_is_used(name):
+    weak = Figures(1.5, 0.7, 5.0, 1.0, 1000, 0, 2, 1.0, 0.5, "x", 0.0, None, None, name, name != "AutoNormal")
+    told = " ".join(judge(weak).advice)
+    assert f"guide: {name}" not in told
+    assert f"take {name}" not in told
+    assert ("sample_posterior" in told) <= (name != "AutoNormal")

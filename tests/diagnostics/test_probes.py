@@ -11,7 +11,7 @@ from scipy import stats
 
 from pyro_flowvi.diagnostics import diagnose
 from pyro_flowvi.diagnostics._chains import Whitening, guarded, run_chains
-from pyro_flowvi.diagnostics.probes import LOCATION_UNIT, SCALE_UNIT, _gap
+from pyro_flowvi.diagnostics.probes import LOCATION_UNIT, SCALE_UNIT, _gap, probe
 from tests import zoo
 
 
@@ -219,3 +219,18 @@ class TestQuiet:
     def test_repeatable(self):
         first, second = (diagnose(normal(2), normal(2), seed=3).probes for _ in range(2))
         assert first == second
+
+
+def test_chains_of_one_state_give_no_warning():
+    """Short steps, where the model runs for one point at a time; a warning is an error here."""
+    z = torch.randn(200, 2)
+    for shift in (0.0, 5.0):
+        found = probe(
+            lambda z, shift=shift: (-5e5 * (z - shift).square().sum(-1), -1e6 * (z - shift)),
+            z,
+            np.zeros(200),
+            np.full(200, 1 / 200),
+            ["x", "y"],
+            batched=False,
+        )
+        assert found.differs

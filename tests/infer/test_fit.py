@@ -263,9 +263,19 @@ def test_ctrl_c_returns_the_best_state_so_far():
 
 
 def test_progress_bar(capsys):
-    model, args = case("hierarchy")
-    fit(model, AutoPlanar(model), *args, num_steps=5)
-    assert "5/5" in capsys.readouterr().err
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal((x**2).exp(), 1.0), obs=torch.tensor(2.0))
+
+    fit(model, AutoPlanar(model), num_steps=5)
+    shown = capsys.readouterr().err
+    assert shown.index("set-up") < shown.index("search for a start: 4 runs") < shown.index("5/5")
+    fit(model, AutoPlanar(model), num_steps=1000, compile=False)
+    shown = capsys.readouterr().err
+    first, last = (f"race of learning rates: {told} of 100" for told in ("1 of 3, step 0", "3 of 3, step 90"))
+    assert shown.index(first) < shown.index(last) < shown.index("ELBO")
+    fit(model, AutoPlanar(model), num_steps=5, progress=False)
+    assert not capsys.readouterr().err
 
 
 class TestCompiled:
