@@ -195,6 +195,10 @@ def fit(
     compared with the best so far, which is what remains.  When the ELBO stops rising the rate falls; when
     it does so again, the run ends.  The Gaussian stays in the comparison to the end.
 
+    Where the model has no density at ``init_loc_fn``'s start, as where its support ends with the data, a
+    search finds another (so it does for stock ``SVI``).  Draws beyond such an edge are left out of the
+    training; :func:`pyro_flowvi.diagnose` counts them, and resampling corrects for them.
+
     Gradients above five times their running median are scaled down, steps above twenty times left out.  A
     loss that is not finite takes the run back to its last good state, with half the rate.
 
