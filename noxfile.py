@@ -10,6 +10,7 @@ nox.options.reuse_existing_virtualenvs = True
 PLAIN = ["pyro-ppl", "numpy", "scipy", "tqdm", "arviz-stats", "arviz", "matplotlib", "scikit-learn"]
 TOOLS = ["pytest==9.2.0", "pytest-xdist", "hypothesis"]
 SHORT = [
+    "tests/_compile/test_draw_order.py",
     "tests/_compile/test_svi.py",
     "tests/_program",
     "tests/autoguide/test_contract.py",

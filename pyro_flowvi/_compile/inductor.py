@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -77,6 +78,25 @@ def _keep_draws(nodes: fx.Graph) -> None:
             lowering.add_layout_constraint(node.target, lowering.constrain_to_fx_strides)
 
 
+def _chain_draws(nodes: fx.Graph) -> None:
+    """Keeps random operations in the program's order where Inductor, before torch 2.13, does not."""
+    if hasattr(private("post_grad"), "_chain_random_ops_for_ordering"):
+        return
+    draws = [node for node in nodes.nodes if _RANDOM in getattr(node.target, "tags", ())]
+    if len(draws) > 1:
+        before = {later: private("OrderedSet")([earlier]) for earlier, later in itertools.pairwise(draws)}
+        _complete_control_deps()
+        private("preserve_node_ordering")(nodes, before)
+
+
+def _complete_control_deps() -> None:
+    """Has torch 2.11 run the operator that orders others, as later ones do: its fake kernel is all it has."""
+    operator, keys = private("control_deps"), private("DispatchKey")
+    for key in (keys.CompositeExplicitAutograd, keys.Autograd):
+        if key not in operator.py_kernels:
+            operator.py_impl(key)(lambda _, subgraph, *args, **kwargs: subgraph(*args, **kwargs))
+
+
 def _largest(graph: fx.GraphModule) -> int:
     """Number of elements of the largest tensor in a graph."""
     values = (node.meta.get("val") for node in graph.graph.nodes)
@@ -133,6 +153,7 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
                 with private("V").set_fake_mode(fake), config.patch({"cpp.threads": threads}):
                     private("remove_noop_ops")(graph.graph)
                     private("constant_fold_uniform_value")(graph)
+                    _chain_draws(graph.graph)
                     compiled = private("compile_fx_inner")(graph, stand_ins, is_inference=True)
             return _callable(compiled, inputs, num_static)
         except Exception as error:

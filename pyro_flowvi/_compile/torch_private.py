@@ -16,10 +16,10 @@ from .errors import CannotCompile
 __all__ = ["TRIED", "private"]
 
 TRIED: Final = {
-    "2.11": "tests/_compile: traced and interpreted steps, machine code",
-    "2.12": "tests/_compile: traced and interpreted steps, machine code",
+    "2.11": "the short suite of noxfile.py: traced and interpreted steps, machine code",
+    "2.12": "the short suite of noxfile.py: traced and interpreted steps, machine code",
     "2.13": "the whole suite; CUDA graphs on an H100",
-    "2.14": "tests/_compile: traced and interpreted steps, machine code",
+    "2.14": "tests/_compile and tests/init; on Python 3.12 and 3.13 the short suite",
 }
 """Version of torch -> what was run on it, on the CPU where nothing else is said."""
 
@@ -41,6 +41,11 @@ _PLACES: Final = {
     "select_decomp_table": f"{_INDUCTOR}.decomposition",
     "compile_fx_inner": f"{_INDUCTOR}.compile_fx",
     "constant_fold_uniform_value": f"{_INDUCTOR}.fx_passes.joint_graph",
+    "post_grad": f"{_INDUCTOR}.fx_passes.post_grad",
+    "preserve_node_ordering": f"{_INDUCTOR}.fx_passes.control_dependencies",
+    "control_deps": f"{_INDUCTOR}.fx_passes.control_dependencies",
+    "DispatchKey": "torch._C",
+    "OrderedSet": "torch.utils._ordered_set",
     "remove_noop_ops": f"{_INDUCTOR}.fx_passes.post_grad",
     "V": f"{_INDUCTOR}.virtualized",
     "CppPythonBindingsCodeCache": f"{_INDUCTOR}.codecache",
