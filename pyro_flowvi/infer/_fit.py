@@ -24,9 +24,9 @@ from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, as_fit_guide
 from ..init import Effort
 from ..objectives._choice import as_objective, objective_for
-from ._bar import Bar
 from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
+from ._fit_bar import Bar
 from ._guarded_optim import GuardedOptim
 from ._result import FitResult
 from ._run_state import Run

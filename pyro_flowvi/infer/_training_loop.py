@@ -11,15 +11,14 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from .._bar import tqdm
 from .._compile.stepper import Stepper
 from .._program.feasible import is_refusal
 from .._program.log_density import REFUSALS
 from .._types import CompileMode
 from ..objectives._choice import state_of
 from ._averaging import WeightAverage
-from ._bar import Bar
 from ._batches import Call, Supply
+from ._fit_bar import Bar
 from ._guarded_optim import NotFinite
 from ._progress import Progress
 from ._result import FitDiverged

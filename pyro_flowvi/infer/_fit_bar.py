@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from tqdm import tqdm
+from .._bar import tqdm
 
 __all__ = ["Bar"]
 
