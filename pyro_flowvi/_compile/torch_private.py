@@ -16,7 +16,8 @@ from .errors import CannotCompile
 __all__ = ["TRIED", "private"]
 
 TRIED: Final = {
-    "2.11": "the short suite of noxfile.py: traced and interpreted steps, machine code",
+    # There Inductor fuses the gradients of two networks wrongly; the comparison leaves those steps eager.
+    "2.11": "tests/_compile: all pass but maf's and one continuously-indexed flow's machine code",
     "2.12": "the short suite of noxfile.py: traced and interpreted steps, machine code",
     "2.13": "the whole suite; CUDA graphs on an H100",
     "2.14": "tests/_compile and tests/init; on Python 3.12 and 3.13 the short suite",
