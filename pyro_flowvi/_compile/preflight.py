@@ -123,7 +123,7 @@ class EagerStep:
                     self.reached.put_back()
                 with torch.no_grad():
                     for value, old in kept:  # compiled code does not count versions
-                        if not torch.equal(value, old):
+                        if not _same(value, old):
                             value.copy_(old)
 
     def _own_parameters(self) -> Iterator[Tensor]:
@@ -211,6 +211,13 @@ class EagerStep:
             for param in (*left, *sites.params.values()):
                 param.grad = left.get(param)
         return loss, grads, sites
+
+
+def _same(value: Tensor, old: Tensor) -> bool:
+    """Whether two tensors are equal, missing entries included: a copy would count as a change of the data."""
+    if torch.equal(value, old):
+        return True
+    return value.is_floating_point() and torch.allclose(value, old, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def close(one: float, other: float, dtype: torch.dtype = torch.float64) -> bool:

@@ -1,6 +1,7 @@
 """Latents that no density touches are left out of the flow: the ELBO is that of the model without them."""
 
 import copy
+import math
 import pickle
 
 import pyro
@@ -289,3 +290,18 @@ def test_nothing_is_left():
 
     with pytest.raises(ValueError, match="expected a latent that a density touches, got masked ones only"):
         AutoPlanar(model).materialize()
+
+
+def test_missing_data_are_no_change_of_the_data():
+    """A mask made of NaN is read from the argument, to which the trials must not seem to write."""
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 3.0))
+        with pyro.plate("t", 4):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y.nan_to_num(), obs_mask=~y.isnan())
+
+    y = torch.tensor([1.0, math.nan, 2.0, math.nan])
+    svi = CompiledSVI(model, AutoPlanar(model), Adam({"lr": 0.02}), Trace_ELBO(), compile=True)
+    for _ in range(12):
+        svi.step(y)
+    assert svi._stepper.graphs.num_built == 1
