@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from .._types import Program, Trace
+from .feasible import is_refusal
 
 __all__ = ["check_data", "naming_arrays"]
 
@@ -21,8 +22,6 @@ _FAILURES = (TypeError, AttributeError, ValueError, RuntimeError)
 """What operations on tensors raise that are given something else."""
 _TOLD = re.compile(r"numpy|ndarray|tensor|array|must be|unsupported operand|has no attribute", re.IGNORECASE)
 """Words of such an error."""
-_OF_VALUES = re.compile(r"satisfy the constraint|within the support")
-"""Words of an error of Pyro's validation that values cause, of whatever kind they are."""
 _MAX_DEPTH = 4
 
 
@@ -42,7 +41,7 @@ def naming_arrays(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, An
         raise
     except _FAILURES as error:
         arrays = [(path, leaf) for path, leaf in _untensored(model, args, kwargs) if _is_data(leaf)]
-        if not arrays or not _TOLD.search(str(error)) or _OF_VALUES.search(str(error)):
+        if not arrays or not _TOLD.search(str(error)) or is_refusal(error):
             raise
         told = (str(error).strip().splitlines() or [""])[0]
         raise NotTensors(
