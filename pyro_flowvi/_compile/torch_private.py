@@ -24,14 +24,9 @@ TRIED: Final = {
 }
 """Version of torch -> what was run on it, on the CPU where nothing else is said."""
 
-_PROXY, _INDUCTOR = "torch.fx.experimental.proxy_tensor", "torch._inductor"
+_INDUCTOR = "torch._inductor"
 _PLACES: Final = {
-    # tracing
-    "make_fx": _PROXY,
-    "get_proxy_mode": _PROXY,
-    "get_proxy_slot": _PROXY,
-    "_disable_current_modes": "torch.utils._python_dispatch",
-    # machine code
+    "make_fx": "torch.fx.experimental.proxy_tensor",
     "fx_graph_cse": "torch._functorch.compile_utils",
     "FakeTensorMode": "torch._subclasses.fake_tensor",
     "ShapeEnv": "torch.fx.experimental.symbolic_shapes",

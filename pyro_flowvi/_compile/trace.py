@@ -1,6 +1,10 @@
-"""Tracing a step into a graph."""
+"""Recording a function of tensors as a graph, by a dispatch mode of our own.
+
+``make_fx`` would do, but it imports torch._dynamo and sympy, over a second in every process.
+"""
 
 import itertools
+import operator
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CannotCompile, stack_inside, user_line
-from .torch_private import private
 
 __all__ = ["Traced", "trace"]
 
@@ -43,19 +47,72 @@ class Traced:
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
 
-class _Watch(TorchDispatchMode):
-    """Refuses what a graph of static shapes cannot hold: values read by Python, shapes that depend on values.
+class _Recorder(TorchDispatchMode):
+    """Writes every operation into a graph, and refuses what a graph of static shapes cannot hold.
 
-    A value that is a function of constants and arguments alone may be read: the graph then holds for those
-    very tensors, as long as they are not changed.  So may what torch's own validation reads.
+    That are values read by Python, and shapes that depend on values.  A value that is a function of
+    constants and arguments alone may be read: the graph then holds for those very tensors, as long as they are
+    not changed.  So may what torch's own validation reads.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # wrapping the mode against torch._dynamo would import it
+
+    def __init__(self, params: Sequence[Tensor], args: Sequence[Tensor]) -> None:
         super().__init__()
-        self._params = {id(p) for p in params}
-        self.read: set[Any] = set()
+        self.nodes = fx.Graph()
+        self.constants: list[Tensor] = []
+        self.pinned: dict[int, Tensor] = {}
+        self.pinned_args: set[int] = set()
+        self._known: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []
+        """Tensors in the order of the graph, kept so that none has the identity of an earlier one."""
+        inputs = [self.nodes.placeholder(f"param_{i}") for i in range(len(params))]
+        self._memory = {
+            (p.data_ptr(), p.shape, p.stride()): node
+            for p, node in zip(params, inputs, strict=True)
+            if p.numel()
+        }
+        self._sources: dict[fx.Node, Tensor] = {}
+        """The constants by their nodes, which stand before this one."""
+        self._anchor = self.nodes.placeholder("anchor")
+        self._args = [self.nodes.placeholder(f"arg_{i}") for i in range(len(args))]
+        for value, node in zip((*params, *args), (*inputs, *self._args), strict=True):
+            self._bind(value, node)
+
+    def _bind(self, value: Tensor, node: fx.Node) -> None:
+        self._known[id(value)] = node
+        self._alive.append(value)
+
+    def node_of(self, value: Tensor) -> fx.Node:
+        """The node of a tensor; one that the graph does not know becomes a constant."""
+        node = self._known.get(id(value))
+        if node is None:
+            node = self._memory.get((value.data_ptr(), value.shape, value.stride())) if value.numel() else None
+        if node is None:
+            with self.nodes.inserting_before(self._anchor):
+                node = self.nodes.placeholder(f"constant_{len(self.constants)}")
+            self.constants.append(value)
+            self._sources[node] = value
+        self._bind(value, node)
+        return node
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operation and writes it down."""
+        out = func(*args, **kwargs)
+        inputs, keywords = pytree.tree_map_only(Tensor, self.node_of, (tuple(args), dict(kwargs)))
+        node = self.nodes.call_function(func, inputs, keywords)
+        if isinstance(out, Tensor):
+            self._bind(out, node)
+        elif isinstance(out, (tuple, list)):
+            for i, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    self._bind(part, self.nodes.call_function(operator.getitem, (node, i)))
+        return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         masks = (
             [i for i in args[1] if i is not None and i.dtype in _MASKS] if func is aten.index.Tensor else []
         )
@@ -63,44 +120,36 @@ class _Watch(TorchDispatchMode):
             self._note_reading(
                 args[0], "a value that depends on {} is read by Python (.item(), float(), an if)"
             )
-        elif masks:
+            return func(*args, **kwargs)
+        if masks:
             for mask in masks:
                 self._note_reading(mask, "the shape of a result depends on {} (boolean indexing)")
-            with private("_disable_current_modes")():
-                places = [
-                    i.nonzero(as_tuple=True) if i is not None and i.dtype in _MASKS else (i,) for i in args[1]
-                ]
-            return func(args[0], list(itertools.chain(*places)))
-        elif func is not aten.index.Tensor and (_DYNAMIC_SHAPE in func.tags or func is aten.equal.default):
+            places = [
+                i.nonzero(as_tuple=True) if i is not None and i.dtype in _MASKS else (i,) for i in args[1]
+            ]
+            return self._call(func, (args[0], list(itertools.chain(*places))), kwargs)
+        if func is not aten.index.Tensor and (_DYNAMIC_SHAPE in func.tags or func is aten.equal.default):
+            what = f"the result of {func.overloadpacket.__name__} depends on {{}}, and on it what runs"
             for value in args:
                 if isinstance(value, Tensor):
-                    what = (
-                        f"the result of {func.overloadpacket.__name__} depends on {{}}, and on it what runs"
-                    )
                     self._note_reading(value, what)
-        else:
-            in_place = func._schema.name.endswith("_")
-            if in_place and _RANDOM in func.tags and not args[0].is_contiguous():
-                # Drawn in the order of memory, which a graph without mutation would not keep.
-                order = sorted(range(args[0].dim()), key=args[0].stride, reverse=True)
-                func(args[0].permute(order), *args[1:], **(kwargs or {}))
-                return args[0]
-            return func(*args, **(kwargs or {}))
-        with private("_disable_current_modes")():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        in_place = func._schema.name.endswith("_")
+        if in_place and _RANDOM in func.tags and not args[0].is_contiguous():
+            # Drawn in the order of memory, which a graph without mutation would not keep.
+            order = sorted(range(args[0].dim()), key=args[0].stride, reverse=True)
+            drawn = self._call(aten.permute.default, (args[0], order), {})
+            self._call(func, (drawn, *args[1:]), kwargs)
+            return args[0]
+        return self._call(func, args, kwargs)
 
     def _note_reading(self, value: Tensor, cause: str) -> None:
         """Notes the tensors that a value is a function of; refuses parameters and random draws among them."""
         names = {frame.f_code.co_name for frame, _ in itertools.islice(traceback.walk_stack(None), 12)}
         if not names.isdisjoint(_VALIDATION):
             return
-        mode: Any = private("get_proxy_mode")()
-        slot = private("get_proxy_slot")(value, mode.tracer, None)
-        read, culprit = set[Any](), None
-        if slot is None:
-            culprit = "parameters" if id(value) in self._params else None
-            read.add(value)
-        pending, seen = [] if slot is None else [slot.proxy.node], set[fx.Node]()
+        culprit = None
+        pending, seen = [self.node_of(value)], set[fx.Node]()
         while pending:
             node = pending.pop()
             if node in seen:
@@ -108,20 +157,31 @@ class _Watch(TorchDispatchMode):
             seen.add(node)
             pending.extend(node.all_input_nodes)
             if node.op == "placeholder":
-                read.add(node.name)
-            elif node.op == "get_attr":
-                tensor = getattr(mode.tracer.root, str(node.target), None)
-                culprit = "parameters" if tensor is None or id(tensor) in self._params else culprit
-                read.add(tensor)
+                if node in self._sources:
+                    self.pinned[id(self._sources[node])] = self._sources[node]
+                elif node in self._args:
+                    self.pinned_args.add(self._args.index(node))
+                else:
+                    culprit = "parameters"
             elif isinstance(node.target, torch._ops.OpOverload):
                 changed = node.args[0] if node.target._schema.is_mutable and node.args else None
-                if isinstance(changed, fx.Node) and changed.op in ("get_attr", "placeholder"):
+                if isinstance(changed, fx.Node) and changed.op == "placeholder":
                     culprit = culprit or "what the program changes in place"
                 if _RANDOM in node.target.tags:
                     culprit = culprit or "random draws"
         if culprit:
             raise CannotCompile(cause.format(culprit), user_line(stack_inside(trace.__code__)))
-        self.read |= read
+
+    def finish(self, outputs: Sequence[Tensor], args: Sequence[Tensor]) -> Traced:
+        """The graph with these outputs; what has no part in them is left out."""
+        self.nodes.output(tuple(self.node_of(value) for value in outputs))
+        self.nodes.erase_node(self._anchor)
+        self.nodes.eliminate_dead_code()
+        self.nodes.lint()
+        pinned = [(value, value._version) for value in self.pinned.values()]
+        pinned_args = [(i, args[i], args[i]._version) for i in sorted(self.pinned_args)]
+        constants = [value.detach() for value in self.constants]
+        return Traced(fx.GraphModule(torch.nn.Module(), self.nodes), constants, pinned, pinned_args)
 
 
 def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence[Tensor]) -> Traced:
@@ -132,17 +192,13 @@ def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence
     :param args: example arguments.
     :raises CannotCompile: if the function does what a graph cannot hold.
     """
-    make_fx = private("make_fx")
     # Another object over the same memory: what the program reaches by itself must not pass for an argument.
     stand_ins = [arg.detach() for arg in args]
-    watch = _Watch(params)
-
-    def watched(*inputs: Tensor) -> Any:
-        with watch:
-            return function(*inputs)
-
+    recorder = _Recorder(params, stand_ins)
     try:
-        graph = make_fx(watched)(*stand_ins)
+        with recorder:
+            outputs = function(*stand_ins)
+        return recorder.finish(outputs, args)
     except CannotCompile as error:
         while isinstance(error.__cause__, CannotCompile):  # Pyro's handlers raise copies with shapes appended
             error = error.__cause__
@@ -153,39 +209,3 @@ def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence
         raise CannotCompile(
             f"tracing failed with {type(error).__name__}: {reason[0]}", user_line(stack)
         ) from error
-    return _lift(graph, params, args, watch.read)
-
-
-def _lift(graph: fx.GraphModule, params: Sequence[Tensor], args: Sequence[Tensor], read: set[Any]) -> Traced:
-    """Makes parameters and constants inputs of the graph, ahead of its arguments."""
-    nodes, constants = graph.graph, list[Tensor]()
-    by_id = {id(p): i for i, p in enumerate(params)}
-    by_memory = {(p.data_ptr(), p.shape, p.stride()): i for i, p in enumerate(params) if p.numel()}
-    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
-    first = next(node for node in nodes.nodes if node.op != "get_attr")
-    with nodes.inserting_before(first):
-        inputs = [nodes.placeholder(f"param_{i}") for i in range(len(params))]
-    lifted: dict[int, fx.Node] = {}
-    for node in [node for node in nodes.nodes if node.op == "get_attr"]:
-        value = getattr(graph, node.target)
-        index = by_id.get(id(value), by_memory.get((value.data_ptr(), value.shape, value.stride())))
-        if index is not None:
-            replacement = inputs[index]
-        elif id(value) in lifted:
-            replacement = lifted[id(value)]
-        else:
-            with nodes.inserting_before(first):
-                replacement = nodes.placeholder(f"constant_{len(constants)}")
-            lifted[id(value)] = replacement
-            constants.append(value)
-        node.replace_all_uses_with(replacement)
-        nodes.erase_node(node)
-    nodes.eliminate_dead_code()
-    nodes.lint()
-    names = {node.name: i for i, node in enumerate(placeholders)}
-    pinned_args = [
-        (names[name], args[names[name]], args[names[name]]._version) for name in read if isinstance(name, str)
-    ]
-    pinned = [(value, value._version) for value in read if isinstance(value, Tensor)]
-    graph = fx.GraphModule(torch.nn.Module(), nodes)
-    return Traced(graph, [c.detach() for c in constants], pinned, pinned_args)
