@@ -16,8 +16,8 @@ the compiler, 10 to 60 of them where its cache is cold, are more than those it s
 MAX_OPERATIONS = 20_000
 """Larger graphs would be compiled for many minutes; "auto" leaves them eager."""
 
-Mode = Literal["eager", "interpreted", "machine code"]
-"""How a step runs: by Pyro, or as a graph, operation by operation or compiled."""
+Mode = Literal["eager", "interpreted", "machine code", "flow"]
+"""How a step runs: by Pyro, as a graph, operation by operation or compiled, or of a flow outside Pyro."""
 
 
 class Policy(Protocol):

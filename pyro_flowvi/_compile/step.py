@@ -134,11 +134,12 @@ class CompiledStep:
         if machine_code:
             self.run = lower(step, [*held, *tensors], len(held))
         else:
-            self.run = self._operation_by_operation(positions)
+            self.run = self._operation_by_operation(positions, tensors)
 
-    def _operation_by_operation(self, positions: list[list[int]]) -> Program:
+    def _operation_by_operation(self, positions: list[list[int]], tensors: Sequence[Tensor]) -> Program:
         """The same step without a compiler, the optimizers' part in place."""
-        graph = by_operation(self.traced.graph, [*(p.detach() for p in self.params), *self.traced.constants])
+        held = [*(p.detach() for p in self.params), *self.traced.constants]
+        graph = by_operation(self.traced.graph, held, tensors)
         buckets, limits = self.buckets, self.limits
 
         @torch.no_grad()

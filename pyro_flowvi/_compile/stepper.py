@@ -1,5 +1,6 @@
 """Gradient steps of an SVI: eager at first, by graphs where that pays."""
 
+import math
 from typing import Any
 
 from pyro.infer import SVI
@@ -45,6 +46,14 @@ class Stepper:
         self.graphs = GraphCache(svi, loss, policy, strict=strict, limits=limits)
         self.started = False
         """Whether a step was taken, by this process or an earlier one."""
+        self.rate = math.nan
+        """The learning rate, which the optimizers have."""
+
+    def forget(self) -> None:
+        """The moments are the optimizers': nothing is to be done."""
+
+    def leave(self) -> None:
+        """The parameters are where they were."""
 
     @property
     def mode(self) -> Mode | None:

@@ -34,12 +34,14 @@ class Traced:
     :param graph: its placeholders are the parameters, then the constants, then the arguments.
     :param constants: tensors that the program reached otherwise than as an argument, by reference.
     :param pinned: constants and arguments whose *values* the trace holds, with the version they had.
+    :param read_at: the user's line where the value of an argument was read, the last one.
     """
 
     graph: fx.GraphModule
     constants: list[Tensor]
     pinned: list[tuple[Tensor, int]] = field(default_factory=list)
     pinned_args: list[tuple[int, Tensor, int]] = field(default_factory=list)
+    read_at: str | None = None
 
     @property
     def size(self) -> int:
@@ -59,12 +61,13 @@ class _Recorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # wrapping the mode against torch._dynamo would import it
 
-    def __init__(self, params: Sequence[Tensor], args: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], args: Sequence[Tensor], lines: bool) -> None:
         super().__init__()
-        self.nodes = fx.Graph()
+        self.nodes, self._lines = fx.Graph(), lines
         self.constants: list[Tensor] = []
         self.pinned: dict[int, Tensor] = {}
         self.pinned_args: set[int] = set()
+        self._read_at: str | None = None
         self._known: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         """Tensors in the order of the graph, kept so that none has the identity of an earlier one."""
@@ -103,6 +106,8 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         inputs, keywords = pytree.tree_map_only(Tensor, self.node_of, (tuple(args), dict(kwargs)))
         node = self.nodes.call_function(func, inputs, keywords)
+        if self._lines:
+            node.meta["line"] = user_line(stack_inside(trace.__code__))
         if isinstance(out, Tensor):
             self._bind(out, node)
         elif isinstance(out, (tuple, list)):
@@ -161,6 +166,7 @@ class _Recorder(TorchDispatchMode):
                     self.pinned[id(self._sources[node])] = self._sources[node]
                 elif node in self._args:
                     self.pinned_args.add(self._args.index(node))
+                    self._read_at = user_line(stack_inside(trace.__code__))
                 else:
                     culprit = "parameters"
             elif isinstance(node.target, torch._ops.OpOverload):
@@ -181,20 +187,24 @@ class _Recorder(TorchDispatchMode):
         pinned = [(value, value._version) for value in self.pinned.values()]
         pinned_args = [(i, args[i], args[i]._version) for i in sorted(self.pinned_args)]
         constants = [value.detach() for value in self.constants]
-        return Traced(fx.GraphModule(torch.nn.Module(), self.nodes), constants, pinned, pinned_args)
+        graph = fx.GraphModule(torch.nn.Module(), self.nodes)
+        return Traced(graph, constants, pinned, pinned_args, self._read_at)
 
 
-def trace(function: Callable[..., Any], params: Sequence[Tensor], args: Sequence[Tensor]) -> Traced:
+def trace(
+    function: Callable[..., Any], params: Sequence[Tensor], args: Sequence[Tensor], lines: bool = False
+) -> Traced:
     """Traces a function of tensors that also reaches parameters and other tensors on its own.
 
     :param function: called once with stand-ins for ``args``; returns a tuple of tensors.
     :param params: leaf tensors that become inputs.
     :param args: example arguments.
+    :param lines: notes the user's line of every operation, as its node's ``meta["line"]``.
     :raises CannotCompile: if the function does what a graph cannot hold.
     """
     # Another object over the same memory: what the program reaches by itself must not pass for an argument.
     stand_ins = [arg.detach() for arg in args]
-    recorder = _Recorder(params, stand_ins)
+    recorder = _Recorder(params, stand_ins, lines)
     try:
         with recorder:
             outputs = function(*stand_ins)

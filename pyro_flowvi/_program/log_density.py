@@ -92,6 +92,8 @@ class UnconstrainedModel:
         """Whether the prior of a coordinate is flat, or masked; shape ``(D,)``."""
         self.batched: bool = self._runs_batched()
         """Whether the model scores many points in one run."""
+        self.graphs: dict[int, Any] = {}
+        """What others have recorded of it, by the number of points."""
 
     @torch.no_grad()
     def prior_draws(self, num: int) -> Tensor:

@@ -66,6 +66,9 @@ class FitGuide(Protocol):
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
         """Packed unconstrained latents, ``(size, D)``, and their log densities; None if it has none."""
 
+    def pushforward(self, model: Program) -> Any:
+        """The map from standard normal noise to the packed latents of ``model``; None if it is no such guide."""
+
 
 class _PyroGuide:
     """The answers for a guide that knows of none of this: Pyro's own, a list of guides, a function."""
@@ -98,6 +101,9 @@ class _PyroGuide:
         pass
 
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def pushforward(self, model: Program) -> Any:
         return None
 
 

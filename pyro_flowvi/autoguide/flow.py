@@ -250,6 +250,15 @@ class AutoFlow(PrototypeGuide):
         drawn: tuple[Tensor, Tensor] = self.get_posterior().rsample_and_log_prob((size,))
         return drawn
 
+    def pushforward(self, model: Program) -> Chain | None:
+        """The flow, if the posterior is its image of a standard normal, and the model the guide's own."""
+        own = type(self)
+        as_written = own.forward is AutoFlow.forward and own.sample_latent is AutoFlow.sample_latent
+        posterior = self.get_posterior()
+        plain = type(posterior) is FlowDistribution and posterior.base is None
+        flow: Chain | None = self._flow if as_written and plain and self._raw_model[0] == model else None
+        return flow
+
     # -- posterior -----------------------------------------------------------------------------
 
     @property

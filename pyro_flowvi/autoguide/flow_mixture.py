@@ -194,8 +194,9 @@ class AutoFlowMixture(AutoFlow):
         args, kwargs = self._data or ((), {})
         with self._apart():
             density = self.density(*args, **kwargs)
-            effort = Effort() if density.batched else Effort.small()
-            self._place_at_modes(density, density.value_and_grad, effort)
+            value_and_grad = traced(density, 2 * Effort().starts)
+            effort = Effort() if value_and_grad.batched else Effort.small()
+            self._place_at_modes(density, value_and_grad, effort)
         return self
 
     def _place_at_modes(

@@ -1,11 +1,13 @@
 """Draws of a guide, corrected by importance weights."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._compile.log_density import log_densities
 from .._program.batching import in_parts
 from .._program.log_density import UnconstrainedModel
 from ..psis import psis, resample
@@ -42,7 +44,7 @@ def importance_resample(
         tensor(True)
     """
     z, log_q = draw(max(MIN_POOL, POOL * num_samples))
-    log_p = in_parts(density.log_density, z, CHUNK)
+    log_p = in_parts(partial(log_densities, density), z, CHUNK)
     ratios = (log_p - log_q).double().cpu().numpy()
     finite = np.isfinite(ratios)
     if finite.sum() < 100:

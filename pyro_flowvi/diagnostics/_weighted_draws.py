@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
 
+from .._compile.log_density import log_densities
 from .._program.batching import even_sizes
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
@@ -105,7 +106,7 @@ def weighted_draws(
             else:
                 z, log_q = drawn
                 sites = density.packing.constrain(z)
-            parts.append((z, density.log_density(z), log_q))
+            parts.append((z, log_densities(density, z), log_q))
             values.append(sites)
         z, log_p, log_q = (torch.cat([part[i] for part in parts]) for i in range(3))
         sites = {name: torch.cat([part[name] for part in values]) for name in density.packing.latents}

@@ -190,7 +190,8 @@ def diagnose(
         tail_index = max(generalized_pareto_shape(np.abs(x - np.median(x))) for x in array.T)
         if probes and not skipped:
             assert draws.density is not None
-            found = probe(traced(draws.density), z, kept, weights, names, batched=draws.density.batched)
+            density = traced(draws.density)
+            found = probe(density, z, kept, weights, names, batched=density.batched)
     figures = Figures(
         khat=khat,
         khat_threshold=khat_threshold(num_samples),

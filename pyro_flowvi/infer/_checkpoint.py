@@ -18,12 +18,13 @@ from torch.utils import _pytree as pytree
 from .._compile.optimizers import inner_optimizer, meet
 from ..autoguide._protocol import as_fit_guide
 from ..objectives._choice import state_of
+from ._flow_steps import FlowSteps
 from ._progress import Progress
 from ._training_loop import TrainingLoop
 
 __all__ = ["Checkpoint", "fingerprint", "restore"]
 
-_FORMAT = "pyro_flowvi fit 1"
+_FORMAT = "pyro_flowvi fit 2"
 
 
 def _digest(value: Any) -> str:
@@ -133,6 +134,7 @@ def _state(loop: TrainingLoop) -> dict[str, Any]:
         "objective": state_of(run.loss),
         "frame": as_fit_guide(run.model, run.guide).frame(),
         "mode": loop.stepper.mode,
+        "flow": loop.stepper.state() if isinstance(loop.stepper, FlowSteps) else None,
         "data": loop.arguments.start,
         "start": loop.start,
         "random": {
@@ -152,7 +154,10 @@ def restore(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
     for name, value in state["params"].items():
         params[name].copy_(value)
     optim = run.optim.optim
-    meet(optim, params.values())
+    if isinstance(loop.stepper, FlowSteps):
+        loop.stepper.load(state["flow"])
+    else:
+        meet(optim, params.values())
     for name, saved in state["optimizers"].items():
         outer = optim.optim_objs[params[name]]
         inner = inner_optimizer(outer)

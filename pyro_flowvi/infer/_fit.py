@@ -14,10 +14,15 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
 from .._checks import check_positive, check_positive_int
+from .._compile.errors import CannotCompile
+from .._compile.flow_step import FlowStep
 from .._compile.inductor import PARALLEL_FROM
+from .._compile.log_density import TracedDensity, traced
 from .._compile.optimizers import as_pyro_optim
+from .._compile.policy import MACHINE_CODE_FROM
 from .._program.call import as_keywords, check_batch, check_programs
 from .._program.flat_directions import flat_sites
+from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._program.scoring import Scoring
 from .._types import CompileMode, Program
@@ -27,11 +32,12 @@ from ..objectives._choice import as_objective, objective_for
 from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
 from ._fit_bar import Bar
+from ._flow_steps import FlowWeights, objects_in, steady_graph
 from ._guarded_optim import GuardedOptim
 from ._result import FitResult
 from ._run_state import Run
 from ._start import locate
-from ._training_loop import TrainingLoop
+from ._training_loop import TOLERANCE, TrainingLoop
 
 __all__ = ["fit"]
 
@@ -85,6 +91,8 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
     loss, optim = options["loss"], options["optim"]
     if options["lr"] is not None:
         check_positive("lr", options["lr"])
+    if options["tolerance"] is not None:
+        check_positive("tolerance", options["tolerance"])
     if options["num_particles"] is not None:
         check_positive_int("num_particles", options["num_particles"])
         if loss is not None:
@@ -104,10 +112,17 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
         raise ValueError(f"compile: expected True, False or 'auto', got {options['compile']!r}")
 
 
-def _new_run(pair: LogWeights, judge: LogWeights, objective: Any, optim: PyroOptim, ranked: bool) -> Run:
+def _new_run(
+    pair: LogWeights,
+    judge: LogWeights | FlowWeights,
+    objective: Any,
+    optim: PyroOptim,
+    ranked: bool,
+    held_out: bool,
+) -> Run:
     guarded = GuardedOptim(optim, pair.guide, pair.model)
     run = Run(pair.model, pair.guide, objective, judge, guarded, ranked)
-    if judge is not pair:
+    if held_out:
         run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
     elif judge.structure.largest * run.comparison_draws > MANY_ELEMENTS:
         run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.structure.largest)
@@ -118,7 +133,7 @@ def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -
     """What of a call of ``fit`` a run can go on only with."""
     optim_args = getattr(options["optim"], "pt_optim_args", None)
     return {
-        **{name: options[name] for name in ("num_steps", "lr", "num_particles", "seed", "compile")},
+        **{name: options[name] for name in ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")},
         "objective": type(options["objective"]).__name__,
         "optim": type(options["optim"]).__name__,
         # A function's text differs between processes.
@@ -129,21 +144,55 @@ def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -
     }
 
 
-def _begin(loop: TrainingLoop, pair: LogWeights, answers: FitGuide, race: bool) -> None:
-    """Moves the guide to where it starts, and finds the learning rate."""
-    if answers.can_move():
-        density = answers.density(*pair.args, **pair.kwargs)
-        if flat := flat_sites(density):
-            raise ValueError(
-                "model: expected a proper posterior, got one that is flat along a direction of the sites "
-                f"{flat}, whose priors are improper: the data say nothing there; give one a proper prior"
-            )
-        draws = loop.num_steps * loop.run.loss.num_particles
-        thorough = density.batched and draws >= THOROUGH_FROM
-        effort = Effort.within(pair.structure.largest) if thorough else Effort.small()
-        loop.bar.tell(f"search for a start: {effort.starts} runs of L-BFGS")
-        loop.start = locate(loop.run, answers, density, effort)
-    loop.prepare(race)
+def _recorded(
+    options: Mapping[str, Any], pair: LogWeights, answers: FitGuide, density: UnconstrainedModel | None
+) -> TracedDensity | None:
+    """The graph by which a flow is trained outside Pyro; None where Pyro has to take the steps.
+
+    That is where the user asks for an objective or an optimizer, the data change, the model has parameters, or
+    the guide is no flow of standard normal noise over all latents.
+    """
+    own = (options[name] is None for name in ("loss", "optim", "batches", "validation"))
+    if density is None or not all(own) or options["compile"] != "auto":
+        return None
+    if pair.vectorized and options["num_steps"] > MACHINE_CODE_FROM:
+        return None  # machine code pays
+    structure, model = pair.structure, options["model"]
+    if structure.model_params or structure.subsampled or set(structure.latents) != set(density.packing.latents):
+        return None
+    if answers.pushforward(model) is None or not _has_scores(pair.guide, pair.args, pair.kwargs):
+        return None
+    particles = options["num_particles"] or answers.fit_options().num_particles
+    return steady_graph(density, particles, [model, *objects_in(pair.args, pair.kwargs)])
+
+
+def _step(graph: TracedDensity | None, answers: FitGuide, run: Run) -> FlowStep | None:
+    """The step of a flow in the place where it is now."""
+    if graph is None:
+        return None
+    flow = answers.pushforward(run.model)
+    params = [param for param in flow.parameters() if param.requires_grad]
+    try:
+        return FlowStep(flow, params, graph, run.optim.limits)
+    except CannotCompile:
+        return None
+
+
+def _move(loop: TrainingLoop, pair: LogWeights, answers: FitGuide, density: UnconstrainedModel | None) -> None:
+    """Moves the guide to where it starts."""
+    if density is None or not answers.can_move():
+        return
+    if flat := flat_sites(density):
+        raise ValueError(
+            "model: expected a proper posterior, got one that is flat along a direction of the sites "
+            f"{flat}, whose priors are improper: the data say nothing there; give one a proper prior"
+        )
+    draws = loop.num_steps * loop.run.loss.num_particles
+    effort = Effort.within(pair.structure.largest) if draws >= THOROUGH_FROM else Effort.small()
+    if not traced(density, effort.starts).batched:
+        effort = Effort.small()
+    loop.bar.tell(f"search for a start: {effort.starts} runs of L-BFGS")
+    loop.start = locate(loop.run, answers, density, effort)
 
 
 def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
@@ -160,7 +209,6 @@ def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult
         rates=torch.tensor(done.rates),
         gradient_norms=torch.tensor(done.norms),
         elbos=list(done.elbos),
-        race=dict(done.race),
         num_dropped=done.num_dropped,
         num_skipped=done.num_skipped,
         num_restarts=done.num_restarts,
@@ -174,6 +222,7 @@ def fit(
     num_steps: int | None = None,
     lr: float | None = None,
     num_particles: int | None = None,
+    tolerance: float | None = None,
     loss: ELBO | type[ELBO] | None = None,
     optim: PyroOptim | torch.optim.Optimizer | type[torch.optim.Optimizer] | None = None,
     batches: Any = None,
@@ -190,10 +239,16 @@ def fit(
     A flow guide first moves to the best Gaussian that a search finds (L-BFGS from many points, Laplace and
     mean-field normals at the modes and on the way to them, refined by natural gradients), if that raises
     the ELBO, and its flow is trained in that Gaussian's frame; of :class:`AutoFlowMixture` each component
-    moves to a mode, and is trained in a frame of its own.  Then Adam at the best of three learning
-    rates, along a cosine.  The weights are averaged; on draws that are the same each time, the average is
-    compared with the best so far, which is what remains.  When the ELBO stops rising the rate falls; when
-    it does so again, the run ends.  The Gaussian stays in the comparison to the end.
+    moves to a mode, and is trained in a frame of its own.  Then Adam, in rounds of a tenth, three tenths and
+    six tenths of the steps, in each of which the learning rate rises and falls along a cosine, and each of
+    which begins at the best state.  The weights are averaged; on draws that are the same each time, the
+    average is compared with the best so far, which is what remains.  The run ends after a round at whose end
+    the ELBO is within ``tolerance`` of the evidence, as far as its draws tell, or in which it hardly rose.
+    The Gaussian stays in the comparison to the end.
+
+    The model is recorded once as a graph of tensor operations; where it cannot run for many draws at once
+    (``a[group]``, loops, matrices without batch dimensions), the graph of one draw is vectorised by
+    ``torch.vmap``.  What that refuses is run draw by draw, with a :class:`CompileWarning` that names the line.
 
     Where the model has no density at ``init_loc_fn``'s start, as where its support ends with the data, a
     search finds another (so it does for stock ``SVI``).  Draws beyond such an edge are left out of the
@@ -206,12 +261,14 @@ def fit(
     :param guide: any Pyro guide for it.
     :param args: the model's positional arguments.
     :param num_steps: gradient steps at most; 3000 by default.
-    :param lr: the learning rate to start from; by default the best in a short race of that in
-        :data:`pyro_flowvi.flows.DEFAULTS` for the flow and the number of latents (else 1e-2), a
-        third and three times of it.
+    :param lr: the highest learning rate; by default that in :data:`pyro_flowvi.flows.DEFAULTS` for the flow
+        and the number of latents, else 1e-2.
     :param num_particles: draws per step; by default of the same table, else 16, in one run of the model,
-        or 4 where a batch of draws would not give the model the same log density as one by one.  Every
+        or 4 where the model has to run draw by draw.  Every
         component of a mixture has so many; by default all together that of the table, and each 32 at least.
+    :param tolerance: how far below the evidence, nats, the ELBO may be for the run to end: half the variance of
+        the log weights, or the logarithm of their mean less the mean of the logarithms if that is more, on
+        2,048 draws; 0.03 by default.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where model or guide enumerate a discrete
         site (:class:`TraceEnumSTL_ELBO` for :class:`AutoFlowMixture`), :class:`TraceSTL_ELBO` where all
         sites of the guide are reparameterised, else ``Trace_ELBO``.
@@ -227,10 +284,10 @@ def fit(
     :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed first.
     :param compile: True compiles the step to machine code, False leaves it to eager Pyro, "auto" traces it
-        from 300 steps on and compiles it where very many steps are to come.
+        and compiles it where very many steps are to come.
     :param checkpoint: a path.  The run is written there every half minute and when it ends; if the
         file exists the run goes on from it, and ends bit for bit as without the interruption.
-    :param progress: shows a progress bar, which tells of the search and the race before the steps as well.
+    :param progress: shows a progress bar, which tells of the search before the steps as well.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
     :raises ValueError: if an argument is not of the described kind, model and guide are swapped, Pyro's
         validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors or
@@ -272,28 +329,38 @@ def fit(
         pair = judge = LogWeights(model, guide, *first, nesting)
         if held_out is not None:
             judge = LogWeights(model, guide, *held_out, nesting)
+        density = answers.density(*first[0], **first[1]) if answers.can_move() else None
+        graph = _recorded({**options, "num_steps": num_steps}, pair, answers, density)
         default = answers.fit_options()
-        particles = num_particles or (default.num_particles if pair.vectorized else NUM_PARTICLES_APART)
+        together = pair.vectorized or graph is not None
+        particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)
         rate = default.lr if lr is None else float(lr)
         ranked = validation is not None or (loss is None and not changing and not pair.structure.subsampled)
         adam = PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim
-        run = _new_run(pair, judge, objective, adam, ranked)
+        weights = judge if graph is None else FlowWeights(pair, answers, graph)
+        run = _new_run(pair, weights, objective, adam, ranked, held_out is not None)
         may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
         own_rate = rate if optim is None else None
-        loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar)
+        loop = TrainingLoop(
+            run, num_steps, own_rate, compile, supply, changing, may_settle, bar, tolerance or TOLERANCE
+        )
         saved = save = None
         if file is not None:
             settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
             identity = fingerprint(settings, (first, validation))
             saved, save = file.read(identity), partial(file.write, loop, identity)
         try:
-            with _threads_for(pair.structure.largest * int(objective.num_particles)):
+            with _threads_for(pair.structure.largest * particles):
                 if saved is None:
-                    _begin(loop, pair, answers, race=lr is None and (not changing or callable(batches)))
+                    _move(loop, pair, answers, density)
                 else:
+                    answers.set_frame(saved["frame"])
+                loop.prepare(_step(graph, answers, run))
+                if saved is not None:
                     restore(loop, saved)
                 stop_reason = loop.train(save, CHECKPOINT_SECONDS)
         finally:
+            loop.stepper.leave()
             answers.leave_frame()
         return _result(loop, stop_reason, time.perf_counter() - started)

@@ -1,5 +1,6 @@
 """Where a run stands."""
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -31,5 +32,7 @@ class Progress:
     num_skipped: int = 0
     num_dropped: int = 0
     num_restarts: int = 0
-    race: dict[float, float] = field(default_factory=dict)
+    round: int = 0
+    round_start: int = 0
+    round_elbo: float = -math.inf
     stop_reason: str | None = None

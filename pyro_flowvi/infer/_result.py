@@ -28,7 +28,6 @@ class FitResult:
     :param rates: the learning rate of every step; NaN with an optimizer of your own.
     :param gradient_norms: the norm of the gradient of every step.
     :param elbos: (step, ELBO, standard error) of the averaged state, on draws that were the same each time.
-    :param race: learning rates that were tried, with the ELBO after a hundred steps.
     :param num_dropped: particles left out because their density or gradient was not finite.
     :param num_skipped: steps left out because their gradient was far above the running median.
     :param num_restarts: how often the run went back to its last good state, with half the rate.
@@ -51,7 +50,6 @@ class FitResult:
     rates: Tensor = field(default_factory=lambda: torch.zeros(0))
     gradient_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
     elbos: list[tuple[int, float, float]] = field(default_factory=list)
-    race: dict[float, float] = field(default_factory=dict)
     num_dropped: int = 0
     num_skipped: int = 0
     num_restarts: int = 0

@@ -16,6 +16,7 @@ from .._program.log_weights import LogWeights
 from .._program.pyro_private import get_traces
 from .._types import Program
 from ._averaging import put_back, snapshot
+from ._flow_steps import FlowWeights
 from ._guarded_optim import GuardedOptim
 
 __all__ = ["Run", "is_worse"]
@@ -25,6 +26,8 @@ COMPARISON_DRAWS = 256
 SMALL_BATCH = 16
 COMPARISON_DRAWS_APART = 16
 """The same where the model cannot run them together."""
+GAP_DRAWS = 8
+"""Draws from which the distance to the posterior is estimated, as a multiple of those of a comparison."""
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Run:
     model: Program
     guide: Program
     loss: Any
-    judge: LogWeights
+    judge: LogWeights | FlowWeights
     optim: GuardedOptim
     ranked: bool
     comparison_draws: int = COMPARISON_DRAWS
@@ -49,15 +52,18 @@ class Run:
     best: dict[str, Tensor] = field(default_factory=dict)
     best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
 
-    def evaluate(self) -> Tensor:
+    def evaluate(self, multiple: int = 1, seed: int = 0) -> Tensor:
         """Log weights on draws that are the same at every call; their mean is the ELBO.
 
         A state that the model cannot evaluate has the ELBO minus infinity.
+
+        :param multiple: how many times as many draws as in a comparison.
+        :param seed: of the draws.
         """
-        size = self.comparison_draws if self.judge.vectorized else COMPARISON_DRAWS_APART
+        size = multiple * (self.comparison_draws if self.judge.vectorized else COMPARISON_DRAWS_APART)
         with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             try:
                 weights = self.judge.log_weights(size)
             except REFUSALS:
@@ -72,6 +78,19 @@ class Run:
         except REFUSALS:
             return torch.full((size,), -math.inf)
 
+    def gap(self) -> float:
+        """An estimate of how far the ELBO is below the evidence, nats, on draws of its own.
+
+        The larger of two: half the variance of the log weights, which a normal law of them would have, and the
+        logarithm of their mean less the mean of the logarithms.
+        """
+        weights = self.evaluate(GAP_DRAWS, seed=7)
+        weights = weights[weights.isfinite()].double()
+        if len(weights) < 2:
+            return math.inf
+        bound = weights.logsumexp(0) - math.log(len(weights)) - weights.mean()
+        return max(0.5 * float(weights.var()), float(bound))
+
     def keep_unless_worse(self) -> Tensor:
         """Keeps the present state as the best, unless an earlier one is better beyond its noise.
 
@@ -83,10 +102,14 @@ class Run:
             self.best = snapshot(self.optim.params)
         return weights
 
-    def keep_start(self) -> None:
-        """Makes the state before the first step the best so far."""
+    def keep_start(self, optimizers: bool) -> None:
+        """Makes the state before the first step the best so far.
+
+        :param optimizers: makes those of the parameters, too.
+        """
         self.optim.meet_trained(self.judge.structure.params)
-        meet(self.optim.optim, self.optim.params.values())
+        if optimizers:
+            meet(self.optim.optim, self.optim.params.values())
         self.keep_unless_worse()
 
     @property

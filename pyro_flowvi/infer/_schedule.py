@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PATIENCE", "PLATEAU_FACTOR", "CosineSchedule", "is_rising"]
+__all__ = ["PATIENCE", "PLATEAU_FACTOR", "CosineSchedule", "is_rising", "round_lengths"]
 
 PATIENCE = 6
 """Checks over which a plateau is judged."""
@@ -16,6 +16,8 @@ BLURRED_ERROR = 0.05
 """Standard error of that gain, doubled, above which no plateau can be told from a slow rise."""
 PLATEAU_FACTOR = 0.3
 """What a first plateau does to the learning rate."""
+ROUNDS = (0.1, 0.3)
+"""Shares of the steps that the rounds before the last have."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,24 @@ class CosineSchedule:
         rise = min(1.0, (step + 1) / self.warm_up)
         cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.num_steps))
         return peak * rise * (self.final_share + (1.0 - self.final_share) * cosine)
+
+
+def round_lengths(num_steps: int, multiple: int) -> list[int]:
+    """The steps of three rounds, each longer than the one before.
+
+    Most posteriors are reached in a tenth of the steps; what is left are the widths of the harder ones, which
+    come last.
+
+    :param num_steps: of all together.
+    :param multiple: what each is a multiple of, but for the last.
+
+    Example::
+
+        >>> round_lengths(3000, 10)
+        [300, 900, 1800]
+    """
+    lengths = [multiple * max(1, round(share * num_steps / multiple)) for share in ROUNDS]
+    return [*lengths, num_steps - sum(lengths)]
 
 
 def is_rising(recent: list[Tensor], blurred: bool = True) -> bool:

@@ -1,4 +1,4 @@
-"""The loop of :func:`pyro_flowvi.fit`: a race of rates, steps, checks, recovery."""
+"""The loop of :func:`pyro_flowvi.fit`: rounds of steps, checks, recovery."""
 
 import math
 import re
@@ -11,38 +11,41 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
+from .._compile.flow_step import FlowStep
 from .._compile.stepper import Stepper
 from .._program.feasible import is_refusal
 from .._program.log_density import REFUSALS
 from .._types import CompileMode
-from ..objectives._choice import state_of
 from ._averaging import WeightAverage
 from ._batches import Call, Supply
 from ._fit_bar import Bar
+from ._flow_steps import FlowSteps
 from ._guarded_optim import NotFinite
 from ._progress import Progress
 from ._result import FitDiverged
 from ._run_state import Run, is_worse
-from ._schedule import PATIENCE, PLATEAU_FACTOR, CosineSchedule, is_rising
+from ._schedule import PATIENCE, PLATEAU_FACTOR, CosineSchedule, is_rising, round_lengths
 
 __all__ = ["CHECKS", "TrainingLoop"]
 
-CHECKS = 50
+CHECKS = 30
 """How often in a run the state is compared with the best and kept."""
 FINAL_RATE = 1e-2
 """The learning rate ends at this fraction of its start."""
 WARM_UP = 100
 AVERAGE_EVERY, AVERAGE_DECAY = 10, 0.99
 """The weights are averaged every so many steps, exponentially with this decay a step."""
-RACE_RATES = (1.0, 1 / 3, 3.0)
-RACE_STEPS, RACE_WARM_UP = 100, 20
 ENOUGH_STEPS = 1000
-"""Shorter runs have no race, and no plateau ends them."""
+"""Shorter runs have one round, and nothing but equal weights ends them."""
 EARLIEST_STOP = 0.2
 """Fraction of the steps before which no plateau is looked for."""
 SETTLED_SD = 0.05
 """Standard deviation of the log weights, nats, at which the guide cannot be told from the posterior near its
 draws: half its square is the divergence, and no mean is off by more of a standard deviation."""
+TOLERANCE = 0.03
+"""How far below the evidence, nats, an ELBO may be for a run to end."""
+LEAST_GAIN = 0.02
+"""Gain in ELBO, nats, in a later round, below which there is no further one."""
 RECOVERABLE: tuple[type[Exception], ...] = (NotFinite, *REFUSALS)
 MAX_FAILURES = 5
 RECOVERY_STEPS = 50
@@ -69,6 +72,7 @@ class TrainingLoop:
     :param fresh_data: whether they differ from step to step.
     :param may_settle: whether equal weights of all draws mean that there is nothing left to train.
     :param bar: shows what is going on.
+    :param tolerance: estimate of the distance to the evidence, nats, at which a run ends.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class TrainingLoop:
         fresh_data: bool = False,
         may_settle: bool = True,
         bar: Bar | None = None,
+        tolerance: float = TOLERANCE,
     ) -> None:
         self.bar = bar or Bar()
         self.run, self.num_steps, self.arguments = run, num_steps, arguments
@@ -88,14 +93,18 @@ class TrainingLoop:
         # A schedule of the objective's own has to run to its end.
         early = run.ranked and not hasattr(run.loss, "advance")
         self.stops_early = early and num_steps >= ENOUGH_STEPS
-        self.may_settle = may_settle
+        self.may_settle, self.tolerance = may_settle, tolerance
         self.progress = Progress(lr=lr)
-        self.schedule = CosineSchedule(num_steps, min(WARM_UP, 1 + num_steps // 10), FINAL_RATE)
+        in_rounds = self.stops_early and lr is not None and not run.held_out
+        self.rounds = round_lengths(num_steps, AVERAGE_EVERY) if in_rounds else [num_steps]
+        """The steps of each round, which begins at the best state with a rate that rises and falls."""
         self.average = WeightAverage(AVERAGE_DECAY, every=AVERAGE_EVERY)
         self.start: str | None = None
         """The kind of Gaussian that the guide was moved to."""
         self.svi = SVI(run.model, run.guide, run.optim, run.loss)
-        self.stepper = Stepper(self.svi, run.loss, compile=compile, interprets=True, limits=run.optim.limits)
+        self.stepper: Stepper | FlowSteps = Stepper(
+            self.svi, run.loss, compile=compile, interprets=True, limits=run.optim.limits
+        )
         self.every = max(1, num_steps // CHECKS)
 
     # -- rates --------------------------------------------------------------------------------------
@@ -105,61 +114,28 @@ class TrainingLoop:
         progress = self.progress
         if progress.lr is None:
             return None
+        length = self.rounds[progress.round]
+        schedule = CosineSchedule(length, min(WARM_UP, 1 + length // 6), FINAL_RATE)
         # By tens of steps, however many are taken at once.
-        step = progress.step - progress.step % AVERAGE_EVERY
-        rate = self.schedule.rate(step, progress.lr * progress.factor)
+        step = progress.step - progress.step % AVERAGE_EVERY - progress.round_start
+        rate = schedule.rate(step, progress.lr * progress.factor)
+        self.stepper.rate = rate
         self.run.optim.advance(rate)
         return rate
 
-    def prepare(self, race: bool) -> None:
-        """Keeps the start as the first candidate, and lets rates race; Ctrl-C ends the run at the start."""
-        self.run.keep_start()
-        if race:
-            try:
-                self.race()
-            except KeyboardInterrupt:
-                self.run.restore()
-                self.progress.stop_reason = "interrupted"
+    @property
+    def _round_end(self) -> int:
+        return self.progress.round_start + self.rounds[self.progress.round]
 
-    def race(self) -> None:
-        """Takes a few steps at each of three rates from the same state, and goes on with the best."""
-        progress, run = self.progress, self.run
-        if progress.lr is None or self.num_steps < ENOUGH_STEPS or not run.ranked:
-            return
-        if self.may_settle and bool(run.evaluate().std() < 2.0 * SETTLED_SD):
-            return  # the start is as good as the posterior: there is little to win
-        table, best = progress.lr, None
-        objective_state = state_of(run.loss)
-        for number, multiple in enumerate(RACE_RATES, 1):
-            progress.lr = table * multiple
-            contestant = f"race of learning rates: {number} of {len(RACE_RATES)}"
-            try:
-                if self._runs_at(progress.lr, contestant):
-                    weights = run.evaluate()
-                    progress.race[progress.lr] = float(weights.mean())
-                    # The rate of the table, which is tried first, stays unless another is surely better.
-                    if best is None or is_worse(best[1], weights):
-                        best = progress.lr, weights
-            except RECOVERABLE as error:
-                if not self.stepper.started and not is_refusal(error):
-                    raise  # most likely the model's own mistake: its message is the best
-            self._go_back()
-            if objective_state:
-                run.loss.load_state_dict(objective_state)
-            progress.num_dropped = 0
-        progress.lr = best[0] if best else table / RACE_RATES[-1]
+    def prepare(self, step: FlowStep | None = None) -> None:
+        """Keeps the start as the first candidate.
 
-    def _runs_at(self, lr: float, contestant: str) -> bool:
-        """Takes the steps of a race; whether there was data for all, and every loss finite."""
-        schedule = CosineSchedule(RACE_STEPS, RACE_WARM_UP, final_share=1.0)
-        for step in range(RACE_STEPS):
-            if step % AVERAGE_EVERY == 0:
-                self.bar.tell(f"{contestant}, step {step} of {RACE_STEPS}")
-            self.run.optim.advance(schedule.rate(step, lr))
-            call = self.arguments(step)
-            if call is None or not math.isfinite(self._steps(call, 1, self.num_steps)[0][0]):
-                return False
-        return True
+        :param step: takes the steps, in place of Pyro.
+        """
+        if step is not None:
+            self.stepper = FlowSteps(step)
+        self.run.keep_start(optimizers=step is None)
+        self.progress.round_elbo = -self.run.best_loss
 
     # -- steps --------------------------------------------------------------------------------------
 
@@ -206,7 +182,7 @@ class TrainingLoop:
             self._record(value, norm, rate)
         if progress.step % AVERAGE_EVERY == 0:
             run.optim.set_limits()
-            self.average.update(run.optim.params, progress.step)
+            self.average.update(run.optim.params, progress.step - progress.round_start)
         return True
 
     def _record(self, value: float, norm: float, rate: float | None) -> None:
@@ -227,9 +203,7 @@ class TrainingLoop:
         if self.fresh_data or self.progress.lr is None:
             return 1
         step = self.progress.step
-        return min(
-            AVERAGE_EVERY - step % AVERAGE_EVERY, self.every - step % self.every, self.num_steps - step
-        )
+        return min(AVERAGE_EVERY - step % AVERAGE_EVERY, self.every - step % self.every, self._round_end - step)
 
     # -- recovery -----------------------------------------------------------------------------------
 
@@ -265,6 +239,7 @@ class TrainingLoop:
         """To the best state so far, with fresh optimizers, averages and limits."""
         self.run.restore()
         self.run.optim.forget()
+        self.stepper.forget()
         self.average.forget()
 
     # -- checks -------------------------------------------------------------------------------------
@@ -277,12 +252,27 @@ class TrainingLoop:
         se = float(weights.std() / math.sqrt(len(weights)))
         progress.elbos.append((progress.step, float(weights.mean()), se))
         progress.recent = [*progress.recent, weights][-1 - PATIENCE :]
-        if self.stops_early and self.may_settle and bool(weights.std() < SETTLED_SD):
+        if self.stops_early and self.may_settle and bool(weights.std() < min(SETTLED_SD, self.tolerance)):
             return True
         early = progress.step < EARLIEST_STOP * self.num_steps
-        if not self.stops_early or early or len(progress.recent) <= PATIENCE:
+        if not self.stops_early or len(self.rounds) > 1 or early or len(progress.recent) <= PATIENCE:
             return False
         return not self._is_rising() and self._meet_plateau()
+
+    def _end_round(self) -> bool:
+        """Begins the next round at the best state, unless the run is over."""
+        progress, elbo = self.progress, -self.run.best_loss
+        gain, progress.round_elbo = elbo - progress.round_elbo, elbo
+        if self.may_settle and self.run.gap() < self.tolerance:
+            return True
+        if progress.round > 0 and gain < LEAST_GAIN:
+            return True
+        if progress.round + 1 < len(self.rounds):
+            progress.round_start = self._round_end
+            progress.round += 1
+            progress.recent = []
+            self._go_back()
+        return False
 
     def _is_rising(self) -> bool:
         """Whether the ELBO rose over the recent checks."""
@@ -333,10 +323,11 @@ class TrainingLoop:
             if not self.step():
                 return "no more batches"
             self.bar.advance(progress.step - before)
-            if progress.step > before and progress.step % self.every == 0:
+            ends = len(self.rounds) > 1 and progress.step == self._round_end
+            if progress.step > before and (ends or progress.step % self.every == 0):
                 over = self.check()
                 self.bar.tell(f"ELBO {-self.run.best_loss:.2f}", at_once=False)
-                if over:
+                if over or (ends and self._end_round()):
                     return "converged"
             if save is not None and time.monotonic() - saved >= seconds:
                 save()

@@ -171,7 +171,7 @@ class MixtureTrainer:
                 self._graphs[size] = self._objective
             else:
                 held = [*(p.detach() for p in self.params), *traced.constants]
-                self._graphs[size] = torch.no_grad()(by_operation(traced.graph, held))
+                self._graphs[size] = torch.no_grad()(by_operation(traced.graph, held, args))
         return self._graphs[size]
 
     @torch.no_grad()

@@ -1,0 +1,188 @@
+"""A gradient step of a flow on a model's density: no Pyro, and the flow's own part as a graph of few operations.
+
+Draws with their score, the model's graph at the draws, the path gradient of the flow, Adam on flat parameters.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .._program.log_density import REFUSALS
+from ..distributions.flow import standard_normal_log_prob
+from ..transforms.base import forward_with_score
+from .errors import CannotCompile
+from .log_density import TracedDensity
+from .optimizers import Rule, flatten
+from .run_by_operation import as_function, without_repetition
+from .step import StepStats
+from .trace import trace
+
+__all__ = ["FlowStep"]
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+"""How far the graph's results may be from the modules', relative to their norm."""
+PERTURBATION = 1e-2
+_ADAM = Rule()
+
+
+def _draw_and_pull_back(transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+    """Images of noise, their log densities and scores, and the parameters' gradients of ``(slope * z).sum()``."""
+    with torch.enable_grad():
+        rows = x.detach().requires_grad_()
+        z, log_det, score = forward_with_score(transform, rows, -rows.detach())
+        log_q = standard_normal_log_prob(x) - log_det
+        grads = torch.autograd.grad(z, params, slope, allow_unused=True)
+    known = (torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
+    return z.detach(), log_q.detach(), score.detach(), flatten(known)
+
+
+class FlowStep:
+    """Steps of Adam on the path gradient of the ELBO of a flow of standard normal noise.
+
+    The estimator of :class:`~pyro_flowvi.objectives.TraceSTL_ELBO` (Roeder, Wu and Duvenaud 2017, equation 6;
+    the score along the forward pass by Vaitl et al. 2024), of which the flow is run once a step.
+
+    :param transform: from noise to the model's unconstrained latents.
+    :param params: its parameters that are trained.
+    :param density: the model, whose width is the number of particles.
+    :param limits: two norms: a gradient above the first is scaled down to it, one above the second, or not
+        finite, moves nothing.
+    :raises CannotCompile: if the flow does what a graph cannot hold, or the graph differs from it.
+    """
+
+    def __init__(
+        self, transform: Any, params: list[Tensor], density: TracedDensity, limits: Tensor | None = None
+    ) -> None:
+        self._transform, self._params, self._density = transform, params, density
+        self._limits = torch.full((2,), math.inf, dtype=torch.float64) if limits is None else limits
+        self._homes = [param.data for param in params]
+        self._values = flatten(params).detach().clone()
+        parts = self._values.split([param.numel() for param in params])
+        for param, part in zip(params, parts, strict=True):
+            param.data = part.view(param.shape)
+        self.moments: tuple[Tensor, Tensor] = (torch.zeros_like(self._values), torch.zeros_like(self._values))
+        self.count = 0
+        """Steps that the moments are of."""
+        like = params[0]
+        self._noise = {"size": (density.width, density.density.dim), "dtype": like.dtype, "device": like.device}
+        self._loss, self._dropped = math.nan, 0
+        try:
+            self._run = self._record()
+            self._check()
+        except BaseException:
+            self.leave()
+            raise
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Gives the parameters back the memory that they had, with their present values."""
+        for param, home in zip(self._params, self._homes, strict=True):
+            if param.data_ptr() != home.data_ptr():
+                home.copy_(param)
+                param.data = home
+
+    def forget(self) -> None:
+        """Sets the moments to zero."""
+        self.count = 0
+        for moment in self.moments:
+            moment.zero_()
+
+    def _record(self) -> Any:
+        x, slope = torch.randn(**self._noise), torch.randn(**self._noise)
+
+        def run(x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+            return _draw_and_pull_back(self._transform, self._params, x, slope)
+
+        graph = trace(run, self._params, [x, slope])
+        if graph.pinned_args:
+            raise CannotCompile("what the flow does depends on the values of its noise")
+        static = [*(p.detach() for p in self._params), *graph.constants]
+        nodes, held = without_repetition(graph.graph, static, [x, slope], frozen=len(graph.constants))
+        _call_between(nodes, len(static), self._weigh)
+        self.size = sum(node.op == "call_function" for node in nodes.nodes)
+        return as_function(nodes, static, held)
+
+    def _weigh(self, z: Tensor, log_q: Tensor, score: Tensor) -> Tensor:
+        """The model at draws: keeps loss and number of dropped draws; the slope of the loss at each."""
+        try:
+            value, gradient = self._density.exactly(z) if self._density.holds else self._density(z)
+        except REFUSALS:
+            value, gradient = torch.full_like(log_q, -math.inf), torch.zeros_like(z)
+        weights = value - log_q
+        slope = (score - gradient).mul_(1.0 / len(z))
+        loss = -weights.mean().item()
+        self._dropped = 0
+        if not (math.isfinite(loss) and math.isfinite(slope.sum().item())):
+            good = weights.isfinite() & slope.isfinite().all(-1)
+            count = int(good.sum())
+            self._dropped = len(z) - count
+            slope = torch.where(good.unsqueeze(-1), slope, 0.0).mul_(len(z) / max(count, 1))
+            loss = -float(weights[good].mean()) if count else math.nan
+        self._loss = loss
+        return slope.to(z.dtype)
+
+    def _check(self) -> None:
+        """Holds the graph against the modules at other noise and, for a moment, other parameters.
+
+        :raises CannotCompile: if they differ.
+        """
+        kept = self._values.clone()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(1)
+            x = torch.randn(**self._noise)
+            self._values += PERTURBATION * (1.0 + kept.abs()) * torch.randn_like(kept)
+            try:
+                found = self._run(x)[0].clone()
+                z, log_q, score, _ = _draw_and_pull_back(self._transform, self._params, x, torch.zeros_like(x))
+                slope = self._weigh(z, log_q, score)
+                expected = _draw_and_pull_back(self._transform, self._params, x, slope)[-1]
+            finally:
+                self._values.copy_(kept)
+        finite = expected.isfinite()
+        gap, size = (float(value[finite].norm()) for value in (found - expected, expected))
+        tolerance = TOLERANCE.get(x.dtype, 5e-2)
+        if not torch.equal(finite, found.isfinite()) or gap > tolerance * (1.0 + size):
+            raise CannotCompile("the flow's graph differs from the flow")
+
+    @torch.no_grad()
+    def __call__(self, lr: float) -> StepStats:
+        """Takes a step at a learning rate."""
+        grad = self._run(torch.randn(**self._noise))[0]
+        norm = torch.linalg.vector_norm(grad).item()
+        clip, skip = self._limits.tolist()
+        if not math.isfinite(norm):
+            return StepStats(math.nan, self._dropped, norm)
+        if math.isfinite(self._loss) and norm <= skip:
+            self.count += 1
+            grad = grad.mul_(clip / norm) if norm > clip else grad
+            self._values += _ADAM.change(grad, *self.moments, self.count, lr)
+        return StepStats(self._loss, self._dropped, norm)
+
+
+def _call_between(nodes: fx.Graph, num_static: int, weigh: Any) -> None:
+    """Replaces a graph's second argument by what a function makes of its first three results.
+
+    These stay no results: the graph gives the gradient alone.
+    """
+    placeholders = list(nodes.find_nodes(op="placeholder"))
+    slope = placeholders[num_static + 1]
+    output = next(iter(nodes.find_nodes(op="output")))
+    z, log_q, score, grad = output.args[0]
+    needed, pending = set[fx.Node](), [z, log_q, score]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    if slope in needed:
+        raise CannotCompile("the flow's draws depend on what is done with them")
+    # As it was recorded: what depends on the slope comes later.
+    with nodes.inserting_after(max(needed - set(placeholders))):
+        weighed = nodes.call_function(weigh, (z, log_q, score))
+    slope.replace_all_uses_with(weighed)
+    nodes.erase_node(slope)
+    output.args = ((grad,),)
+    nodes.lint()

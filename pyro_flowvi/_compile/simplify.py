@@ -1,0 +1,267 @@
+"""Fewer operations for the same numbers: what a recorded graph computes twice, or for nothing, is left out."""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["VIEWS", "copy", "hold", "mutated", "simplify"]
+
+aten = torch.ops.aten
+VIEWS = {
+    aten.t.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unbind.int,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.diagonal.default,
+    aten.detach.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.alias.default,
+    operator.getitem,
+}
+"""Operations that move no memory."""
+_COPIES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.lift_fresh_copy.default,
+    aten._to_copy.default,
+}
+"""Operations whose result is their argument where it has the same shape and dtype."""
+_FILLED = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+}
+"""Operations that look at the shape of their argument alone."""
+_TIMES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+_PLUS = {aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar}
+_PAIRWISE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
+def mutated(nodes: fx.Graph) -> set[fx.Node]:
+    """Nodes that an operation changes in place."""
+    changed: set[fx.Node] = set()
+    for node in nodes.nodes:
+        schema = _schema(node)
+        if schema is not None and schema.is_mutable:
+            for argument, value in zip(schema.arguments, node.args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    changed.update(value if isinstance(value, (list, tuple)) else [value])
+    return changed
+
+
+def _unsteady(nodes: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory changes, or may: changed in place, or sharing it with one that is."""
+    shared: dict[fx.Node, set[fx.Node]] = {}
+    for node in nodes.nodes:
+        group = {node}
+        in_place = _schema(node) is not None and _schema(node).is_mutable
+        if node.target in VIEWS or node.target in _COPIES or in_place:
+            for value in node.all_input_nodes[:1]:
+                group |= shared[value]
+        for member in group:
+            shared[member] = group
+    return {member for node in mutated(nodes) for member in shared[node]}
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph and keeps what every node gave, as ``meta["value"]``."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        node.meta["value"] = value.detach() if isinstance(value, Tensor) else value
+        return value
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("value") if isinstance(node, fx.Node) else node
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two nodes have the same shape, strides and dtype: a view may depend on strides."""
+    a, b = _value(one), _value(other)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+class _Simplifier:
+    """One pass from the first operation of a graph to the last.
+
+    :param nodes: the graph, whose nodes have values.
+    :param known: values of placeholders that are the same at every call.
+    """
+
+    def __init__(self, nodes: fx.Graph, known: dict[fx.Node, Any]) -> None:
+        self.nodes, self.known = nodes, known
+        self.unsteady = _unsteady(nodes)
+        self._met: dict[Any, fx.Node] = {}
+
+    def run(self) -> None:
+        for node in list(self.nodes.nodes):
+            if node.op != "call_function" or node in self.unsteady:
+                continue
+            if _RANDOM in getattr(node.target, "tags", ()) or not self.unsteady.isdisjoint(node.all_input_nodes):
+                continue
+            if all(value in self.known for value in node.all_input_nodes) or node.target in _FILLED:
+                self.known[node] = _value(node)
+                continue
+            self._rewrite(node)
+            other = self._same_as(node)
+            if other is not None:
+                node.replace_all_uses_with(other)
+                self.nodes.erase_node(node)
+
+    def _is_all(self, node: Any, number: float) -> bool:
+        if isinstance(node, fx.Node):
+            value = self.known.get(node)
+            return isinstance(value, Tensor) and bool((value == number).all())
+        return isinstance(node, int | float) and node == number
+
+    def _rewrite(self, node: fx.Node) -> None:
+        """Replaces an operation by a cheaper one of the same result."""
+        args, value = node.args, _value(node)
+        if node.target is aten.pow.Tensor_Scalar and args[1] == 2:
+            node.target, node.args = aten.square.default, args[:1]
+        elif node.target is aten.sum.dim_IntList and args[1] and not node.kwargs:
+            source = _value(args[0])
+            if all(source.shape[dim] == 1 for dim in args[1]) and source.is_contiguous():  # type: ignore[union-attr]
+                node.target, node.args = aten.view.default, (args[0], list(value.shape))
+        elif node.target is aten.expand.default:
+            self._spare_expansion(node)
+        if node.target is aten.view.default:
+            before = node.args[0]
+            if isinstance(before, fx.Node) and before.target is aten.view.default:
+                source = before.args[0]
+                if _value(source).is_contiguous():
+                    node.args = (source, list(value.shape))
+
+    def _spare_expansion(self, node: fx.Node) -> None:
+        """Has elementwise operations broadcast by themselves."""
+        for user in list(node.users):
+            if user.target not in _PAIRWISE:
+                continue
+            one, other = user.args[:2]
+            if one is other:
+                continue
+            rest = other if one is node else one
+            if isinstance(rest, fx.Node) and _value(rest).shape == _value(user).shape:
+                user.replace_input_with(node, node.args[0])  # type: ignore[arg-type]
+
+    def _same_as(self, node: fx.Node) -> fx.Node | None:
+        """An earlier node of the same value."""
+        args, target = node.args, node.target
+        if target in _COPIES and _alike(node, args[0]):
+            return args[0]  # type: ignore[return-value]
+        if target is aten.t.default and getattr(args[0], "target", None) is aten.t.default:
+            return args[0].args[0]  # type: ignore[union-attr, return-value]
+        if target in _TIMES and self._is_all(args[1], 1) and _alike(node, args[0]):
+            return args[0]  # type: ignore[return-value]
+        if target is aten.mul.Tensor and self._is_all(args[0], 1) and _alike(node, args[1]):
+            return args[1]  # type: ignore[return-value]
+        if target in _PLUS and self._is_all(args[1], 0) and _alike(node, args[0]):
+            return args[0]  # type: ignore[return-value]
+        plain_sum = target is aten.add.Tensor and not node.kwargs
+        if plain_sum and self._is_all(args[0], 0) and _alike(node, args[1]):
+            return args[1]  # type: ignore[return-value]
+        if target is aten.pow.Tensor_Scalar and args[1] == 1 and _alike(node, args[0]):
+            return args[0]  # type: ignore[return-value]
+        key = (target, _key(args), _key(node.kwargs))
+        first = self._met.setdefault(key, node)
+        return None if first is node else first
+
+
+def _key(value: Any) -> Any:
+    """Arguments as something that can be looked up: 1, 1.0 and True are three."""
+    if isinstance(value, Mapping):
+        return tuple((name, _key(item)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return value if isinstance(value, fx.Node) else (type(value), str(value))
+
+
+def hold(nodes: fx.Graph, known: Mapping[fx.Node, Any], given: Iterable[fx.Node]) -> list[Any]:
+    """Makes what is known inputs of the graph, after the others; their values."""
+    placeholders = list(nodes.find_nodes(op="placeholder"))
+    last, held, given = placeholders[-1], list[Any](), set(given)
+    for node in [n for n in known if n not in given and any(user not in known for user in n.users)]:
+        with nodes.inserting_after(last):
+            last = nodes.placeholder(f"held_{len(placeholders) + len(held)}")
+        last.meta["value"] = known[node]
+        held.append(known[node])
+        for user in [user for user in node.users if user not in known]:
+            user.replace_input_with(node, last)
+    return held
+
+
+def copy(nodes: fx.Graph) -> fx.Graph:
+    """A graph of the same nodes."""
+    new = fx.Graph()
+    new.output(new.graph_copy(nodes, {}))
+    return new
+
+
+def _run(nodes: fx.Graph, inputs: Sequence[Any]) -> Any:
+    """What a graph gives, from the present state of torch's generator, which stays where it is."""
+    changed = mutated(nodes)
+    placeholders = nodes.find_nodes(op="placeholder")
+    given = [v.clone() if n in changed else v for n, v in zip(placeholders, inputs, strict=True)]
+    with torch.no_grad(), torch.random.fork_rng():
+        return _Values(fx.GraphModule(torch.nn.Module(), nodes)).run(*given)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.allclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True) for a, b in pairs)
+
+
+def simplify(
+    graph: fx.GraphModule, inputs: Sequence[Any], frozen: Callable[[int], bool]
+) -> tuple[fx.Graph, list[Any]]:
+    """A graph of the same values with fewer operations: constants folded, repetitions and no-ops left out.
+
+    Only what is exact is done; operations that change memory in place or draw at random stay as they are, with
+    all that they touch.
+
+    :param graph: a recorded graph.
+    :param inputs: example values of all its inputs; the graph is run at them.
+    :param frozen: whether the input of some index has the same value at every call.
+    :return: the graph, and the values of its further inputs, which come after the others.
+    """
+    nodes = copy(graph.graph)
+    expected = _run(nodes, inputs)
+    placeholders = list(nodes.find_nodes(op="placeholder"))
+    known = {node: inputs[i] for i, node in enumerate(placeholders) if frozen(i)}
+    given = set(known)
+    _Simplifier(nodes, known).run()
+    held = hold(nodes, known, given)
+    nodes.eliminate_dead_code()
+    try:
+        if _equal(_run(nodes, [*inputs, *held]), expected):
+            return nodes, held
+    except RuntimeError:  # a view that the strides of a cheaper operation's result do not allow
+        pass
+    return copy(graph.graph), []

@@ -1,0 +1,133 @@
+"""The steps and comparisons of a fit without Pyro: where a guide is a flow of standard normal noise, and the
+model a density that can be recorded."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer import SVI
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._compile.flow_step import FlowStep
+from .._compile.log_density import TracedDensity, traced
+from .._compile.policy import Mode
+from .._compile.reached_state import ReachedState
+from .._compile.step import StepStats
+from .._program.log_density import UnconstrainedModel
+from .._program.log_weights import LogWeights
+from .._program.pyro_private import PYRO_STACK
+from ..autoguide._protocol import FitGuide
+
+__all__ = ["FlowSteps", "FlowWeights", "objects_in", "steady_graph"]
+
+
+def _sources() -> tuple[Any, ...]:
+    """The states of all generators that a program may draw from."""
+    name, keys, position, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), name, np.asarray(keys).tobytes(), position, rest
+
+
+def steady_graph(density: UnconstrainedModel, width: int, programs: Sequence[Any]) -> TracedDensity | None:
+    """The graph of a density, of a program that is the same at every call; None where there is none.
+
+    :param density: the model.
+    :param width: points at once.
+    :param programs: the model, and arguments that are objects.
+    """
+    if PYRO_STACK or torch.is_autocast_enabled("cpu"):
+        return None  # what a handler or a mode does to the model is for eager Pyro to say
+    graph = traced(density, width)
+    if not graph.holds:
+        return None
+    reached = ReachedState(*(p for p in programs if not isinstance(p, Tensor)))
+    point, before = density.start.unsqueeze(0), _sources()
+    one, other = (density.value_and_grad(point) for _ in "12")
+    same = all(torch.allclose(a, b, equal_nan=True) for a, b in zip(one, other, strict=True))
+    if not same or _sources() != before or reached.settle():
+        return None
+    return graph
+
+
+class FlowWeights:
+    """Log weights of draws of a guide, by the graph of its model's density.
+
+    Stands in for :class:`LogWeights` where states are compared.
+
+    :param pair: model and guide.
+    :param guide: the guide's answers.
+    :param density: the graph.
+    """
+
+    vectorized = True
+
+    def __init__(self, pair: LogWeights, guide: FitGuide, density: TracedDensity) -> None:
+        self.structure = pair.structure
+        self._guide, self._density = guide, density
+
+    @torch.no_grad()
+    def log_weights(self, num_samples: int) -> Tensor:
+        """log p(x, z) - log q(z) of independent draws, shape ``(num_samples,)``."""
+        drawn = self._guide.draw_latent(num_samples)
+        assert drawn is not None
+        z, log_q = drawn
+        return self._density(z)[0] - log_q
+
+
+class FlowSteps:
+    """Takes the steps of a fit as :class:`~pyro_flowvi._compile.stepper.Stepper` does, by a :class:`FlowStep`.
+
+    :param step: the step.
+    """
+
+    mode: Mode = "flow"
+
+    def __init__(self, step: FlowStep) -> None:
+        self._step = step
+        self.started = False
+        self.rate = math.nan
+        """The learning rate of the next steps."""
+
+    def resume(self, mode: Mode | None) -> None:
+        """Goes on from a checkpoint.
+
+        :raises ValueError: if that run took its steps another way.
+        """
+        if mode != self.mode:
+            raise ValueError(f"checkpoint: expected steps of the kind {self.mode!r}, got {mode!r}")
+        self.started = True
+
+    def take(self, svi: SVI, args: Any, kwargs: Any, count: int, left: int | None) -> list[StepStats]:
+        """Takes up to ``count`` steps; stops after a loss that is not finite."""
+        self.started, found = True, list[StepStats]()
+        for _ in range(count):
+            found.append(self._step(self.rate))
+            if not math.isfinite(found[-1].loss):
+                break
+        return found
+
+    def forget(self) -> None:
+        """Sets the optimizer's moments to zero."""
+        self._step.forget()
+
+    def leave(self) -> None:
+        """Gives the parameters back their own memory."""
+        self._step.leave()
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's moments, for a checkpoint."""
+        return {"moments": [m.clone() for m in self._step.moments], "count": self._step.count}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes over the moments of a checkpoint."""
+        for own, saved in zip(self._step.moments, state["moments"], strict=True):
+            own.copy_(saved)
+        self._step.count = state["count"]
+
+
+def objects_in(args: Any, kwargs: Any) -> list[Any]:
+    """Arguments that are neither tensors nor plain values."""
+    return [x for x in pytree.tree_leaves((args, kwargs)) if not isinstance(x, (Tensor, bool, int, float, str))]
