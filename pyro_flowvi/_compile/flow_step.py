@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from .._program.log_density import REFUSALS
 from ..distributions.flow import standard_normal_log_prob
+from ..transforms._fused import pass_through
 from ..transforms.base import forward_with_score
 from .errors import CannotCompile
 from .log_density import TracedDensity
@@ -30,6 +31,14 @@ _ADAM = Rule()
 
 def _draw_and_pull_back(transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
     """Images of noise, their log densities and scores, and the parameters' gradients of ``(slope * z).sum()``."""
+    flow = pass_through(transform, x, -x)
+    log_q = standard_normal_log_prob(x) - flow.log_det
+    grads = flow.pull(slope)[1]
+    return flow.image, log_q, flow.score, flatten(grads.get(p, torch.zeros_like(p)) for p in params)
+
+
+def _by_autograd(transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+    """The same as the modules have it."""
     with torch.enable_grad():
         rows = x.detach().requires_grad_()
         z, log_det, score = forward_with_score(transform, rows, -rows.detach())
@@ -136,9 +145,9 @@ class FlowStep:
             self._values += PERTURBATION * (1.0 + kept.abs()) * torch.randn_like(kept)
             try:
                 found = self._run(x)[0].clone()
-                z, log_q, score, _ = _draw_and_pull_back(self._transform, self._params, x, torch.zeros_like(x))
+                z, log_q, score, _ = _by_autograd(self._transform, self._params, x, torch.zeros_like(x))
                 slope = self._weigh(z, log_q, score)
-                expected = _draw_and_pull_back(self._transform, self._params, x, slope)[-1]
+                expected = _by_autograd(self._transform, self._params, x, slope)[-1]
             finally:
                 self._values.copy_(kept)
         finite = expected.isfinite()
