@@ -29,7 +29,9 @@ PERTURBATION = 1e-2
 _ADAM = Rule()
 
 
-def _draw_and_pull_back(transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+def _draw_and_pull_back(
+    transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor
+) -> tuple[Tensor, ...]:
     """Images of noise, their log densities and scores, and the parameters' gradients of ``(slope * z).sum()``."""
     flow = pass_through(transform, x, -x)
     log_q = standard_normal_log_prob(x) - flow.log_det
@@ -76,7 +78,11 @@ class FlowStep:
         self.count = 0
         """Steps that the moments are of."""
         like = params[0]
-        self._noise = {"size": (density.width, density.density.dim), "dtype": like.dtype, "device": like.device}
+        self._noise = {
+            "size": (density.width, density.density.dim),
+            "dtype": like.dtype,
+            "device": like.device,
+        }
         self._loss, self._dropped = math.nan, 0
         try:
             self._run = self._record()

@@ -124,7 +124,9 @@ class _Simplifier:
         for node in list(self.nodes.nodes):
             if node.op != "call_function" or node in self.unsteady:
                 continue
-            if _RANDOM in getattr(node.target, "tags", ()) or not self.unsteady.isdisjoint(node.all_input_nodes):
+            if _RANDOM in getattr(node.target, "tags", ()) or not self.unsteady.isdisjoint(
+                node.all_input_nodes
+            ):
                 continue
             if all(value in self.known for value in node.all_input_nodes) or node.target in _FILLED:
                 self.known[node] = _value(node)

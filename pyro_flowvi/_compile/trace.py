@@ -92,7 +92,9 @@ class _Recorder(TorchDispatchMode):
         """The node of a tensor; one that the graph does not know becomes a constant."""
         node = self._known.get(id(value))
         if node is None:
-            node = self._memory.get((value.data_ptr(), value.shape, value.stride())) if value.numel() else None
+            node = (
+                self._memory.get((value.data_ptr(), value.shape, value.stride())) if value.numel() else None
+            )
         if node is None:
             with self.nodes.inserting_before(self._anchor):
                 node = self.nodes.placeholder(f"constant_{len(self.constants)}")

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform
 
+from .._shapes import broadcast_shapes
 from .._types import Site
 
 __all__ = ["Latent", "Packing"]
@@ -193,7 +194,7 @@ class Packing:
             log_det = log_det + part
             inside = inside & valid
             free_values.append(free)
-        batch = torch.broadcast_shapes(*(free.shape[:-1] for free in free_values))
+        batch = broadcast_shapes(*(free.shape[:-1] for free in free_values))
         parts = [free.expand(batch + free.shape[-1:]) for free in free_values]
         latent_vectors = self.keep(torch.cat(parts, -1))
         return latent_vectors.to(like), log_det, inside

@@ -15,6 +15,7 @@ from torch import Size, Tensor
 
 from .._program.pyro_private import PYRO_STACK
 from .._program.scoring import is_scoring
+from .._shapes import broadcast_shapes
 from ..distributions import MixtureOfFlows
 from ..distributions.flow import Shape
 from ..distributions.mixture_of_flows import pick_component, refuse_dense_traces
@@ -198,7 +199,7 @@ class ComponentIndex(dist.Categorical):
 
     def log_prob(self, value: Tensor) -> Tensor:
         log_weight = self.call.log_weight(value)
-        shape = torch.broadcast_shapes(log_weight.shape, self.batch_shape)
+        shape = broadcast_shapes(log_weight.shape, self.batch_shape)
         return log_weight if log_weight.shape == shape else log_weight.expand(shape)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
@@ -243,7 +244,7 @@ class LatentGivenComponent(TorchDistribution):
     def log_q(self, value: Tensor) -> Tensor:
         """The log density of the mixture."""
         log_q = self.call.log_q(value)
-        return log_q.expand(torch.broadcast_shapes(log_q.shape, self.batch_shape))
+        return log_q.expand(broadcast_shapes(log_q.shape, self.batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.call.latent_log_prob(self.log_q(value), self.component)

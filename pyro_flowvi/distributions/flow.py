@@ -10,6 +10,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from .._checks import check_dtype, check_positive_int
+from .._shapes import broadcast_shapes
 from ..transforms.base import forward_and_log_det, forward_with_score, inverse_and_log_det
 from ..transforms.compose import own_dim
 
@@ -23,7 +24,7 @@ def standard_normal_log_prob(x: Tensor) -> Tensor:
 
 def log_prob_of(distribution: Distribution, x: Tensor) -> Tensor:
     """Its log density at ``x``, also of an empty batch, which torch cannot check."""
-    shape = torch.broadcast_shapes(x.shape[:-1], distribution.batch_shape)
+    shape = broadcast_shapes(x.shape[:-1], distribution.batch_shape)
     log_prob: Tensor = distribution.log_prob(x) if shape.numel() else x.sum(-1).expand(shape)
     return log_prob
 
@@ -92,7 +93,7 @@ class FlowDistribution(TorchDistribution):
             raise ValueError(f"base: expected event_shape ({dim},), got {tuple(base.event_shape)}")
         self.transform = transform
         self.base = base
-        batch_shape = torch.broadcast_shapes(
+        batch_shape = broadcast_shapes(
             getattr(transform, "batch_shape", ()), () if base is None else base.batch_shape
         )
         super().__init__(batch_shape, Size((check_positive_int("dim", dim),)), validate_args=validate_args)
@@ -167,7 +168,7 @@ class FlowDistribution(TorchDistribution):
         x, log_det = inverse_and_log_det(self.transform, value)
         base_log_prob = standard_normal_log_prob(x) if self.base is None else log_prob_of(self.base, x)
         log_prob: Tensor = base_log_prob + log_det
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return log_prob.expand(broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def expand(self, batch_shape: Shape, _instance: Self | None = None) -> Self:
         """The same law with a larger batch shape."""

@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_count, check_positive_int
+from .._shapes import broadcast_shapes
 from ..transforms import IndexedCompose
 from .flow import FlowDistribution, Shape, log_prob_of, standard_normal_log_prob
 
@@ -53,7 +54,7 @@ def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_i
         torch.Size([10, 5])
     """
     index_dim = density.event_shape[0] - inner_dim
-    shape = torch.broadcast_shapes(z.shape[:-1], density.batch_shape)
+    shape = broadcast_shapes(z.shape[:-1], density.batch_shape)
     noise = torch.randn((num_index_samples,) + shape + (index_dim,), dtype=z.dtype, device=z.device)
     graph = torch.is_grad_enabled()
     limit = _MAX_ELEMENTS_WITH_GRAPH if graph else _MAX_ELEMENTS

@@ -11,6 +11,7 @@ from torch.distributions import Distribution, Transform
 
 from .._checks import check_count, check_positive_int
 from .._program.pyro_private import PYRO_STACK
+from .._shapes import broadcast_shapes
 from .flow import FlowDistribution, Shape
 from .indexed_flow import NUM_INDEX_SAMPLES, WithNoise, index_log_ratios, log_mean_exp
 
@@ -129,7 +130,7 @@ class MixtureOfFlows(TorchDistribution):
         self.logits = logits.log_softmax(-1)
         """The log weights, shape ``(*, K)``."""
         self._drawn: tuple[Tensor, Tensor] | None = None
-        batch_shape = torch.broadcast_shapes(shape[:-1], logits.shape[:-1])
+        batch_shape = broadcast_shapes(shape[:-1], logits.shape[:-1])
         dim = self.components.event_shape[0] - self.index_dim
         super().__init__(batch_shape, Size((check_positive_int("dim", dim),)), validate_args=validate_args)
 
@@ -166,7 +167,7 @@ class MixtureOfFlows(TorchDistribution):
         if self._validate_args and value.numel():  # torch cannot check an empty batch
             self._validate_sample(value)
         log_prob = self.joint_log_prob(value).logsumexp(-1)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return log_prob.expand(broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def responsibilities(self, value: Tensor) -> Tensor:
         """The posterior of the component, p(k | x), shape ``(*, K)``."""
@@ -268,13 +269,13 @@ class GivenComponent(TorchDistribution):
     def __init__(self, mixture: MixtureOfFlows, index: Tensor) -> None:
         self.mixture = mixture
         self.index = index
-        batch_shape = torch.broadcast_shapes(index.shape, mixture.batch_shape)
+        batch_shape = broadcast_shapes(index.shape, mixture.batch_shape)
         super().__init__(batch_shape, mixture.event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of the component at ``value``, shape ``(*, D)``, which is broadcast with the index."""
         each = self.mixture.component_log_prob(value)
-        shape = torch.broadcast_shapes(each.shape[:-1], self.batch_shape)
+        shape = broadcast_shapes(each.shape[:-1], self.batch_shape)
         index = self.index.expand(shape).unsqueeze(-1)
         return each.expand(shape + each.shape[-1:]).gather(-1, index).squeeze(-1)
 

@@ -133,7 +133,10 @@ def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -
     """What of a call of ``fit`` a run can go on only with."""
     optim_args = getattr(options["optim"], "pt_optim_args", None)
     return {
-        **{name: options[name] for name in ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")},
+        **{
+            name: options[name]
+            for name in ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
+        },
         "objective": type(options["objective"]).__name__,
         "optim": type(options["optim"]).__name__,
         # A function's text differs between processes.
@@ -158,7 +161,11 @@ def _recorded(
     if pair.vectorized and options["num_steps"] > MACHINE_CODE_FROM:
         return None  # machine code pays
     structure, model = pair.structure, options["model"]
-    if structure.model_params or structure.subsampled or set(structure.latents) != set(density.packing.latents):
+    if (
+        structure.model_params
+        or structure.subsampled
+        or set(structure.latents) != set(density.packing.latents)
+    ):
         return None
     if answers.pushforward(model) is None or not _has_scores(pair.guide, pair.args, pair.kwargs):
         return None
@@ -178,7 +185,9 @@ def _step(graph: TracedDensity | None, answers: FitGuide, run: Run) -> FlowStep 
         return None
 
 
-def _move(loop: TrainingLoop, pair: LogWeights, answers: FitGuide, density: UnconstrainedModel | None) -> None:
+def _move(
+    loop: TrainingLoop, pair: LogWeights, answers: FitGuide, density: UnconstrainedModel | None
+) -> None:
     """Moves the guide to where it starts."""
     if density is None or not answers.can_move():
         return

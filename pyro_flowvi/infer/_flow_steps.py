@@ -130,4 +130,6 @@ class FlowSteps:
 
 def objects_in(args: Any, kwargs: Any) -> list[Any]:
     """Arguments that are neither tensors nor plain values."""
-    return [x for x in pytree.tree_leaves((args, kwargs)) if not isinstance(x, (Tensor, bool, int, float, str))]
+    return [
+        x for x in pytree.tree_leaves((args, kwargs)) if not isinstance(x, (Tensor, bool, int, float, str))
+    ]

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 __all__ = ["Effort"]
 
-LARGE_BATCH = 1_000_000
-"""Elements that a batch of points and data may have before a search is cut."""
+SMALL_BATCH, LARGE_BATCH = 50_000, 1_000_000
+"""Elements that a batch of 64 or 16 points and their data may have before a search is cut."""
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,6 @@ class Effort:
     @classmethod
     def within(cls, elements: int) -> "Effort":
         """What a model of so many data at each point allows: smaller batches of fewer candidates."""
-        points = LARGE_BATCH // max(1, elements)
-        return cls() if points >= 64 else cls(16, 200, 3, 3, 32, 2, (20, 40)) if points >= 16 else cls.small()
+        if 64 * elements <= SMALL_BATCH:
+            return cls()
+        return cls(16, 200, 3, 3, 32, 2, (20, 40)) if 16 * elements <= LARGE_BATCH else cls.small()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from .._shapes import broadcast_shapes
 from ..nn import ACTIVATIONS, masked_degrees
 from .univariate import transformer_of
 
@@ -105,7 +106,7 @@ def _substitute_transposed(
 
 def _batch_shape(y: Tensor, biases: list[Tensor], offset: Tensor) -> Size:
     shapes = (y.shape[:-1], *(bias.shape[:-1] for bias in biases), offset.shape[:-2])
-    return Size(torch.broadcast_shapes(*shapes))
+    return Size(broadcast_shapes(*shapes))
 
 
 def _units(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> list[Tensor]:

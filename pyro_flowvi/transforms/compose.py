@@ -9,6 +9,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
+from .._shapes import broadcast_shapes
 from .base import (
     FlowTransform,
     ParametricTransform,
@@ -63,7 +64,7 @@ class Chain(FlowTransform):
 
     @property
     def batch_shape(self) -> Size:
-        return Size(torch.broadcast_shapes(*(getattr(part, "batch_shape", ()) for part in self)))
+        return Size(broadcast_shapes(*(getattr(part, "batch_shape", ()) for part in self)))
 
 
 class Compose(Chain):

@@ -20,6 +20,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
 from .._checks import check_positive, check_positive_int, check_widths
+from .._shapes import broadcast_shapes
 from ..nn import MLP
 from .base import forward_and_log_det, forward_with_score, inverse_and_log_det
 from .compose import Chain, common_dim, own_dim
@@ -222,7 +223,7 @@ class _ConditionedIndexedLayer(IndexedLayer):
         return self._context.shape[:-1]
 
     def _given(self, w: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(w.shape[:-1], self.batch_shape)
+        batch = broadcast_shapes(w.shape[:-1], self.batch_shape)
         return torch.cat([w.expand(batch + w.shape[-1:]), self._context.expand(batch + (-1,))], -1)
 
 

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._shapes import broadcast_shapes
+
 __all__ = ["num_bins_of", "spline_forward", "spline_inverse", "spline_size"]
 
 MIN_BIN = 1e-3
@@ -73,7 +75,7 @@ def _bin(value: Tensor, own: Tensor, knots: Tensor, derivatives: Tensor, bound: 
     num = slopes.shape[-2]
     offsets = torch.tensor([0, 1, num, num + 1, 2 * num, 2 * num + 1], device=value.device).unsqueeze(-1)
     index = index + offsets
-    shape = torch.broadcast_shapes(table.shape[:-2], index.shape[:-2])
+    shape = broadcast_shapes(table.shape[:-2], index.shape[:-2])
     table, index = table.expand(*shape, *table.shape[-2:]), index.expand(*shape, *index.shape[-2:])
     x0, x1, y0, y1, d0, d1 = table.gather(-2, index).unbind(-2)
     return x0, x1 - x0, y0, y1 - y0, d0, d1

@@ -77,5 +77,3 @@ def _through_chain(chain: Chain, x: Tensor, score: Tensor) -> Pass:
         return v, grads
 
     return Pass(x, log_det, score, pull)
-
-
