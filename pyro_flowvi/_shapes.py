@@ -16,5 +16,5 @@ def broadcast_shapes(*shapes: tuple[int, ...]) -> Size:
     """
     distinct = {tuple(shape) for shape in shapes} - {()}
     if len(distinct) > 1:
-        return torch.broadcast_shapes(*distinct)
+        return Size(torch.broadcast_shapes(*distinct))
     return Size(distinct.pop() if distinct else ())

@@ -1,6 +1,6 @@
-"""A gradient step of a flow on a model's density: no Pyro, and the flow's own part as a graph of few operations.
+"""A gradient step of a flow on a model's density, without Pyro.
 
-Draws with their score, the model's graph at the draws, the path gradient of the flow, Adam on flat parameters.
+Draws with their score, the model's graph at the draws, the flow's path gradient, Adam on flat parameters.
 """
 
 import math
@@ -32,7 +32,7 @@ _ADAM = Rule()
 def _draw_and_pull_back(
     transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor
 ) -> tuple[Tensor, ...]:
-    """Images of noise, their log densities and scores, and the parameters' gradients of ``(slope * z).sum()``."""
+    """Images of noise, their log densities and scores, and the gradient of ``(slope * z).sum()``."""
     flow = pass_through(transform, x, -x)
     log_q = standard_normal_log_prob(x) - flow.log_det
     grads = flow.pull(slope)[1]
@@ -78,7 +78,7 @@ class FlowStep:
         self.count = 0
         """Steps that the moments are of."""
         like = params[0]
-        self._noise = {
+        self._noise: dict[str, Any] = {
             "size": (density.width, density.density.dim),
             "dtype": like.dtype,
             "device": like.device,

@@ -24,8 +24,8 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 WIDTH = 128
 """Points that a graph takes at once; fewer are filled up, more are taken in parts."""
 REMEDY = (
-    "write the model so that it broadcasts over dimensions to the left of its own, as `a[..., group]` in place "
-    "of `a[group]`, or write the operation another way"
+    "write the model so that it broadcasts over dimensions to the left of its own, as `a[..., group]` in "
+    "place of `a[group]`, or write the operation another way"
 )
 
 
@@ -97,7 +97,8 @@ def _batch_memory(graph: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_function":
             with nodes.inserting_after(node):
                 own = nodes.call_function(_in_batches, (node, z))
-            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+            for user in [user for user in node.users if user is not own]:
+                user.replace_input_with(node, own)
     return fx.GraphModule(torch.nn.Module(), nodes)
 
 
@@ -111,7 +112,7 @@ class TracedDensity:
     """``density.value_and_grad``, recorded once where that is possible.
 
     Before a graph is used it is compared with the model on points that it has not seen.  It holds for the
-    very constants that the model reached then: where one of them was changed in place, the model itself is run.
+    very constants that the model reached then: where one was changed in place, the model itself is run.
 
     :param density: the model.
     :param width: points that the graph takes at once.

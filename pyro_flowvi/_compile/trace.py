@@ -53,8 +53,8 @@ class _Recorder(TorchDispatchMode):
     """Writes every operation into a graph, and refuses what a graph of static shapes cannot hold.
 
     That are values read by Python, and shapes that depend on values.  A value that is a function of
-    constants and arguments alone may be read: the graph then holds for those very tensors, as long as they are
-    not changed.  So may what torch's own validation reads.
+    constants and arguments alone may be read: the graph then holds for those very tensors, as long as they
+    are not changed.  So may what torch's own validation reads.
     """
 
     @classmethod

@@ -67,7 +67,7 @@ class FitGuide(Protocol):
         """Packed unconstrained latents, ``(size, D)``, and their log densities; None if it has none."""
 
     def pushforward(self, model: Program) -> Any:
-        """The map from standard normal noise to the packed latents of ``model``; None if it is no such guide."""
+        """The map from standard normal noise to the latents of ``model``; None if it is no such guide."""
 
 
 class _PyroGuide:

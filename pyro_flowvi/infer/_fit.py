@@ -49,6 +49,7 @@ COMPARISON_DRAWS_ON_DATA = 16
 MANY_ELEMENTS = 5_000_000
 """Elements of draws and data together above which states are compared on fewer draws."""
 CHECKPOINT_SECONDS = 30.0
+_IDENTIFYING = ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
 THOROUGH_FROM = 2000
 """Draws in a whole run from which a thorough search for the start is worth its own."""
 
@@ -152,8 +153,8 @@ def _recorded(
 ) -> TracedDensity | None:
     """The graph by which a flow is trained outside Pyro; None where Pyro has to take the steps.
 
-    That is where the user asks for an objective or an optimizer, the data change, the model has parameters, or
-    the guide is no flow of standard normal noise over all latents.
+    That is where the user asks for an objective or an optimizer, the data change, the model has parameters,
+    or the guide is no flow of standard normal noise over all latents.
     """
     own = (options[name] is None for name in ("loss", "optim", "batches", "validation"))
     if density is None or not all(own) or options["compile"] != "auto":
@@ -257,7 +258,8 @@ def fit(
 
     The model is recorded once as a graph of tensor operations; where it cannot run for many draws at once
     (``a[group]``, loops, matrices without batch dimensions), the graph of one draw is vectorised by
-    ``torch.vmap``.  What that refuses is run draw by draw, with a :class:`CompileWarning` that names the line.
+    ``torch.vmap``.  What that refuses is run draw by draw, with a :class:`CompileWarning` that names the
+    line.
 
     Where the model has no density at ``init_loc_fn``'s start, as where its support ends with the data, a
     search finds another (so it does for stock ``SVI``).  Draws beyond such an edge are left out of the
@@ -275,9 +277,9 @@ def fit(
     :param num_particles: draws per step; by default of the same table, else 16, in one run of the model,
         or 4 where the model has to run draw by draw.  Every
         component of a mixture has so many; by default all together that of the table, and each 32 at least.
-    :param tolerance: how far below the evidence, nats, the ELBO may be for the run to end: half the variance of
-        the log weights, or the logarithm of their mean less the mean of the logarithms if that is more, on
-        2,048 draws; 0.03 by default.
+    :param tolerance: how far below the evidence, nats, the ELBO may be for the run to end: half the variance
+        of the log weights, or the logarithm of their mean less the mean of the logarithms if that is more,
+        on 2,048 draws; 0.03 by default.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where model or guide enumerate a discrete
         site (:class:`TraceEnumSTL_ELBO` for :class:`AutoFlowMixture`), :class:`TraceSTL_ELBO` where all
         sites of the guide are reparameterised, else ``Trace_ELBO``.

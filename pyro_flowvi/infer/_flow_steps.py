@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._compile.flow_step import FlowStep
 from .._compile.log_density import TracedDensity, traced
+from .._compile.places import PLAIN
 from .._compile.policy import Mode
 from .._compile.reached_state import ReachedState
 from .._compile.step import StepStats
@@ -78,7 +79,7 @@ class FlowWeights:
 
 
 class FlowSteps:
-    """Takes the steps of a fit as :class:`~pyro_flowvi._compile.stepper.Stepper` does, by a :class:`FlowStep`.
+    """Takes the steps of a fit by a :class:`FlowStep`, as a stepper does.
 
     :param step: the step.
     """
@@ -130,6 +131,5 @@ class FlowSteps:
 
 def objects_in(args: Any, kwargs: Any) -> list[Any]:
     """Arguments that are neither tensors nor plain values."""
-    return [
-        x for x in pytree.tree_leaves((args, kwargs)) if not isinstance(x, (Tensor, bool, int, float, str))
-    ]
+    leaves = pytree.tree_leaves((args, kwargs))
+    return [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))]

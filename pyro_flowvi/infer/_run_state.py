@@ -81,7 +81,7 @@ class Run:
     def gap(self) -> float:
         """An estimate of how far the ELBO is below the evidence, nats, on draws of its own.
 
-        The larger of two: half the variance of the log weights, which a normal law of them would have, and the
+        The larger of two: half the variance of the log weights, which it is where they are normal, and the
         logarithm of their mean less the mean of the logarithms.
         """
         weights = self.evaluate(GAP_DRAWS, seed=7)

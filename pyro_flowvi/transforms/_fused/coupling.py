@@ -61,12 +61,13 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
         return None
     if type(layer).forward_given is not Coupling.forward_given:
         return None
-    kind, mlp = type(layer.transformer), layer.conditioner
+    transformer: Any = layer.transformer
+    kind, mlp = type(transformer), layer.conditioner
     if kind not in (Additive, Affine, Multiplicative) or not (mlp is None or type(mlp) is MLP):
         return None
     if mlp is not None and mlp.columns:
         return None
-    limit = layer.transformer.limit
+    limit = transformer.limit
     scales, shifts = kind is not Additive, kind is not Multiplicative
     offset = layer.offset
     moved, moved_score = x[:, layer._moved], score[:, layer._moved]
