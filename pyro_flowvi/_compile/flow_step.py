@@ -67,7 +67,7 @@ class FlowStep:
     def __init__(
         self, transform: Any, params: list[Tensor], density: TracedDensity, limits: Tensor | None = None
     ) -> None:
-        self._transform, self._params, self._density = transform, params, density
+        self._transform, self.params, self._density = transform, params, density
         self._limits = torch.full((2,), math.inf, dtype=torch.float64) if limits is None else limits
         self._homes = [param.data for param in params]
         self._values = flatten(params).detach().clone()
@@ -94,7 +94,7 @@ class FlowStep:
     @torch.no_grad()
     def leave(self) -> None:
         """Gives the parameters back the memory that they had, with their present values."""
-        for param, home in zip(self._params, self._homes, strict=True):
+        for param, home in zip(self.params, self._homes, strict=True):
             if param.data_ptr() != home.data_ptr():
                 home.copy_(param)
                 param.data = home
@@ -109,12 +109,12 @@ class FlowStep:
         x, slope = torch.randn(**self._noise), torch.randn(**self._noise)
 
         def run(x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
-            return _draw_and_pull_back(self._transform, self._params, x, slope)
+            return _draw_and_pull_back(self._transform, self.params, x, slope)
 
-        graph = trace(run, self._params, [x, slope])
+        graph = trace(run, self.params, [x, slope])
         if graph.pinned_args:
             raise CannotCompile("what the flow does depends on the values of its noise")
-        static = [*(p.detach() for p in self._params), *graph.constants]
+        static = [*(p.detach() for p in self.params), *graph.constants]
         nodes, held = without_repetition(graph.graph, static, [x, slope], frozen=len(graph.constants))
         _call_between(nodes, len(static), self._weigh)
         self.size = sum(node.op == "call_function" for node in nodes.nodes)
@@ -151,9 +151,9 @@ class FlowStep:
             self._values += PERTURBATION * (1.0 + kept.abs()) * torch.randn_like(kept)
             try:
                 found = self._run(x)[0].clone()
-                z, log_q, score, _ = _by_autograd(self._transform, self._params, x, torch.zeros_like(x))
+                z, log_q, score, _ = _by_autograd(self._transform, self.params, x, torch.zeros_like(x))
                 slope = self._weigh(z, log_q, score)
-                expected = _by_autograd(self._transform, self._params, x, slope)[-1]
+                expected = _by_autograd(self._transform, self.params, x, slope)[-1]
             finally:
                 self._values.copy_(kept)
         finite = expected.isfinite()

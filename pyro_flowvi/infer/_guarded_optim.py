@@ -59,7 +59,8 @@ class GuardedOptim(PyroOptim):
         """Names of parameters that live in modules and not in the param store, by identity."""
         return {id(param): name for name, param in self._local().items()}
 
-    def _meet(self, params: Any) -> None:
+    def meet(self, params: Iterable[Tensor]) -> None:
+        """Keeps parameters by name, with their values where they are new."""
         store, local = pyro.get_param_store(), None
         for param in params:
             name = store.param_name(param)
@@ -84,7 +85,7 @@ class GuardedOptim(PyroOptim):
     def meet_trained(self, names: Iterable[str]) -> None:
         """Meets, of the parameters of these names, those that exist and are trained."""
         known = self._known()
-        self._meet([known[name] for name in names if name in known and known[name].requires_grad])
+        self.meet([known[name] for name in names if name in known and known[name].requires_grad])
 
     def find(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Meets the parameters of these names, of which the programs have been run; by name.
@@ -96,7 +97,7 @@ class GuardedOptim(PyroOptim):
         if missing:
             raise ValueError(f"checkpoint: expected parameters of this model and guide, got {missing}")
         found = {name: known[name] for name in names}
-        self._meet(found.values())
+        self.meet(found.values())
         return found
 
     def _order(self) -> dict[int, str]:
@@ -106,7 +107,7 @@ class GuardedOptim(PyroOptim):
         params = list(params)
         order = self._order()
         if any(id(param) not in order for param in params):
-            self._meet(params)
+            self.meet(params)
             order = self._order()
         params.sort(key=lambda param: order[id(param)])  # the order of a set differs between processes
         gradients = [param.grad for param in params if param.grad is not None]

@@ -102,14 +102,16 @@ class Run:
             self.best = snapshot(self.optim.params)
         return weights
 
-    def keep_start(self, optimizers: bool) -> None:
+    def keep_start(self, params: list[Tensor] | None = None) -> None:
         """Makes the state before the first step the best so far.
 
-        :param optimizers: makes those of the parameters, too.
+        :param params: those that are stepped without the optimizer, all that there are.
         """
-        self.optim.meet_trained(self.judge.structure.params)
-        if optimizers:
+        if params is None:
+            self.optim.meet_trained(self.judge.structure.params)
             meet(self.optim.optim, self.optim.params.values())
+        else:
+            self.optim.meet(params)
         self.keep_unless_worse()
 
     @property

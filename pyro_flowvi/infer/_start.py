@@ -7,6 +7,9 @@ from ._run_state import Run, is_worse
 
 __all__ = ["locate"]
 
+LEAST_GAIN = 1e-3
+"""Nats of the ELBO for which a guide is moved."""
+
 
 def locate(run: Run, guide: FitGuide, density: UnconstrainedModel, effort: Effort) -> str | None:
     """Moves the guide to the best Gaussian that is found, if that raises its ELBO, and into its frame.
@@ -20,8 +23,11 @@ def locate(run: Run, guide: FitGuide, density: UnconstrainedModel, effort: Effor
         return None
     before = run.evaluate()
     kind, move_back = guide.move_to_start(density, effort)
+    now = run.evaluate()
+    # What was trained before is not given up for the last digits.
+    gains = is_worse(before, now) and not bool(now.mean() - before.mean() < LEAST_GAIN)
     # A start that covers several modes is a good one in spite of its ELBO.
-    if kind == "modes" or is_worse(before, run.evaluate()):
+    if kind == "modes" or gains:
         return kind
     move_back()
     return None

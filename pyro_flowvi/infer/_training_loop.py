@@ -105,7 +105,8 @@ class TrainingLoop:
         self.stepper: Stepper | FlowSteps = Stepper(
             self.svi, run.loss, compile=compile, interprets=True, limits=run.optim.limits
         )
-        self.every = max(1, num_steps // CHECKS)
+        every = num_steps // CHECKS
+        self.every = max(1, every - every % AVERAGE_EVERY if every > AVERAGE_EVERY else every)
 
     # -- rates --------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class TrainingLoop:
         """
         if step is not None:
             self.stepper = FlowSteps(step)
-        self.run.keep_start(optimizers=step is None)
+        self.run.keep_start(None if step is None else step.params)
         self.progress.round_elbo = -self.run.best_loss
 
     # -- steps --------------------------------------------------------------------------------------
@@ -334,7 +335,8 @@ class TrainingLoop:
             ends = len(self.rounds) > 1 and progress.step == self._round_end
             if progress.step > before and (ends or progress.step % self.every == 0):
                 over = self.check()
-                self.bar.tell(f"ELBO {-self.run.best_loss:.2f}", at_once=False)
+                told = f"round {progress.round + 1} of {len(self.rounds)}, " if len(self.rounds) > 1 else ""
+                self.bar.tell(f"{told}ELBO {-self.run.best_loss:.2f}", at_once=False)
                 if over or (ends and self._end_round()):
                     return "converged"
             if save is not None and time.monotonic() - saved >= seconds:
