@@ -310,20 +310,27 @@ def load(folder: str | Path, names: Iterable[str] = tuple(RECIPES)) -> dict[str,
     :param names: which ones.
     :raises FileNotFoundError: if a file of the layout is missing.
     """
-    root = Path(folder)
-    root = root / "posterior_database" if (root / "posterior_database").is_dir() else root
+    root = _root(folder)
     posteriors = {}
     for name in names:
         about = json.loads((root / "posteriors" / f"{name}.json").read_text())
-        data = {
-            key: torch.tensor(value, dtype=torch.get_default_dtype())
-            for key, value in _unzip(root / "data" / "data" / f"{about['data_name']}.json.zip").items()
-        }
+        data = read_data(root, about["data_name"])
         draws = root / "reference_posteriors" / "draws" / "draws"
         chains = _unzip(draws / f"{about['reference_posterior_name']}.json.zip")
         reference = {key: np.concatenate([chain[key] for chain in chains]) for key in chains[0]}
         posteriors[name] = Posterior(name, RECIPES[name], RECIPES[name].arguments(data), reference)
     return posteriors
+
+
+def read_data(folder: str | Path, name: str) -> dict[str, Tensor]:
+    """One data set of a posteriordb folder; tensors have torch's default dtype."""
+    values = _unzip(_root(folder) / "data" / "data" / f"{name}.json.zip")
+    return {key: torch.tensor(value, dtype=torch.get_default_dtype()) for key, value in values.items()}
+
+
+def _root(folder: str | Path) -> Path:
+    root = Path(folder)
+    return root / "posterior_database" if (root / "posterior_database").is_dir() else root
 
 
 def _unzip(path: Path) -> Any:
