@@ -29,6 +29,7 @@ from pyro.distributions.transforms import iterated, planar
 from pyro.infer import SVI, Trace_ELBO, autoguide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
+from tqdm import tqdm
 
 import pyro_flowvi
 from pyro_flowvi._program.start_trace import SafeInit
@@ -274,15 +275,19 @@ def collect(
     :param timeout: seconds for a task in its own process.
     """
     done = read(output)
-    for key in keys:
-        if any(all(row.get(name) == value for name, value in key.items()) for row in done):
-            continue
+    missing = [
+        key
+        for key in keys
+        if not any(all(row.get(name) == value for name, value in key.items()) for row in done)
+    ]
+    for key in tqdm(missing, unit="run", disable=None):  # none where the output is not a terminal
         alone = apart or cold(key)
         found = isolated(key, timeout, cold(key)) if alone else attempt(key, run)
         row = finite({**key, **found, "isolated": alone})
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(say(row), flush=True)
+        tqdm.write(say(row))
+        sys.stdout.flush()
 
 
 def chosen(starts: list[str], names: tuple[str, ...]) -> list[str]:
