@@ -1,8 +1,12 @@
 """The benchmark of the time to a right posterior: which runs it makes, and what it reports of them."""
 
 import math
+from functools import partial
 
+import numpy as np
+import pyro
 import pytest
+import torch
 
 from benchmarks.fits import time_to_right as bench
 
@@ -75,3 +79,30 @@ def test_report(capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = "2.00 | 1.00 | 8.00 | 0.25 | 1/1 | 1/1 | 0.05 | 1.04 | -7.00 (0.00)"
     assert f"| {bench.SHORT[LIST[0]]} | {cells} |" in lines
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["fit", "NUTS"])
+def test_a_run_against_a_closed_form(method):
+    """Prior N(0, 1) and one observation 2 of unit variance: N(1, 1/2), and p(y) = N(2; 0, 2)."""
+    if method == "NUTS":
+        pytest.importorskip("numpyro")
+
+    def model(p, dist, y):
+        p.sample("y", dist.Normal(p.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    def for_numpyro():
+        import numpyro
+
+        return partial(model, numpyro, numpyro.distributions), (2.0,)
+
+    torch.set_default_dtype(torch.float64)
+    reference = {"x": 1.0 + np.sqrt(0.5) * np.random.default_rng(0).normal(size=40_000)}
+    for_pyro = partial(model, pyro, pyro.distributions), (torch.tensor(2.0),)
+    problem = bench.Problem(*for_pyro, for_numpyro, bench.scalars, reference, 1000)
+    found = (bench.run_fit if method == "fit" else bench.run_nuts)(problem, 0)
+    assert bench.is_right(found)
+    assert found["seconds"] > 0.0
+    if method == "fit":
+        assert found["elbo"] == pytest.approx(-1.0 - 0.5 * math.log(4.0 * math.pi), abs=0.01)
+        assert found["same_again"]
