@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from .._types import Program
+from .before_expand import compute_before_expand
 from .errors import CannotCompile, brief
 from .inductor_cuda_graph import cuda_graph
 from .inductor_fixed_memory import with_fixed_memory
@@ -153,6 +154,7 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
                 with private("V").set_fake_mode(fake), config.patch({"cpp.threads": threads}):
                     private("remove_noop_ops")(graph.graph)
                     private("constant_fold_uniform_value")(graph)
+                    graph = compute_before_expand(graph)
                     _chain_draws(graph.graph)
                     compiled = private("compile_fx_inner")(graph, stand_ins, is_inference=True)
             return _callable(compiled, inputs, num_static)
