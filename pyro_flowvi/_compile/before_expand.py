@@ -322,8 +322,11 @@ class _Rewriter:
     def _as_it_was(self, old: fx.Node, user: fx.Node) -> fx.Node:
         node: fx.Node = self.whole(self.values[old])
         before = old.meta.get("val")
+        if not isinstance(before, Tensor) or before.stride() == node.meta["val"].stride():
+            return node
         in_memory = _RANDOM in getattr(user.target, "tags", ()) or user.target is aten.as_strided.default
-        if in_memory and isinstance(before, Tensor) and before.stride() != node.meta["val"].stride():
+        # Operations that Inductor only calls write their inputs into memory of these strides.
+        if in_memory or (0 in node.meta["val"].stride() and 0 not in before.stride()):
             order = sorted(range(before.dim()), key=before.stride, reverse=True)
             back = [order.index(dim) for dim in range(before.dim())]
             node = self._emit(aten.permute.default, node, order)

@@ -16,41 +16,21 @@ from .before_expand import compute_before_expand
 from .errors import CannotCompile, brief
 from .inductor_cuda_graph import cuda_graph
 from .inductor_fixed_memory import with_fixed_memory
+from .small_algebra import WRITTEN_OUT
 from .torch_private import private
-from .trace import _RANDOM, aten
+from .trace import _RANDOM
 
 __all__ = ["lower", "warm_up"]
 
 PARALLEL_FROM = 2**15
 """A graph without a tensor of that many elements runs on one thread: a second costs more than it does."""
-SMALL_PRODUCT = 2**14
-"""Matrix products of fewer multiplications are written as sums, which fuse with their reached."""
-
-
-def _product(left: Tensor, right: Tensor) -> Any:
-    """mm and bmm as a sum of products."""
-    if left.numel() * right.shape[-1] > SMALL_PRODUCT:
-        return NotImplemented
-    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
-
-
-def _product_vector(left: Tensor, right: Tensor) -> Any:
-    return (left * right).sum(-1)
-
-
-def _add_product(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    product = _product(left, right)
-    return product if product is NotImplemented else beta * bias + alpha * product
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's table; random draws stay what they are eagerly, so that a seed means the same."""
     all_rules = private("select_decomp_table")()
     table = {op: rule for op, rule in all_rules.items() if _RANDOM not in getattr(op, "tags", ())}
-    table |= dict.fromkeys((aten.mm.default, aten.bmm.default), _product)
-    table |= dict.fromkeys((aten.mv.default, aten.dot.default), _product_vector)
-    table |= dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _add_product)
-    return table
+    return table | WRITTEN_OUT
 
 
 def _functional_graph(function: Callable[..., Any], inputs: Sequence[Tensor], fake: Any) -> fx.GraphModule:
