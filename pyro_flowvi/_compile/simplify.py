@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .vectorize import vectorize
+
 __all__ = ["VIEWS", "copy", "hold", "mutated", "simplify"]
 
 aten = torch.ops.aten
@@ -261,9 +263,21 @@ def simplify(
     _Simplifier(nodes, known).run()
     held = hold(nodes, known, given)
     nodes.eliminate_dead_code()
+    if not _same(nodes, [*inputs, *held], expected):
+        return copy(graph.graph), []
+    placeholders = list(nodes.find_nodes(op="placeholder"))
+    values = [*inputs, *held]
+    constant = {n: values[i] for i, n in enumerate(placeholders) if i >= len(inputs) or frozen(i)}
+    before = copy(nodes)
+    joined = vectorize(nodes, constant, _unsteady(nodes))
+    if joined is not None and _same(joined[0], [*values, *joined[1]], expected):
+        return joined[0], [*held, *joined[1]]
+    return before, held
+
+
+def _same(nodes: fx.Graph, inputs: Sequence[Any], expected: Any) -> bool:
+    """Whether a graph gives what is expected."""
     try:
-        if _equal(_run(nodes, [*inputs, *held]), expected):
-            return nodes, held
+        return _equal(_run(nodes, inputs), expected)
     except RuntimeError:  # a view that the strides of a cheaper operation's result do not allow
-        pass
-    return copy(graph.graph), []
+        return False
