@@ -24,9 +24,14 @@ class _Network:
     def __init__(self, mlp: MLP, x: Tensor) -> None:
         self.mlp, self.inputs = mlp, [x]
         self.layers: list[Any] = [*mlp.hidden, mlp.last]
-        for layer in mlp.hidden:
-            h = torch.addmm(layer.bias, self.inputs[-1], layer.weight.t())  # type: ignore[operator, arg-type]
-            self.inputs.append(torch.tanh(h) if mlp.activation == "tanh" else torch.relu(h))
+        hidden: Any = mlp.hidden
+        for layer in hidden:
+            if mlp.activation == "tanh":
+                # tanh(u) = 2 sigmoid(2 u) - 1: of the same absolute accuracy, and several times as fast.
+                doubled = torch.addmm(layer.bias, self.inputs[-1], layer.weight.t(), beta=2, alpha=2)
+                self.inputs.append(torch.add(x.new_full((), -1.0), torch.sigmoid(doubled), alpha=2.0))
+            else:
+                self.inputs.append(torch.relu(torch.addmm(layer.bias, self.inputs[-1], layer.weight.t())))
         last, h = mlp.last, self.inputs[-1]
         self.output = h @ last.weight.t() if last.bias is None else torch.addmm(last.bias, h, last.weight.t())
 
