@@ -23,8 +23,8 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Points, shape ``(P, D)``, to log densities ``(P,)`` and their gradients ``(P, D)``."""
 WIDTH = 128
 """Points that a graph takes at once; fewer are filled up, more are taken in parts."""
-REMEDY = (
-    "write the model so that it broadcasts over dimensions to the left of its own, as `a[..., group]` in "
+_REMEDY = (
+    "; write the model so that it broadcasts over dimensions to the left of its own, as `a[..., group]` in "
     "place of `a[group]`, or write the operation another way"
 )
 
@@ -139,6 +139,11 @@ class TracedDensity:
             self._graph, self.cause = None, cause
 
     @property
+    def remedy(self) -> str:
+        """What a user can do about a model that is run draw by draw, in words."""
+        return _REMEDY if self.cause is not None and self.cause.line is not None else ""
+
+    @property
     def batched(self) -> bool:
         """Whether many points take one run."""
         return self._graph is not None or self.density.batched
@@ -215,6 +220,6 @@ def traced(density: UnconstrainedModel, width: int = WIDTH) -> TracedDensity:
         if not known.batched and len(density.graphs) == 1:
             frames = enumerate(traceback.walk_stack(sys._getframe()), 1)
             level = next((i for i, (frame, _) in frames if not is_library(frame.f_code.co_filename)), 1)
-            what = f"the model is run draw by draw, which takes long: {known.cause}; {REMEDY}"
+            what = f"the model is run draw by draw, which takes long: {known.cause}{known.remedy}"
             warnings.warn(what, CompileWarning, stacklevel=level)
     return known
