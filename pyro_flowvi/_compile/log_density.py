@@ -15,6 +15,7 @@ from .._program.log_density import REFUSALS, UnconstrainedModel
 from .errors import CannotCompile, CompileWarning, is_library
 from .run_by_operation import by_operation
 from .simplify import VIEWS, copy, mutated
+from .torch_private import private
 from .trace import Traced, trace
 
 __all__ = ["TracedDensity", "ValueAndGrad", "log_densities", "traced"]
@@ -66,15 +67,17 @@ def _record_many(density: UnconstrainedModel, points: Tensor) -> Traced:
         value, gradient = torch.vmap(functools.partial(run, *one.constants))(z)
         return value, gradient
 
+    warn = private("_set_vmap_fallback_warning_enabled")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")  # still faster than Pyro
-            batch = trace(many, [], [points])
+        warn(False)
+        batch = trace(many, [], [points])
     except CannotCompile as error:
         failed: fx.Node | None = run.__self__.failed  # type: ignore[attr-defined]
         if failed is None:
             raise
         raise CannotCompile(f"torch.vmap refuses {failed.target}", _line_of(density, failed)) from error
+    finally:
+        warn(True)
     batch.pinned += one.pinned
     return batch
 

@@ -26,6 +26,9 @@ TRIED: Final = {
 
 _INDUCTOR = "torch._inductor"
 _PLACES: Final = {
+    # what vmap runs in a loop, which is still faster than Pyro
+    "_set_vmap_fallback_warning_enabled": "torch._C._functorch",
+    # machine code
     "make_fx": "torch.fx.experimental.proxy_tensor",
     "fx_graph_cse": "torch._functorch.compile_utils",
     "FakeTensorMode": "torch._subclasses.fake_tensor",

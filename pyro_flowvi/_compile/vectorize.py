@@ -1,8 +1,8 @@
 """What a loop of the program does again and again, done at once.
 
 Given its latents, the density of a state-space model is a sum of terms of one form, and a graph of it has
-the same few operations for each step.  Operations of one form, whose arguments are of one form, make one operation
-on stacked arguments: superword-level parallelism (Larsen and Amarasinghe 2000), with no limit of width.
+the same few operations for each step.  Operations of one form, whose arguments are of one form, make one
+operation on stacked arguments: superword-level parallelism (Larsen and Amarasinghe 2000) of any width.
 """
 
 import heapq
