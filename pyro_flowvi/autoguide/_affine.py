@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..init.gaussians import MAX_DENSE_DIM
 from ..transforms import ElementwiseAffine, FlowTransform, LowerAffine, LowRankAffine, ParametricTransform
+from ..transforms._fused import Pass, form_of
+from ..transforms._fused.affine import pass_affine
 from ..transforms.base import Raw
 
 __all__ = [
@@ -90,6 +92,23 @@ class FramedLower(FramedAffine, LowerAffine):
 
 class FramedElementwise(FramedAffine, ElementwiseAffine):
     """:class:`~pyro_flowvi.transforms.ElementwiseAffine` in a frame."""
+
+
+@form_of(FramedLower, FramedElementwise)
+def _pass_framed(layer: Any, x: Tensor, score: Tensor) -> Pass:
+    """The pass of training, written out: that of the trainable map, and the fixed one."""
+    own = pass_affine(layer, x, score)
+    if layer.fixed_loc is None:
+        return own
+    loc, scale = layer.fixed_loc, layer.fixed_scale
+    dense = scale.dim() > 1
+    image = torch.addmm(loc, own.image, scale.t()) if dense else torch.addcmul(loc, scale, own.image)
+    return Pass(
+        image,
+        own.log_det + layer.fixed_log_det,
+        _solve_rows(scale, own.score),
+        lambda v: own.pull(v @ scale if dense else v * scale),
+    )
 
 
 def _solve_rows(scale: Tensor, x: Tensor, transposed: bool = False) -> Tensor:

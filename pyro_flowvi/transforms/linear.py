@@ -332,6 +332,21 @@ class LowRankAffine(ParametricTransform):
         cholesky: Tensor = torch.linalg.cholesky(eye + factor.mT @ weighted)
         return cholesky
 
+    @staticmethod
+    def _solve(y: Tensor, scale: Tensor, factor: Tensor, cholesky: Tensor) -> Tensor:
+        """The inverse of the matrix times vectors."""
+
+        def solve(rest: Tensor) -> Tensor:
+            rest = rest / scale
+            inner = torch.cholesky_solve(_linear(rest, factor.mT).unsqueeze(-1), cholesky).squeeze(-1)
+            return rest - _linear(inner, factor) / scale
+
+        x = solve(y)
+        # Where W is large beside s the difference cancels; what is left over is solved for once more.
+        with torch.no_grad():
+            correction = solve(y - scale * x - _linear(_linear(x, factor.mT), factor))
+        return x + correction
+
     def _log_det(self, log_scale: Tensor, cholesky: Tensor) -> Tensor:
         return log_scale.sum(-1) + 2.0 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
@@ -346,18 +361,7 @@ class LowRankAffine(ParametricTransform):
         scale, log_scale = finite_scale(raw["log_scale"])
         factor = self._factor(raw, scale)
         cholesky = self._small_cholesky(factor, scale)
-
-        def solve(rest: Tensor) -> Tensor:
-            rest = rest / scale
-            inner = torch.cholesky_solve(_linear(rest, factor.mT).unsqueeze(-1), cholesky).squeeze(-1)
-            return rest - _linear(inner, factor) / scale
-
-        centred = y - raw["loc"]
-        x = solve(centred)
-        # Where W is large beside s the difference cancels; what is left over is solved for once more.
-        with torch.no_grad():
-            correction = solve(centred - scale * x - _linear(_linear(x, factor.mT), factor))
-        x = x + correction
+        x = self._solve(y - raw["loc"], scale, factor, cholesky)
         return x, -self._log_det(log_scale, cholesky).expand(x.shape[:-1])
 
 

@@ -4,7 +4,7 @@ Autograd goes over a layer three times for what a training step needs: the image
 gradients.  The forms here share what the three have in common.  A layer without one goes through autograd.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,24 @@ from torch import Tensor
 
 from ..base import forward_with_score
 from ..compose import Chain
-from ._pass import Gradients, Pass, accumulate
+from . import affine, planar
+from ._pass import EXACT, Form, Gradients, Pass, accumulate, form_of
 from .coupling import pass_coupling
 
-__all__ = ["Pass", "has_form", "pass_through"]
+__all__ = ["Form", "Pass", "affine", "form_of", "has_form", "pass_through", "planar"]
 
-_FORMS: tuple[Callable[[Any, Tensor, Tensor], Pass | None], ...] = (pass_coupling,)
-"""Each gives a pass of a layer of the kinds that it knows, and None of others."""
+_FORMS: tuple[Form, ...] = (pass_coupling,)
+"""Of what is composed: each gives a pass of a layer of the kinds that it knows, and None of others."""
+
+
+def _written_out(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
+    exact = EXACT.get(type(layer))
+    with torch.no_grad():
+        for form in _FORMS if exact is None else (exact,):
+            found = form(layer, x, score)
+            if found is not None:
+                return found
+    return None
 
 
 def _by_autograd(layer: Any, x: Tensor, score: Tensor, params: Sequence[Tensor]) -> Pass:
@@ -40,8 +51,7 @@ def has_form(layer: Any) -> bool:
     """Whether a layer's pass is written out."""
     like = next(layer.parameters(), torch.zeros(()))
     x = like.new_zeros(1, layer.dim)
-    with torch.no_grad():
-        return any(form(layer, x, x) is not None for form in _FORMS)
+    return _written_out(layer, x, x) is not None
 
 
 def pass_through(layer: Any, x: Tensor, score: Tensor) -> Pass:
@@ -53,11 +63,9 @@ def pass_through(layer: Any, x: Tensor, score: Tensor) -> Pass:
     """
     if isinstance(layer, Chain):
         return _through_chain(layer, x, score)
-    with torch.no_grad():
-        for form in _FORMS:
-            found = form(layer, x, score)
-            if found is not None:
-                return found
+    found = _written_out(layer, x, score)
+    if found is not None:
+        return found
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
     return _by_autograd(layer, x, score, [p for p in parameters if p.requires_grad])
 

@@ -1,11 +1,11 @@
 """What a pass through a layer gives."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Gradients", "Pass", "accumulate"]
+__all__ = ["EXACT", "Form", "Gradients", "Pass", "accumulate", "form_of", "trained"]
 
 Gradients = Mapping[Tensor, Tensor]
 """A gradient for every parameter that is trained."""
@@ -22,6 +22,27 @@ class Pass(NamedTuple):
     """∇ log q at the image, ``(P, D)``."""
     pull: Callable[[Tensor], tuple[Tensor, Gradients]]
     """The vector-Jacobian product of the image, for ``(P, D)``: at the input, and by parameter."""
+
+
+Form = Callable[[Any, Tensor, Tensor], Pass | None]
+"""Of a layer, points and the scores there the pass; None for a layer that it does not serve."""
+EXACT: dict[type, Form] = {}
+"""Forms by the class of the layer.  A subclass may do anything else: it has none."""
+
+
+def form_of(*kinds: type) -> Callable[[Form], Form]:
+    """Enters a form for layers of these very classes."""
+
+    def enter(form: Form) -> Form:
+        EXACT.update(dict.fromkeys(kinds, form))
+        return form
+
+    return enter
+
+
+def trained(grads: Gradients) -> Gradients:
+    """The gradients of those parameters that are not frozen."""
+    return {param: grad for param, grad in grads.items() if param.requires_grad}
 
 
 def accumulate(total: dict[Tensor, Tensor], found: Gradients) -> None:

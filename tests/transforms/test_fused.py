@@ -1,0 +1,130 @@
+"""Passes that are written out, against the modules' own forward pass with score and autograd's gradients."""
+
+import pytest
+import torch
+
+from pyro_flowvi import FLOWS
+from pyro_flowvi.autoguide._affine import FramedElementwise, FramedLower
+from pyro_flowvi.transforms import (
+    AffineCoupling,
+    Compose,
+    Coupling,
+    ElementwiseAffine,
+    HeavyTails,
+    LowerAffine,
+    LowRankAffine,
+    Permute,
+    Planar,
+    Radial,
+    SplineCoupling,
+)
+from pyro_flowvi.transforms._fused import has_form, pass_through
+from pyro_flowvi.transforms.base import forward_with_score
+from pyro_flowvi.transforms.univariate import Additive, Affine, Multiplicative, RationalQuadratic
+from tests.transforms.layers import LAYERS, randomized
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def mixed(dim):
+    return [i % 3 != 1 for i in range(dim)] if dim > 1 else [False]
+
+
+def framed(affine, scale):
+    affine.set_frame(torch.randn(affine.dim), scale)
+    return affine
+
+
+def with_frozen(layer, *names):
+    for name in names:
+        getattr(layer, name).requires_grad_(False)
+    return layer
+
+
+def twice(dim):
+    one, other = Planar(dim, num_layers=2), AffineCoupling(dim, hidden=(4,))
+    return Compose([one, other, LowerAffine(dim), one, other])
+
+
+WRITTEN_OUT = {
+    **{
+        f"coupling_{transformer.kind}_{activation}": (
+            lambda dim, transformer=transformer, activation=activation: Coupling(
+                dim, transformer, mask=mixed(dim), hidden=(4,), activation=activation
+            )
+        )
+        for transformer in (Additive(), Affine(2.0), Multiplicative(2.0))
+        for activation in ("tanh", "relu")
+    },
+    "elementwise": lambda dim: ElementwiseAffine(dim, scale=0.3),
+    "act_norm": LAYERS["act_norm"],
+    "lower": lambda dim: LowerAffine(dim, scale=0.3),
+    "low_rank": lambda dim: LowRankAffine(dim, scale=0.3),
+    "frame": lambda dim: framed(FramedLower(dim), torch.rand(dim, dim).tril() + torch.eye(dim)),
+    "frame_diagonal": lambda dim: framed(FramedElementwise(dim), 0.1 + torch.rand(dim)),
+    "no_frame": lambda dim: FramedLower(dim),
+    "permute": lambda dim: Permute(torch.randperm(dim)),
+    "planar": lambda dim: Planar(dim),
+    "planar_8": lambda dim: Planar(dim, num_layers=8),
+}
+OTHERS = {
+    "heavy_tails": lambda dim: HeavyTails(dim),
+    "without_form": lambda dim: Compose([Planar(dim), HeavyTails(dim), LowerAffine(dim)]),
+    "twice": twice,
+    "frozen": lambda dim: Compose(
+        [
+            with_frozen(Planar(dim, num_layers=2), "w"),
+            with_frozen(Radial(dim, num_layers=2), "centre", "a"),
+            with_frozen(SplineCoupling(dim, hidden=(4,)), "offset"),
+            with_frozen(LowRankAffine(dim), "log_scale"),
+            with_frozen(LowerAffine(dim), "loc"),
+        ]
+    ),
+    **{f"flow_{name}": lambda dim, flow=flow: flow(dim) for name, flow in FLOWS.items()},
+}
+
+
+def by_modules(transform, params, x, score, v):
+    """Image, log-determinant, score, and what autograd pulls back."""
+    x = x.clone().requires_grad_()
+    y, log_det, pushed = forward_with_score(transform, x, score)
+    grads = torch.autograd.grad(y, [x, *params], v, allow_unused=True, materialize_grads=True)
+    return [y.detach(), log_det.detach(), pushed.detach(), *grads]
+
+
+@torch.no_grad()
+def written_out(transform, params, x, score, v):
+    one = pass_through(transform, x, score)
+    back, grads = one.pull(v)
+    assert set(grads) <= set(params)
+    log_det = one.log_det.expand(x.shape[:-1])
+    return [one.image, log_det, one.score, back, *(grads.get(p, torch.zeros_like(p)) for p in params)]
+
+
+def compare(transform, batch, dtype, scale=1.0, tolerance=1.0):
+    """Both in the dtype against the modules in float64, relative to the norms; float32 has eps of 1e-7."""
+    transform.to(dtype)
+    params = [p for p in transform.parameters() if p.requires_grad]
+    inputs = [scale * torch.randn(batch, transform.dim, dtype=dtype) for _ in range(3)]
+    expected = by_modules(transform, params, *inputs)
+    bound = tolerance * (1e-9 if dtype == torch.float64 else 1e-3)
+    for found, true in zip(written_out(transform, params, *inputs), expected, strict=True):
+        assert found.dtype == dtype
+        assert found.shape == true.shape
+        assert not found.requires_grad
+        assert float((found - true).norm()) <= bound * (1.0 + float(true.norm()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 2, 5, 30])
+@pytest.mark.parametrize("name", [*WRITTEN_OUT, *OTHERS])
+def test_equal_to_the_modules(name, dim, dtype):
+    torch.manual_seed(3)
+    transform = randomized({**WRITTEN_OUT, **OTHERS}[name](dim), 0.1)
+    for batch in (1, 64):
+        compare(transform, batch, dtype)
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_has_a_form(name):
+    assert has_form(WRITTEN_OUT[name](3))
