@@ -53,7 +53,7 @@ WRITTEN_OUT = {
                 dim, transformer, mask=mixed(dim), hidden=(4,), activation=activation
             )
         )
-        for transformer in (Additive(), Affine(2.0), Multiplicative(2.0))
+        for transformer in (Additive(), Affine(2.0), Multiplicative(2.0), RationalQuadratic(1.5, 4))
         for activation in ("tanh", "relu")
     },
     "elementwise": lambda dim: ElementwiseAffine(dim, scale=0.3),

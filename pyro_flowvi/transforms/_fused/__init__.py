@@ -15,10 +15,11 @@ from ..compose import Chain
 from . import affine, planar
 from ._pass import EXACT, Form, Gradients, Pass, accumulate, form_of
 from .coupling import pass_coupling
+from .spline import pass_spline
 
 __all__ = ["Form", "Pass", "affine", "form_of", "has_form", "pass_through", "planar"]
 
-_FORMS: tuple[Form, ...] = (pass_coupling,)
+_FORMS: tuple[Form, ...] = (pass_coupling, pass_spline)
 """Of what is composed: each gives a pass of a layer of the kinds that it knows, and None of others."""
 
 
