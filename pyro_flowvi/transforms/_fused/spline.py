@@ -1,26 +1,28 @@
 r"""The pass of couplings by rational-quadratic splines, with a fully connected network.
 
-What a coordinate depends on in its bin are six numbers: left ends, sizes and end derivatives.  With the
-notation of :mod:`~pyro_flowvi.transforms.splines`, :math:`c = \xi (1 - \xi)`, q the denominator and N the
-numerator of the slope, y has the derivatives
+What a coordinate depends on in its bin are six numbers: left ends, sizes w and h and end derivatives.  In the
+notation of :mod:`~pyro_flowvi.transforms.splines`, with :math:`A = d_0 (1-\xi) + s \xi,
+B = s (1-\xi) + d_1 \xi, q = (1-\xi) B + \xi A, N = (1-\xi) A + \xi B`, the height in the bin is
+:math:`\eta = \xi A / q` and the slope :math:`s^2 N / q^2`.  With :math:`c = \xi (1-\xi)`,
 
-.. math:: \frac{\partial}{\partial s} \frac{y - y_k}{h} = \frac{c (d_1 \xi^2 - d_0 (1-\xi)^2)}{q^2}, \quad
-    \frac{\partial}{\partial d_0} = \frac{c (1-\xi) (s (1-\xi) + d_1 \xi)}{q^2}, \quad
-    \frac{\partial}{\partial d_1} = -\frac{c \xi (s \xi + d_0 (1-\xi))}{q^2} .
+.. math:: \frac{\partial \eta}{\partial d_0} = \frac{c (1-\eta)}{q}, \quad
+    \frac{\partial \eta}{\partial d_1} = -\frac{c \eta}{q}, \quad
+    \frac{\partial \eta}{\partial s} = \frac{c (N - 2 (1-\xi) A)}{q^2} .
 """
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ...nn import MLP
 from ..coupling import Coupling
 from ..splines import MIN_BIN, MIN_DERIVATIVE
 from ..univariate import RationalQuadratic
 from ._pass import Gradients, Pass, trained
 from .coupling import _Network
-from ...nn import MLP
 
 __all__ = ["SplinePass", "pass_spline"]
 
@@ -38,77 +40,74 @@ class SplinePass:
 
     def __init__(self, x: Tensor, raw: Tensor, transformer: RationalQuadratic) -> None:
         num, bound = transformer.num_bins, transformer.limit
-        self._num, self._span = num, 2.0 * bound * (1.0 - MIN_BIN * num)
+        span = 2.0 * bound * (1.0 - MIN_BIN * num)
         self._shares = raw[:, : 2 * num].unflatten(1, (2, num)).softmax(2)
         self._bent = raw[:, 2 * num :] + _SHIFT
-        bins = self._span * self._shares + 2.0 * bound * MIN_BIN
+        bins = torch.add(raw.new_full((), 2.0 * bound * MIN_BIN), self._shares, alpha=span)
+        slopes = F.pad(F.softplus(self._bent) + MIN_DERIVATIVE, (0, 0, 1, 1), value=1.0).unsqueeze(1)
+        table = torch.cat((bins, slopes[:, :, :-1], slopes[:, :, 1:]), 1)
         clamped = x.clamp(-bound, bound)
-        reached = ((clamped + bound).unsqueeze(1) >= bins[:, 0, :-1].cumsum(1)).to(x.dtype)
+        place = clamped + bound
+        reached = (place.unsqueeze(1) >= bins[:, 0, :-1].cumsum(1)).to(x.dtype).unsqueeze(1)
         # Of each bin, whether it lies below that of x, and whether it is that.
-        self._below = torch.nn.functional.pad(reached, (0, 0, 0, 1))
-        self._here = torch.nn.functional.pad(reached, (0, 0, 1, 0), value=1.0) - self._below
-        x0, y0 = ((bins * self._below.unsqueeze(1)).sum(2) - bound).unbind(1)
-        w, h = (bins * self._here.unsqueeze(1)).sum(2).unbind(1)
-        slopes = torch.nn.functional.pad(
-            torch.nn.functional.softplus(self._bent) + MIN_DERIVATIVE, (0, 0, 1, 1), value=1.0
-        )
-        d0, d1 = (slopes[:, :-1] * self._here).sum(1), (slopes[:, 1:] * self._here).sum(1)
-
-        s, xi = h / w, (clamped - x0) / w
-        rest = 1.0 - xi
-        cross, xi2, rest2 = xi * rest, xi.square(), rest.square()
-        both = xi2 + rest2
-        q = torch.addcmul(s * both, d0 + d1, cross)
-        numerator = torch.addcmul(torch.addcmul(d1 * xi2, d0, rest2), s, cross, value=2.0)
-        q2 = q.square()
-        slope = s.square() * numerator / q2
-        first = torch.addcmul(s * xi, d0, rest)  # of the map, which is xi times it over q
-        last = torch.addcmul(s * rest, d1, xi)
-        height = xi * first / q
+        self._below = F.pad(reached, (0, 0, 0, 1))
+        self._here = F.pad(reached, (0, 0, 1, 0), value=1.0) - self._below
+        left, low = (bins * self._below).sum(2).unbind(1)
+        w, h, d0, d1 = (table * self._here).sum(2).unbind(1)
         inside = x == clamped
-        self.image = torch.where(inside, torch.addcmul(y0, h, height), x)
+
+        s, xi = h / w, (place - left) / w
+        rest = 1.0 - xi
+        cross = xi * rest
+        first, last = torch.lerp(d0, s, xi), torch.lerp(s, d1, xi)  # A and B, without cancellation
+        q, numerator = torch.lerp(last, first, xi), torch.lerp(first, last, xi)
+        steep = s / q
+        slope = steep.square() * numerator
+        height = xi * first / q
+        self.image = torch.where(inside, torch.addcmul(low, h, height) - bound, x)
         self.slope = torch.where(inside, slope, 1.0)
         """dy/dx."""
         self.log_slope = self.slope.log()
 
-        by_s = s * cross * torch.addcmul(d1 * xi2, d0, rest2, value=-1.0) / q2
-        risen = h * cross / q2
-        by_d0, by_d1 = risen * rest * last, -risen * xi * first
-        by_w = -torch.addcmul(s * by_s, slope, xi)
-        one = torch.ones_like(slope)
-        # By x0, y0, w, h, d0, d1; the log-slope is 2 log s + log(numerator) - 2 log q.
-        by_y = torch.stack((-slope, one, by_w, height + by_s, by_d0, by_d1), 1)
-        tilt = 1.0 - 2.0 * xi
-        bend = 2.0 * (last - first) / numerator - 2.0 * (d0 + d1 - 2.0 * s) * tilt / q
-        bend = bend / w
-        log_d = -2.0 * cross / q
-        log_s = 2.0 * (1.0 / s + cross / numerator - both / q) / w
-        by_log = torch.stack(
-            (
-                -bend,
-                torch.zeros_like(bend),
-                -torch.addcmul(s * log_s, xi, bend),
-                log_s,
-                log_d + rest2 / numerator,
-                log_d + xi2 / numerator,
-            ),
-            1,
+        bow = cross / q
+        by_s = steep * bow * torch.sub(numerator, rest * first, alpha=2.0)  # s times it
+        risen = h * bow
+        falls = risen * height
+        by_w = torch.addcmul(s * by_s, slope, xi)
+        by_image = (slope, torch.ones_like(slope), by_w, height + by_s, risen - falls, falls)
+        # The log-slope is 2 log s + log N - 2 log q; half of its derivatives.
+        ends = d0 + d1
+        turn = torch.sub(ends, s, alpha=2.0) * (rest - xi) / q
+        bend = ((last - first) / numerator - turn) / w
+        by_log_s = torch.addcmul(bow * ends, cross, s / numerator)  # s times it
+        half = 0.5 / numerator
+        by_log_slope = (
+            bend,
+            torch.zeros_like(bend),
+            torch.addcmul(by_log_s / w, xi, bend),
+            by_log_s / h,
+            torch.addcmul(-bow, rest * rest, half),
+            torch.addcmul(bow, xi * xi, half, value=-1.0),
         )
-        outside = ~inside.unsqueeze(1)
-        self._by_image, self._by_log_slope = by_y.masked_fill(outside, 0.0), by_log.masked_fill(outside, 0.0)
-        self.bend = bend.masked_fill(~inside, 0.0)
-        """The derivative of the log-slope by x."""
+        # Signs, and the size of the box by which the shares of the bins count.
+        signs = torch.tensor([-span, span, -span, span, 1.0, -1.0], dtype=x.dtype, device=x.device)
+        signs = torch.where(inside.unsqueeze(1), signs.unsqueeze(-1), 0.0)
+        self._by_image, self._by_log_slope = (
+            torch.stack(parts, 1) * signs for parts in (by_image, by_log_slope)
+        )
+        self.bend = torch.where(inside, bend, 0.0)
+        """Half the derivative of the log-slope by x."""
 
     def to_raw(self, v: Tensor, of_log_slope: bool = False) -> Tensor:
-        """What ``v`` at the image, and ones at the log-slope, are at the raw parameters; ``(P, 3 K - 1, N)``."""
-        v = v.unsqueeze(1)
-        grad = torch.addcmul(self._by_log_slope, self._by_image, v) if of_log_slope else self._by_image * v
-        left, size = grad[:, :2].unsqueeze(2), grad[:, 2:4].unsqueeze(2)
-        bins = torch.addcmul(left * self._below.unsqueeze(1), size, self._here.unsqueeze(1))
-        sizes = aten._softmax_backward_data(bins * self._span, self._shares, 2, bins.dtype)
-        slopes = torch.addcmul(
-            grad[:, 4:5] * self._here[:, 1:], grad[:, 5:6], self._here[:, :-1]
-        )
+        """What ``v`` at the image, and ones at the log-slope, are at the raw parameters, ``(P, 3 K - 1, N)``."""
+        grad = self._by_image * v.unsqueeze(1)
+        if of_log_slope:
+            grad = torch.add(grad, self._by_log_slope, alpha=2.0)
+        left, here = grad.unsqueeze(2).split((2, 4), 1)
+        here = here * self._here
+        bins = torch.addcmul(here[:, :2], left, self._below)
+        sizes = aten._softmax_backward_data(bins, self._shares, 2, bins.dtype)
+        slopes = here[:, 2, 1:] + here[:, 3, :-1]
         slopes = aten.softplus_backward(slopes, self._bent, 1.0, 20.0)
         return torch.cat((sizes.flatten(1, 2), slopes), 1)
 
@@ -130,7 +129,7 @@ def pass_spline(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
         network = _Network(mlp, kept)
         raw = offset + network.output.unflatten(-1, offset.shape)
     spline = SplinePass(moved, raw, transformer)
-    moved_score = (score[:, layer._moved] - spline.bend) / spline.slope
+    moved_score = torch.sub(score[:, layer._moved], spline.bend, alpha=2.0) / spline.slope
     if network is not None and kept_score is not None:
         at_first = network.pull(spline.to_raw(moved_score, of_log_slope=True).flatten(1))[-1]
         kept_score = torch.addmm(kept_score, at_first, network.layers[0].weight, alpha=-1)
