@@ -66,6 +66,8 @@ WRITTEN_OUT = {
     "permute": lambda dim: Permute(torch.randperm(dim)),
     "planar": lambda dim: Planar(dim),
     "planar_8": lambda dim: Planar(dim, num_layers=8),
+    "radial": lambda dim: Radial(dim),
+    "radial_8": lambda dim: Radial(dim, num_layers=8),
 }
 OTHERS = {
     "heavy_tails": lambda dim: HeavyTails(dim),
