@@ -17,6 +17,7 @@ from pyro_flowvi.transforms import (
     Planar,
     Radial,
     SplineCoupling,
+    Sylvester,
 )
 from pyro_flowvi.transforms._fused import has_form, pass_through
 from pyro_flowvi.transforms.base import forward_with_score
@@ -66,6 +67,7 @@ WRITTEN_OUT = {
     "permute": lambda dim: Permute(torch.randperm(dim)),
     "planar": lambda dim: Planar(dim),
     "planar_8": lambda dim: Planar(dim, num_layers=8),
+    "sylvester": lambda dim: Sylvester(dim),
     "radial": lambda dim: Radial(dim),
     "radial_8": lambda dim: Radial(dim, num_layers=8),
 }

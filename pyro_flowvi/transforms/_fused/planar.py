@@ -16,7 +16,7 @@ from ...numerics import safe_norm, shifted_softplus
 from ..planar import PLANAR_FLOOR, Planar, _planar_log_det
 from ._pass import Gradients, Pass, form_of, trained
 
-__all__ = ["pass_planar", "solve_layers"]
+__all__ = ["pass_planar", "score_moves", "solve_layers"]
 
 _FLOOR = PLANAR_FLOOR - 1.0
 _SHIFT = math.log(-math.expm1(_FLOOR)) - _FLOOR
@@ -31,6 +31,17 @@ def solve_layers(matrix: Tensor, right: Tensor, upper: bool) -> Tensor:
         matrix, right.unsqueeze(-1), upper=upper, unitriangular=True
     )
     return solved.squeeze(-1)
+
+
+def score_moves(
+    score: Tensor, act: Tensor, slope: Tensor, c: Tensor, u_hat: Tensor, mixing: Tensor
+) -> Tensor:
+    """The multiples of the w that the layers add to the score; tanh and its slope are ``(P, K)``."""
+    stretch = torch.addcmul(torch.ones_like(c), c, slope)
+    pressed = slope / stretch
+    # In each layer score += m w, with m (1 + c slope) = slope (2 c tanh / (1 + c slope) - score · û).
+    right = pressed * (2.0 * (c * act) / stretch - score @ u_hat.t())
+    return solve_layers(pressed.unsqueeze(-1) * mixing, right, upper=False)
 
 
 class _Directions:
@@ -69,11 +80,7 @@ def pass_planar(layer: Any, x: Tensor, score: Tensor) -> Pass:
             inputs = torch.addr(inputs, row, acts[-1])
     act = torch.stack(acts, -1)
     slope = 1.0 - act.square()
-    stretch = torch.addcmul(torch.ones_like(c), c, slope)
-    pressed = slope / stretch
-    # In each layer score += m w, with m (1 + c slope) = slope (2 c tanh / (1 + c slope) - score · û).
-    right = pressed * (2.0 * (c * act) / stretch - score @ u_hat.t())
-    moves = solve_layers(pressed.unsqueeze(-1) * mixing, right, upper=False)
+    moves = score_moves(score, act, slope, c, u_hat, mixing)
 
     def pull(v: Tensor) -> tuple[Tensor, Gradients]:
         onto = slope * (v @ u_hat.t())
