@@ -6,6 +6,7 @@ import torch
 from pyro_flowvi import FLOWS
 from pyro_flowvi.autoguide._affine import FramedElementwise, FramedLower
 from pyro_flowvi.transforms import (
+    AffineAutoregressive,
     AffineCoupling,
     Compose,
     Coupling,
@@ -16,6 +17,7 @@ from pyro_flowvi.transforms import (
     Permute,
     Planar,
     Radial,
+    SplineAutoregressive,
     SplineCoupling,
     Sylvester,
 )
@@ -68,6 +70,9 @@ WRITTEN_OUT = {
     "planar": lambda dim: Planar(dim),
     "planar_8": lambda dim: Planar(dim, num_layers=8),
     "sylvester": lambda dim: Sylvester(dim),
+    "affine_ar": lambda dim: AffineAutoregressive(dim, hidden=(7, 3)),
+    "affine_ar_reverse": lambda dim: AffineAutoregressive(dim, hidden=(6,), reverse=True, activation="relu"),
+    "spline_ar": lambda dim: SplineAutoregressive(dim, hidden=(7, 4), num_bins=4, bound=1.5, reverse=True),
     "radial": lambda dim: Radial(dim),
     "radial_8": lambda dim: Radial(dim, num_layers=8),
 }

@@ -98,11 +98,8 @@ class SplinePass:
         self.bend = torch.where(inside, bend, 0.0)
         """Half the derivative of the log-slope by x."""
 
-    def to_raw(self, v: Tensor, of_log_slope: bool = False) -> Tensor:
-        """What ``v`` at the image, and ones at the log-slope, are at the raw parameters, ``(P, 3 K - 1, N)``."""
-        grad = self._by_image * v.unsqueeze(1)
-        if of_log_slope:
-            grad = torch.add(grad, self._by_log_slope, alpha=2.0)
+    def _chained(self, grad: Tensor) -> Tensor:
+        """From a bin's ends, sizes and derivatives to the raw parameters."""
         left, here = grad.unsqueeze(2).split((2, 4), 1)
         here = here * self._here
         bins = torch.addcmul(here[:, :2], left, self._below)
@@ -110,6 +107,19 @@ class SplinePass:
         slopes = here[:, 2, 1:] + here[:, 3, :-1]
         slopes = aten.softplus_backward(slopes, self._bent, 1.0, 20.0)
         return torch.cat((sizes.flatten(1, 2), slopes), 1)
+
+    def to_raw(self, v: Tensor) -> Tensor:
+        """What ``v`` at the image is at the raw parameters, ``(P, 3 K - 1, N)``."""
+        return self._chained(self._by_image * v.unsqueeze(1))
+
+    def log_slope_to_raw(self, v: Tensor | None = None) -> Tensor:
+        """What ones at the log-slope are there, and ``v`` at the image."""
+        grad = 2.0 * self._by_log_slope
+        return self._chained(grad if v is None else torch.addcmul(grad, self._by_image, v.unsqueeze(1)))
+
+    def offset_gradient(self, v: Tensor, at_raw: Tensor) -> Tensor:
+        """From what :meth:`to_raw` gave."""
+        return at_raw.sum(0)
 
 
 def pass_spline(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
@@ -131,7 +141,7 @@ def pass_spline(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     spline = SplinePass(moved, raw, transformer)
     moved_score = torch.sub(score[:, layer._moved], spline.bend, alpha=2.0) / spline.slope
     if network is not None and kept_score is not None:
-        at_first = network.pull(spline.to_raw(moved_score, of_log_slope=True).flatten(1))[-1]
+        at_first = network.pull(spline.log_slope_to_raw(moved_score).flatten(1))[-1]
         kept_score = torch.addmm(kept_score, at_first, network.layers[0].weight, alpha=-1)
 
     def pull(v: Tensor) -> tuple[Tensor, Gradients]:
