@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..base import forward_with_score
 from ..compose import Chain
-from . import affine, autoregressive, planar, radial, sylvester
+from . import affine, autoregressive, planar, radial, sylvester  # noqa: F401 - each enters its forms
 from ._pass import EXACT, Form, Gradients, Pass, accumulate, form_of
 from .coupling import pass_coupling
 from .spline import pass_spline
 
-__all__ = ["Form", "Pass", "affine", "autoregressive", "form_of", "has_form", "pass_through", "planar", "radial", "sylvester"]
+__all__ = ["Form", "Pass", "form_of", "has_form", "pass_through"]
 
 _FORMS: tuple[Form, ...] = (pass_coupling, pass_spline)
 """Of what is composed: each gives a pass of a layer of the kinds that it knows, and None of others."""

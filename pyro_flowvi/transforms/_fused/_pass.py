@@ -1,7 +1,7 @@
 """What a pass through a layer gives."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -30,10 +30,13 @@ EXACT: dict[type, Form] = {}
 """Forms by the class of the layer.  A subclass may do anything else: it has none."""
 
 
-def form_of(*kinds: type) -> Callable[[Form], Form]:
+F = TypeVar("F", bound=Form)
+
+
+def form_of(*kinds: type) -> Callable[[F], F]:
     """Enters a form for layers of these very classes."""
 
-    def enter(form: Form) -> Form:
+    def enter(form: F) -> F:
         EXACT.update(dict.fromkeys(kinds, form))
         return form
 

@@ -88,11 +88,12 @@ class _MaskedNetwork(_Network):
     def jacobian_of_hidden(self) -> Tensor:
         """Of the last hidden layer by the input, shape ``(P, in, H)``."""
         num, size = self.inputs[0].shape
-        total = self.layers[0].weight.t()
+        # In memory as it is used: products of many small matrices would copy it.
+        total: Tensor = self.layers[0].weight.t().contiguous()
         for i, h in enumerate(self.inputs[1:]):
             if i:
-                total = (total.flatten(0, 1) @ self.layers[i].weight.t()).unflatten(0, (num, size))
-            total = self._activated(total.expand(num, size, h.shape[-1]), h.unsqueeze(1).expand(num, size, -1))
+                total = (total.view(num * size, -1) @ self.layers[i].weight.t()).view(num, size, -1)
+            total = self._activated(total, h.unsqueeze(1))
         return total
 
 

@@ -1,10 +1,10 @@
 r"""The pass of radial layers in a row.
 
-With :math:`\delta_k = x_{k-1} - c_k` layer k has the Jacobian :math:`J_k = A_k I - f_k \delta_k \delta_k^T`, so
-that the score and a vector on its way back are, up to factors, what they were plus multiples of the δ.  With
-:math:`e^{L_k} = A_1 \cdots A_k` the multiples of all layers solve one triangular system for each point, of the
-matrix :math:`E_{kj} = e^{L_j - L_k} \delta_k \cdot \delta_j`: below its diagonal for the score, above it for the
-way back.
+With :math:`\delta_k = x_{k-1} - c_k` layer k has the Jacobian :math:`J_k = A_k I - f_k \delta_k \delta_k^T`,
+so that the score and a vector on its way back are, up to factors, what they were plus multiples of the δ.
+With :math:`e^{L_k} = A_1 \cdots A_k` the multiples of all layers solve one triangular system for each point,
+of the matrix :math:`E_{kj} = e^{L_j - L_k} \delta_k \cdot \delta_j`: below its diagonal for the score, above
+it for the way back.
 """
 
 from typing import Any

@@ -129,7 +129,9 @@ def pass_spline(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     if type(layer).forward_given is not Coupling.forward_given:
         return None
     mlp, transformer = layer.conditioner, layer.transformer
-    if type(transformer) is not RationalQuadratic or not (mlp is None or type(mlp) is MLP and not mlp.columns):
+    if type(transformer) is not RationalQuadratic or type(mlp) not in (MLP, type(None)):
+        return None
+    if mlp is not None and mlp.columns:
         return None
     moved, offset = x[:, layer._moved], layer.offset
     kept = kept_score = network = None
