@@ -326,15 +326,18 @@ class LowRankAffine(ParametricTransform):
         most = torch.finfo(factor.dtype).eps ** -0.5 / 16.0 * scale.sqrt().unsqueeze(-1)
         return torch.maximum(torch.minimum(factor, most), -most)
 
-    def _small_cholesky(self, factor: Tensor, scale: Tensor) -> Tensor:
-        weighted = factor / scale.unsqueeze(-1)
+    def _parts(self, raw: Raw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """s, W, the factor of the small matrix, and the log-determinant."""
+        scale, log_scale = finite_scale(raw["log_scale"])
+        factor = self._factor(raw, scale)
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        cholesky: Tensor = torch.linalg.cholesky(eye + factor.mT @ weighted)
-        return cholesky
+        cholesky = torch.linalg.cholesky(eye + factor.mT @ (factor / scale.unsqueeze(-1)))
+        log_det = log_scale.sum(-1) + 2.0 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return scale, factor, cholesky, log_det
 
     @staticmethod
     def _solve(y: Tensor, scale: Tensor, factor: Tensor, cholesky: Tensor) -> Tensor:
-        """The inverse of the matrix times vectors."""
+        """The inverse of the matrix, which is symmetric, times vectors."""
 
         def solve(rest: Tensor) -> Tensor:
             rest = rest / scale
@@ -347,22 +350,18 @@ class LowRankAffine(ParametricTransform):
             correction = solve(y - scale * x - _linear(_linear(x, factor.mT), factor))
         return x + correction
 
-    def _log_det(self, log_scale: Tensor, cholesky: Tensor) -> Tensor:
-        return log_scale.sum(-1) + 2.0 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = finite_scale(raw["log_scale"])
-        factor = self._factor(raw, scale)
+        scale, factor, _, log_det = self._parts(raw)
         y = raw["loc"] + scale * x + _linear(_linear(x, factor.mT), factor)
-        log_det = self._log_det(log_scale, self._small_cholesky(factor, scale))
         return y, log_det.expand(y.shape[:-1])
 
+    def score_given(self, raw: Raw, x: Tensor, score: Tensor) -> Tensor:
+        return self._solve(score, *self._parts(raw)[:3])
+
     def inverse_given(self, raw: Raw, y: Tensor) -> tuple[Tensor, Tensor]:
-        scale, log_scale = finite_scale(raw["log_scale"])
-        factor = self._factor(raw, scale)
-        cholesky = self._small_cholesky(factor, scale)
+        scale, factor, cholesky, log_det = self._parts(raw)
         x = self._solve(y - raw["loc"], scale, factor, cholesky)
-        return x, -self._log_det(log_scale, cholesky).expand(x.shape[:-1])
+        return x, -log_det.expand(x.shape[:-1])
 
 
 class Permute(FlowTransform):

@@ -50,11 +50,10 @@ def pass_low_rank(layer: Any, x: Tensor, score: Tensor) -> Pass:
     raw = layer.raw_parameters()
     shape = [raw["log_scale"], raw["factor"]]
     with torch.enable_grad():  # the bounds of W depend on s: of the parameters alone, and small
-        leaves = [param.detach().requires_grad_() for param in shape]
-        scale_graph, log_scale = finite_scale(leaves[0])
-        factor_graph = layer._factor({"factor": leaves[1]}, scale_graph)
-    scale, factor, log_scale = scale_graph.detach(), factor_graph.detach(), log_scale.detach()
-    cholesky = layer._small_cholesky(factor, scale)
+        leaves = {name: param.detach().requires_grad_() for name, param in raw.items()}
+        scale_graph = finite_scale(leaves["log_scale"])[0]
+        factor_graph = layer._factor(leaves, scale_graph)
+    scale, factor, cholesky, log_det = layer._parts(raw)
     projected = x @ factor
 
     def times(v: Tensor, projected: Tensor) -> Tensor:
@@ -64,18 +63,16 @@ def pass_low_rank(layer: Any, x: Tensor, score: Tensor) -> Pass:
         onto = v @ factor
         by_factor = torch.addmm(v.t() @ projected, x.t(), onto)
         found = torch.autograd.grad(
-            (scale_graph, factor_graph), leaves, ((v * x).sum(0), by_factor), retain_graph=True
+            (scale_graph, factor_graph),
+            (leaves["log_scale"], leaves["factor"]),
+            ((v * x).sum(0), by_factor),
+            retain_graph=True,
         )
         grads = {layer.loc: v.sum(0), **dict(zip(shape, found, strict=True))}
         return times(v, onto), trained(grads)
 
     image = times(x, projected) + layer.loc
-    return Pass(
-        image,
-        layer._log_det(log_scale, cholesky),
-        layer._solve(score, scale, factor, cholesky),
-        pull,
-    )
+    return Pass(image, log_det, layer._solve(score, scale, factor, cholesky), pull)
 
 
 @form_of(Permute)
