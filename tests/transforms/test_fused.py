@@ -1,17 +1,24 @@
 """Passes that are written out, against the modules' own forward pass with score and autograd's gradients."""
 
+import copy
+import itertools
+import math
+
 import pytest
 import torch
 
 from pyro_flowvi import FLOWS
 from pyro_flowvi.autoguide._affine import FramedElementwise, FramedLower
+from pyro_flowvi.nn import MLP
 from pyro_flowvi.transforms import (
     AffineAutoregressive,
     AffineCoupling,
+    Autoregressive,
     Compose,
     Coupling,
     ElementwiseAffine,
     HeavyTails,
+    Inverse,
     LowerAffine,
     LowRankAffine,
     Permute,
@@ -93,6 +100,10 @@ OTHERS = {
 }
 
 
+def trained(transform):
+    return [param for param in transform.parameters() if param.requires_grad]
+
+
 def by_modules(transform, params, x, score, v):
     """Image, log-determinant, score, and what autograd pulls back."""
     x = x.clone().requires_grad_()
@@ -110,14 +121,14 @@ def written_out(transform, params, x, score, v):
     return [one.image, log_det, one.score, back, *(grads.get(p, torch.zeros_like(p)) for p in params)]
 
 
-def compare(transform, batch, dtype, scale=1.0, tolerance=1.0):
-    """Both in the dtype against the modules in float64, relative to the norms; float32 has eps of 1e-7."""
+def check(transform, batch, dtype):
+    """In a dtype, against the modules in float64."""
+    exact = copy.deepcopy(transform).to(torch.float64)
+    inputs = [torch.randn(batch, transform.dim, dtype=dtype) for _ in range(3)]
+    expected = by_modules(exact, trained(exact), *(value.double() for value in inputs))
     transform.to(dtype)
-    params = [p for p in transform.parameters() if p.requires_grad]
-    inputs = [scale * torch.randn(batch, transform.dim, dtype=dtype) for _ in range(3)]
-    expected = by_modules(transform, params, *inputs)
-    bound = tolerance * (1e-9 if dtype == torch.float64 else 1e-3)
-    for found, true in zip(written_out(transform, params, *inputs), expected, strict=True):
+    bound = 1e-9 if dtype == torch.float64 else 1e-3
+    for found, true in zip(written_out(transform, trained(transform), *inputs), expected, strict=True):
         assert found.dtype == dtype
         assert found.shape == true.shape
         assert not found.requires_grad
@@ -131,9 +142,83 @@ def test_equal_to_the_modules(name, dim, dtype):
     torch.manual_seed(3)
     transform = randomized({**WRITTEN_OUT, **OTHERS}[name](dim), 0.1)
     for batch in (1, 64):
-        compare(transform, batch, dtype)
+        check(transform, batch, dtype)
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
 def test_has_a_form(name):
     assert has_form(WRITTEN_OUT[name](3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_extreme_parameters(name, dtype):
+    """What is finite by the modules is finite here too, and the image the same."""
+    torch.manual_seed(3)
+    for dim, value, size in itertools.product((1, 3), (-1e4, -30.0, 0.0, 30.0, 1e4), (0.0, 1.0, 100.0)):
+        transform = WRITTEN_OUT[name](dim).to(dtype)
+        for param in transform.parameters():
+            torch.nn.init.constant_(param, value)
+        inputs = [size * torch.randn(5, dim, dtype=dtype) for _ in range(3)]
+        expected = by_modules(transform, trained(transform), *inputs)
+        found = written_out(transform, trained(transform), *inputs)
+        for mine, its in zip(found, expected, strict=True):
+            assert bool((mine.isfinite() | ~its.isfinite()).all())
+        tolerance = 1e-3 if dtype == torch.float32 else 1e-8
+        torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+
+
+class Doubled(Planar):
+    def forward_given(self, raw, x):
+        y, log_det = super().forward_given(raw, x)
+        return 2.0 * y, log_det + self.dim * math.log(2.0)
+
+    def score_given(self, raw, x, score):
+        return 0.5 * super().score_given(raw, x, score)
+
+
+class Turned(AffineCoupling):
+    def forward_with_score(self, x, score):
+        y, log_det, score = super().forward_with_score(x, score)
+        return -y, log_det, -score
+
+
+class Halved(FramedLower):
+    def forward_given(self, raw, x):
+        y, log_det = super().forward_given(raw, x)
+        return 0.5 * y, log_det - self.dim * math.log(2.0)
+
+    def forward_with_score(self, x, score):
+        return *self.forward_and_log_det(x), 2.0 * super().forward_with_score(x, score)[2]
+
+
+@pytest.mark.parametrize("kind", [Doubled, Turned, Halved])
+def test_a_subclass_is_not_taken_for_its_parent(kind):
+    transform = randomized(kind(3), 0.2)
+    assert not has_form(transform)
+    check(transform, 5, torch.float64)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: HeavyTails(3),
+        lambda: Inverse(AffineAutoregressive(3, hidden=(4,))),
+        lambda: Autoregressive(3, Additive(), hidden=(4,)),
+        lambda: Coupling(3, Affine(2.0), conditioner=lambda n, m: MLP(n, (4,), m).double()),
+    ],
+)
+def test_a_layer_without_a_form_goes_through_autograd(build):
+    check(randomized(build(), 0.2), 5, torch.float64)
+
+
+def test_the_way_back_can_be_gone_twice():
+    for build in WRITTEN_OUT.values():
+        transform = randomized(build(3), 0.2)
+        x, v = torch.randn(4, 3), torch.randn(4, 3)
+        one = pass_through(transform, x, -x)
+        with torch.no_grad():
+            first, second = one.pull(v), one.pull(2.0 * v)
+        torch.testing.assert_close(2.0 * first[0], second[0])
+        for param, grad in first[1].items():
+            torch.testing.assert_close(2.0 * grad, second[1][param])
