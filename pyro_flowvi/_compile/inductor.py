@@ -16,6 +16,7 @@ from .before_expand import compute_before_expand
 from .errors import CannotCompile, brief
 from .inductor_cuda_graph import cuda_graph
 from .inductor_fixed_memory import with_fixed_memory
+from .inductor_savings import fast_inductor
 from .small_algebra import WRITTEN_OUT
 from .torch_private import private
 from .trace import _RANDOM
@@ -84,11 +85,6 @@ def _largest(graph: fx.GraphModule) -> int:
     return max((value.numel() for value in values if isinstance(value, Tensor)), default=0)
 
 
-_FAST = {"cpp.vec_isa_ok": True, "pattern_matcher": False}
-"""Options of Inductor that save seconds: the vector instructions that the processor reports are taken for
-good, where it would compile and load a probe for each; and none of its patterns is in these graphs."""
-
-
 @functools.cache
 def warm_up() -> threading.Thread:
     """Compiles an empty kernel in the background, and with it, once a machine, what all kernels include."""
@@ -97,7 +93,7 @@ def warm_up() -> threading.Thread:
         source = """#include <torch/csrc/inductor/cpp_prefix.h>
         extern "C" void kernel(float* x) { x[0] = 0.0f; }"""
         # A failure here is met again, and reported, by the first kernel.
-        with contextlib.suppress(Exception), private("config").patch(_FAST):
+        with contextlib.suppress(Exception), fast_inductor():
             private("CppPythonBindingsCodeCache").load_pybinding(["float*"], source)
 
     thread = threading.Thread(target=compile_nothing, name="pyro_flowvi-warm-up", daemon=True)
@@ -121,12 +117,14 @@ def lower(function: Callable[..., Any], inputs: Sequence[Tensor], num_static: in
     _check_compiler(inputs)
     errors = []
     # Once more without what may have gone wrong: assumed instructions, a header that was deleted meanwhile.
-    for options in (_FAST, {"cpp_cache_precompile_headers": False}):
+    for saving in (True, False):
         try:
             # Without a ShapeEnv, Inductor's disk cache is bypassed.
             fake = private("FakeTensorMode")(allow_non_fake_inputs=True, shape_env=private("ShapeEnv")())
+            options = {} if saving else {"cpp_cache_precompile_headers": False}
             patched = config.patch({"fallback_random": True, **options})
-            with patched, tracing(context(fake)), torch.no_grad(), warnings.catch_warnings():
+            savings = fast_inductor() if saving else contextlib.nullcontext()
+            with patched, savings, tracing(context(fake)), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, about itself
                 graph = _functional_graph(function, inputs, fake)
                 stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]

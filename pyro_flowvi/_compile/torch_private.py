@@ -48,6 +48,8 @@ _PLACES: Final = {
     "remove_noop_ops": f"{_INDUCTOR}.fx_passes.post_grad",
     "V": f"{_INDUCTOR}.virtualized",
     "CppPythonBindingsCodeCache": f"{_INDUCTOR}.codecache",
+    "VecISA": f"{_INDUCTOR}.cpu_vec_isa",
+    "DtypePropagationOpsHandler": f"{_INDUCTOR}.dtype_propagation",
     "get_cpp_compiler": f"{_INDUCTOR}.cpp_builder",
     "InvalidCxxCompiler": f"{_INDUCTOR}.exc",
 }
