@@ -50,6 +50,8 @@ MANY_ELEMENTS = 5_000_000
 """Elements of draws and data together above which states are compared on fewer draws."""
 CHECKPOINT_SECONDS = 30.0
 _IDENTIFYING = ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
+RECORDED_FROM = 50
+"""Steps from which a flow is recorded: it takes as long as some tens of eager ones."""
 THOROUGH_FROM = 2000
 """Draws in a whole run from which a thorough search for the start is worth its own."""
 
@@ -159,8 +161,8 @@ def _recorded(
     own = (options[name] is None for name in ("loss", "optim", "batches", "validation"))
     if density is None or not all(own) or options["compile"] != "auto":
         return None
-    if pair.vectorized and options["num_steps"] > MACHINE_CODE_FROM:
-        return None  # machine code pays
+    if pair.vectorized and not RECORDED_FROM <= options["num_steps"] <= MACHINE_CODE_FROM:
+        return None  # a few steps cost less than a graph, and for very many machine code pays
     structure, model = pair.structure, options["model"]
     if (
         structure.model_params
@@ -340,7 +342,8 @@ def fit(
         pair = judge = LogWeights(model, guide, *first, nesting)
         if held_out is not None:
             judge = LogWeights(model, guide, *held_out, nesting)
-        density = answers.density(*first[0], **first[1]) if answers.can_move() else None
+        needed = answers.can_move() or answers.pushforward(model) is not None
+        density = answers.density(*first[0], **first[1]) if needed else None
         graph = _recorded({**options, "num_steps": num_steps}, pair, answers, density)
         default = answers.fit_options()
         together = pair.vectorized or graph is not None

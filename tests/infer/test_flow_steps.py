@@ -83,13 +83,13 @@ def test_a_model_that_does_not_broadcast_is_fitted_as_one_that_does(outside):
     ids=lambda call: next(iter(call)),
 )
 def test_what_the_user_chooses_is_left_to_pyro(outside, call):
-    fit(broadcasting, AutoNICE(broadcasting, num_layers=2), *data(), num_steps=5, **call, **OPTIONS)
+    fit(broadcasting, AutoNICE(broadcasting, num_layers=2), *data(), num_steps=60, **call, **OPTIONS)
     assert outside == [False]
 
 
 @pytest.mark.parametrize("make", [AutoNormal, AutoCIF])
 def test_other_guides_are_left_to_pyro(outside, make):
-    fit(broadcasting, make(broadcasting), *data(), num_steps=5, **OPTIONS)
+    fit(broadcasting, make(broadcasting), *data(), num_steps=60, **OPTIONS)
     assert outside == [False]
 
 
@@ -103,7 +103,7 @@ class TestProgramsThatChange:
             calls[0] += 1
             pyro.sample("x", dist.Normal(float(calls[0] > 1000), 1.0))
 
-        fit(model, AutoNICE(model, num_layers=2), num_steps=5, **OPTIONS)
+        fit(model, AutoNICE(model, num_layers=2), num_steps=60, **OPTIONS)
         assert outside == [False]
 
     @pytest.mark.filterwarnings("ignore:the model is run draw by draw")
@@ -112,7 +112,7 @@ class TestProgramsThatChange:
         def model():
             pyro.sample("x", dist.Normal(draw(), 1.0))
 
-        fit(model, AutoNICE(model, num_layers=2), num_steps=5, **OPTIONS)
+        fit(model, AutoNICE(model, num_layers=2), num_steps=60, **OPTIONS)
         assert outside == [False]
 
     def test_a_handler_around_the_fit(self, outside):
@@ -120,7 +120,7 @@ class TestProgramsThatChange:
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
         with poutine.scale(scale=0.5):
-            fit(model, AutoNICE(model, num_layers=2), num_steps=5, **OPTIONS)
+            fit(model, AutoNICE(model, num_layers=2), num_steps=60, **OPTIONS)
         assert outside == [False]
 
     def test_another_model_than_the_guides(self, outside):
@@ -133,7 +133,7 @@ class TestProgramsThatChange:
             pyro.sample("y", dist.Normal(prior(), 0.1), obs=torch.tensor(2.0))
 
         guide = AutoNICE(prior, num_layers=2)
-        fit(posterior, guide, num_steps=5, **OPTIONS)
+        fit(posterior, guide, num_steps=60, **OPTIONS)
         assert outside == [False]
 
 
@@ -180,5 +180,5 @@ def test_memory_of_parameters_is_given_back():
     """A view that a user holds sees the trained values."""
     guide = AutoRealNVP(broadcasting, num_layers=2).materialize(*data())
     held = guide.affine.loc.data.view(-1)
-    fit(broadcasting, guide, *data(), num_steps=20, **OPTIONS)
+    fit(broadcasting, guide, *data(), num_steps=60, **OPTIONS)
     assert held.data_ptr() == guide.affine.loc.data_ptr()
