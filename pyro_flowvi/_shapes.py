@@ -1,5 +1,7 @@
 """Shapes, without what torch imports to compare them."""
 
+from itertools import zip_longest
+
 import torch
 from torch import Size
 
@@ -7,14 +9,19 @@ __all__ = ["broadcast_shapes"]
 
 
 def broadcast_shapes(*shapes: tuple[int, ...]) -> Size:
-    """As torch's function, which imports sympy, a second in every process, even where all shapes are equal.
+    """As torch's function, which imports sympy, a second in every process.
+
+    :raises RuntimeError: as that function, if the shapes do not fit.
 
     Example::
 
-        >>> broadcast_shapes((), (3,), (3,))
-        torch.Size([3])
+        >>> broadcast_shapes((), (3, 1), (2,))
+        torch.Size([3, 2])
     """
-    distinct = {tuple(shape) for shape in shapes} - {()}
-    if len(distinct) > 1:
-        return Size(torch.broadcast_shapes(*distinct))
-    return Size(distinct.pop() if distinct else ())
+    sizes = []
+    for column in zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        distinct = set(column) - {1}
+        if len(distinct) > 1:
+            return Size(torch.broadcast_shapes(*shapes))  # for its message
+        sizes.append(distinct.pop() if distinct else 1)
+    return Size(reversed(sizes))

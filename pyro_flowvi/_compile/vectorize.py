@@ -72,6 +72,8 @@ class _Forms:
             key = ("constant", shape)
         elif target is operator.getitem:
             key = ("part", node.args[0], shape)
+        elif target is aten.select.int:
+            key = ("part", *node.args[:2], shape)
         elif target in _RESHAPES:
             key, joins = ("reshape", shape, self.of(node.all_input_nodes[0])), True
         elif target in _ELEMENTWISE:
@@ -157,6 +159,8 @@ class _Rebuilder:
 
     def _slices(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """Neighbouring parts of a tensor that was split evenly, as a view of it."""
+        if all(node.target is aten.select.int and node.args[:2] == nodes[0].args[:2] for node in nodes):
+            return self._selected(nodes)
         splits, index = (
             {node.args[0] for node in nodes},
             [node.args[1] for node in nodes if len(node.args) == 2],
@@ -177,6 +181,18 @@ class _Rebuilder:
         cut = self.graph.call_function(aten.reshape.default, (part, parts))
         order = [axis, *range(axis), *range(axis + 1, len(parts))]
         return self.graph.call_function(aten.permute.default, (cut, order))
+
+    def _selected(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
+        source: Any = nodes[0].args[0]
+        shape = self._value(source).shape
+        axis = nodes[0].args[1] % len(shape)  # type: ignore[operator]
+        index = [node.args[2] % shape[axis] for node in nodes]  # type: ignore[operator]
+        if index != list(range(index[0], index[0] + len(index))):
+            return None
+        args = self._single(source), axis, index[0], index[-1] + 1
+        order = [axis, *(i for i in range(len(shape)) if i != axis)]
+        part = self.graph.call_function(aten.slice.Tensor, args)
+        return self.graph.call_function(aten.permute.default, (part, order))
 
     @staticmethod
     def _value(node: fx.Node) -> Tensor:
@@ -273,15 +289,48 @@ def _sum_at_once(nodes: fx.Graph, unsteady: set[fx.Node]) -> None:
                 leaves.append(part)
         if len(leaves) < LEAST_SUMMED or not unsteady.isdisjoint(leaves):
             continue
-        order = {node: i for i, node in enumerate(nodes.nodes)}
-        leaves.sort(key=order.__getitem__)
         with nodes.inserting_before(root):
-            stacked = nodes.call_function(aten.stack.default, (leaves,))
-            total = nodes.call_function(aten.sum.dim_IntList, (stacked, [0]))
-        stacked.meta["value"] = torch.stack([leaf.meta["value"] for leaf in leaves])
-        total.meta["value"] = root.meta["value"]
+            rows, rest = _gather(nodes, leaves)
+            leaves = [*rows, *rest]
+            if len(leaves) > 1:
+                stacked = nodes.call_function(aten.stack.default, (leaves,))
+                stacked.meta["value"] = torch.stack([leaf.meta["value"] for leaf in leaves])
+                total = nodes.call_function(aten.sum.dim_IntList, (stacked, [0]))
+                total.meta["value"] = root.meta["value"]
+            else:
+                total = leaves[0]
         root.replace_all_uses_with(total)
     nodes.eliminate_dead_code()
+
+
+def _gather(nodes: fx.Graph, leaves: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Gradients of neighbouring parts of one tensor, each padded with zeros, as one tensor; and the others."""
+    padded: dict[Any, dict[int, fx.Node]] = {}
+    rest, rows = list[fx.Node](), list[fx.Node]()
+    for leaf in leaves:
+        index: Any = leaf.args[3] if leaf.target is aten.select_backward.default else None
+        into = padded.setdefault((tuple(leaf.args[1]), leaf.args[2]), {}) if index is not None else {}  # type: ignore[arg-type]
+        if index is None or index < 0 or index in into:
+            rest.append(leaf)
+        else:
+            into[index] = leaf
+    for (sizes, dim), into in padded.items():
+        index = sorted(into)
+        dim %= len(sizes)
+        if len(index) < LEAST or index != list(range(index[0], index[-1] + 1)):
+            rest.extend(into.values())
+            continue
+        parts = [into[i].args[0] for i in index]
+        row = nodes.call_function(aten.stack.default, (parts, dim))
+        value = torch.stack([part.meta["value"] for part in parts], dim)  # type: ignore[union-attr]
+        row.meta["value"] = value
+        before, after = index[0], sizes[dim] - index[-1] - 1
+        if before or after:
+            pad = [0, 0] * (len(sizes) - 1 - dim) + [before, after]
+            row = nodes.call_function(aten.constant_pad_nd.default, (row, pad))
+            row.meta["value"] = torch.nn.functional.pad(value, pad)
+        rows.append(row)
+    return rows, rest
 
 
 def _shape_of(part: Any) -> Any:

@@ -17,6 +17,7 @@ from .._program.packing import Packing
 from .._program.pyro_private import PYRO_STACK
 from .._program.sites import is_enumerated, latent_sites
 from .._program.start_trace import SafeInit, prototype
+from .._shapes import broadcast_shapes
 from ._lifecycle import PROTOTYPE_STATE, NamedGuide
 
 __all__ = ["PrototypeGuide"]
@@ -117,6 +118,18 @@ class PrototypeGuide(NamedGuide):
         sites = {name: trace.nodes[name] for name in self._unconstrained_shapes}
         self._packing = Packing(sites, left_out)
         self.latent_dim = self._packing.dim
+
+    def _site_values(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Every latent site with its unconstrained value, particles where Pyro's plates have them.
+
+        As Pyro's ``_unpack_latent``, whose comparison of shapes imports sympy.
+        """
+        sites = [self._site(name) for name in self._unconstrained_shapes]
+        shapes = list(self._unconstrained_shapes.values())
+        parts = latent.split([shape.numel() for shape in shapes], -1)
+        for site, shape, part in zip(sites, shapes, parts, strict=True):
+            event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
+            yield site, part.view(broadcast_shapes(shape, (*latent.shape[:-1], *[1] * event_dim)))
 
     def _init_loc(self) -> Tensor:
         """The starting point of the latents that the flow draws."""

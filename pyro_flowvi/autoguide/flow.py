@@ -302,7 +302,7 @@ class AutoFlow(PrototypeGuide):
         packing = self._packing
         latent = packing.complete(self.sample_latent(*args, **kwargs), self._sample_left_out)
         plates, drawn = self._create_plates(*args, **kwargs), {}
-        for site, free in super()._unpack_latent(latent):
+        for site, free in self._site_values(latent):
             name = site["name"]
             value, log_det = packing.latents[name].constrain(free)
             log_density = 0.0 if poutine.get_mask() is False else -log_det
@@ -322,7 +322,7 @@ class AutoFlow(PrototypeGuide):
         return rest
 
     def _unpack_latent(self, latent: Tensor) -> Any:
-        return super()._unpack_latent(self._packing.complete(latent, torch.randn))
+        return self._site_values(self._packing.complete(latent, torch.randn))
 
     def _bijection(self, name: str) -> Any:
         return self._packing.latents[name].bijection
