@@ -85,11 +85,15 @@ def pass_planar(layer: Any, x: Tensor, score: Tensor) -> Pass:
     def pull(v: Tensor) -> tuple[Tensor, Gradients]:
         onto = slope * (v @ u_hat.t())
         steps = solve_layers(slope.unsqueeze(-1) * -mixing, onto, upper=True)
-        later = (act.t() @ steps).triu(1)
-        by_u_hat = torch.addmm(act.t() @ v, later, w)
+        by_u_hat, later = act.t() @ v, None
+        if layer.num_layers > 1:
+            later = (act.t() @ steps).triu(1)
+            by_u_hat = torch.addmm(by_u_hat, later, w)
         by_w, by_u = directions.gradients(by_u_hat)
         by_w = torch.addmm(by_w, steps.t(), x)
-        grads = {w: torch.addmm(by_w, later.t(), u_hat), layer.u: by_u, layer.b: steps.sum(0)}
+        if later is not None:
+            by_w = torch.addmm(by_w, later.t(), u_hat)
+        grads = {w: by_w, layer.u: by_u, layer.b: steps.sum(0)}
         return torch.addmm(v, steps, w), trained(grads)
 
     return Pass(
