@@ -80,6 +80,8 @@ WRITTEN_OUT = {
     "affine_ar": lambda dim: AffineAutoregressive(dim, hidden=(7, 3)),
     "affine_ar_reverse": lambda dim: AffineAutoregressive(dim, hidden=(6,), reverse=True, activation="relu"),
     "spline_ar": lambda dim: SplineAutoregressive(dim, hidden=(7, 4), num_bins=4, bound=1.5, reverse=True),
+    "inverse_affine_ar": lambda dim: Inverse(AffineAutoregressive(dim, hidden=(7, 3), reverse=True)),
+    "inverse_spline_ar": lambda dim: Inverse(SplineAutoregressive(dim, hidden=(4,), num_bins=4, bound=1.5)),
     "radial": lambda dim: Radial(dim),
     "radial_8": lambda dim: Radial(dim, num_layers=8),
 }
@@ -203,7 +205,7 @@ def test_a_subclass_is_not_taken_for_its_parent(kind):
     "build",
     [
         lambda: HeavyTails(3),
-        lambda: Inverse(AffineAutoregressive(3, hidden=(4,))),
+        lambda: Inverse(AffineCoupling(3, hidden=(4,))),
         lambda: Autoregressive(3, Additive(), hidden=(4,)),
         lambda: Coupling(3, Affine(2.0), conditioner=lambda n, m: MLP(n, (4,), m).double()),
     ],

@@ -1,4 +1,4 @@
-"""The pass of autoregressive layers, affine or by splines."""
+"""The passes of autoregressive layers, affine or by splines, and of their inverses."""
 
 import math
 from types import SimpleNamespace
@@ -14,12 +14,13 @@ from ..autoregressive import (
     Autoregressive,
     SplineAutoregressive,
 )
+from ..compose import Inverse
 from ..univariate import Affine, RationalQuadratic
 from ._pass import Gradients, Pass, form_of, trained
 from .coupling import _Network
 from .spline import SplinePass
 
-__all__ = ["AffinePass", "pass_autoregressive"]
+__all__ = ["AffinePass", "pass_autoregressive", "pass_inverse"]
 
 aten = torch.ops.aten
 
@@ -97,42 +98,88 @@ class _MaskedNetwork(_Network):
         return total
 
 
+class _AtPoints:
+    """A layer at points in its order: products with its transposed Jacobian and the parameters' gradients."""
+
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        self.offset = layer.offset
+        self._network = _MaskedNetwork(layer.conditioner, x)
+        self._first = self._network.layers[0].weight
+        h, transformer = self._network.output.unflatten(-1, self.offset.shape), layer.transformer
+        self.move: Any = (
+            AffinePass(x, h, self.offset, transformer.limit)
+            if type(transformer) is Affine
+            else SplinePass(x, self.offset + h, transformer)
+        )
+        self.log_det = self.move.log_slope.sum(-1)
+
+    def log_det_gradient(self, v: Tensor | None = None) -> Tensor:
+        """∇ log |det J|, and Jᵀ v."""
+        at_raw = self.move.log_slope_to_raw()
+        if v is not None:
+            at_raw = at_raw + self.move.to_raw(v)
+        found = self._network.pull(at_raw.flatten(1))[-1] @ self._first
+        if self.move.bend is not None:
+            found = torch.add(found, self.move.bend, alpha=2.0)
+        return found if v is None else torch.addcmul(found, self.move.slope, v)
+
+    def solve(self, v: Tensor) -> Tensor:
+        """J⁻ᵀ v."""
+        # J = diag(slope) + (by the network): with u = slope z, Jᵀ z = v has ones on the diagonal.
+        inverse, last = self.move.slope.reciprocal(), self._network.layers[-1].weight
+        by_hidden = torch.bmm(
+            self.move.to_raw(inverse).permute(2, 0, 1), last.unflatten(0, self.offset.shape).transpose(0, 1)
+        )
+        matrix = torch.bmm(self._network.jacobian_of_hidden(), by_hidden.permute(1, 2, 0))
+        solved: Tensor = torch.linalg.solve_triangular(
+            matrix, v.unsqueeze(-1), upper=True, unitriangular=True
+        )
+        return solved.squeeze(-1) * inverse
+
+    def pull(self, v: Tensor) -> tuple[Tensor, Gradients]:
+        """Jᵀ v, and what ``v`` at the image is at the parameters."""
+        at_raw = self.move.to_raw(v)
+        pulled = self._network.pull(at_raw.flatten(1))
+        grads = {self.offset: self.move.offset_gradient(v, at_raw), **self._network.gradients(pulled)}
+        return torch.addmm(v * self.move.slope, pulled[-1], self._first), trained(grads)
+
+
+def _is_served(layer: Any) -> bool:
+    return (
+        type(layer) in (Autoregressive, AffineAutoregressive, SplineAutoregressive)
+        and type(layer.conditioner) is MaskedMLP
+        and type(layer.transformer) in (Affine, RationalQuadratic)
+        and layer.dim <= MAX_DENSE_JACOBIAN
+    )
+
+
 @form_of(Autoregressive, AffineAutoregressive, SplineAutoregressive)
 def pass_autoregressive(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     """The pass of an autoregressive layer: the score by whole Jacobians, in dimensions that allow it."""
-    mlp, transformer, offset = layer.conditioner, layer.transformer, layer.offset
-    if type(mlp) is not MaskedMLP or layer.dim > MAX_DENSE_JACOBIAN:
+    if not _is_served(layer):
         return None
-    if type(transformer) not in (Affine, RationalQuadratic):
-        return None
-    x, score = layer._ordered(x), layer._ordered(score)
-    network = _MaskedNetwork(mlp, x)
-    h = network.output.unflatten(-1, offset.shape)
-    move: Any = (
-        AffinePass(x, h, offset, transformer.limit)
-        if type(transformer) is Affine
-        else SplinePass(x, offset + h, transformer)
-    )
-    first, last = network.layers[0].weight, network.layers[-1].weight
-    at_first = network.pull(move.log_slope_to_raw().flatten(1))[-1]
-    score = torch.addmm(score, at_first, first, alpha=-1)
-    if move.bend is not None:
-        score = torch.sub(score, move.bend, alpha=2.0)
-    # J = diag(slope) + (by the network): with u = slope z, Jᵀ z = score has ones on the diagonal.
-    inverse = move.slope.reciprocal()
-    by_hidden = torch.bmm(
-        move.to_raw(inverse).permute(2, 0, 1), last.unflatten(0, offset.shape).transpose(0, 1)
-    )
-    matrix = torch.bmm(network.jacobian_of_hidden(), by_hidden.permute(1, 2, 0))
-    solved = torch.linalg.solve_triangular(matrix, score.unsqueeze(-1), upper=True, unitriangular=True)
-    score = solved.squeeze(-1) * inverse
+    at = _AtPoints(layer, layer._ordered(x))
+    new_score = at.solve(layer._ordered(score) - at.log_det_gradient())
 
     def pull(v: Tensor) -> tuple[Tensor, Gradients]:
-        v = layer._ordered(v)
-        at_raw = move.to_raw(v)
-        pulled = network.pull(at_raw.flatten(1))
-        grads = {offset: move.offset_gradient(v, at_raw), **network.gradients(pulled)}
-        back = torch.addmm(v * move.slope, pulled[-1], first)
-        return layer._ordered(back), trained(grads)
+        back, grads = at.pull(layer._ordered(v))
+        return layer._ordered(back), grads
 
-    return Pass(layer._ordered(move.image), move.log_slope.sum(-1), layer._ordered(score), pull)
+    return Pass(layer._ordered(at.move.image), at.log_det, layer._ordered(new_score), pull)
+
+
+@form_of(Inverse)
+def pass_inverse(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
+    """The pass of an autoregressive layer turned around: the Jacobian of the way there is at the image."""
+    layer = layer.transform
+    if not _is_served(layer):
+        return None
+    image = layer.inverse_and_log_det(x)[0]
+    at = _AtPoints(layer, layer._ordered(image))
+    new_score = at.log_det_gradient(layer._ordered(score))
+
+    def pull(v: Tensor) -> tuple[Tensor, Gradients]:
+        back = at.solve(layer._ordered(v))
+        return layer._ordered(back), at.pull(-back)[1]
+
+    return Pass(image, -at.log_det, layer._ordered(new_score), pull)

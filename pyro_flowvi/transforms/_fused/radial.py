@@ -51,27 +51,28 @@ def pass_radial(layer: Any, x: Tensor, score: Tensor) -> Pass:
     log_across = torch.log1p(stretch)
     log_det = torch.add(torch.log1p(tilt * stretch), log_across, alpha=layer.dim - 1).sum(-1)
     grown = across
-    ratio = mixed = to_last = None
+    between = None  # the layers, of which one has none
     if layer.num_layers > 1:
         total = log_across.cumsum(-1)
         grown, to_last = total.exp(), (total - total[:, -1:]).exp()
         ratio = (total.unsqueeze(-2) - total.unsqueeze(-1)).exp()  # k, j: what is between the two
-        mixed = ratio * torch.bmm(deltas, deltas.mT)
+        between = to_last, ratio, ratio * torch.bmm(deltas, deltas.mT)
     whole = grown[:, -1:]
     # In each layer score = score / A + m δ, with m = e ((D - 1) / A + 2 α h / (1 + α β h²) + score · δ / A).
     rate = curved / (along * radius)
     right = (layer.dim - 1) / across + 2.0 * tilt / along
     moves = rate * torch.addcdiv(right, _onto(deltas, score), grown)
-    if mixed is not None:
-        moves = solve_layers(rate.unsqueeze(-1) * -mixed, moves, upper=False)
-    new_score = _combine(moves if to_last is None else moves * to_last, deltas)
-    new_score = torch.addcdiv(new_score, score, whole)
+    if between is not None:
+        to_last, _, mixed = between
+        moves = solve_layers(rate.unsqueeze(-1) * -mixed, moves, upper=False) * to_last
+    new_score = torch.addcdiv(_combine(moves, deltas), score, whole)
 
     def pull(v: Tensor) -> tuple[Tensor, Gradients]:
         # In each layer v = A v - f (δ · v) δ.
         force = curved / (radius * across)
         onto = _onto(deltas, v)
-        if mixed is not None:
+        if between is not None:
+            to_last, ratio, mixed = between
             onto = solve_layers(mixed * force.unsqueeze(-2), onto / to_last, upper=True)
         steps = force * onto
         back = torch.addcmul(-_combine(steps * grown, deltas), v, whole)
@@ -81,12 +82,12 @@ def pass_radial(layer: Any, x: Tensor, score: Tensor) -> Pass:
         inner = aten.softplus_backward(by_alpha - by_beta, layer.a, 1.0, 20.0)
         # By the centre (I - J) v = f (δ · v) δ - stretch v, v being between the layers.
         own = steps * across
-        if ratio is None:
+        if between is None:
             by_centre, left = own.t() @ deltas[:, 0], stretch
         else:
             later = (stretch.unsqueeze(-1) * ratio).triu(1)
-            between = torch.addcmul(torch.diag_embed(own), later, steps.unsqueeze(-2))
-            by_centre, left = between.transpose(0, 1).flatten(1) @ deltas.flatten(0, 1), stretch / to_last
+            weights = torch.addcmul(torch.diag_embed(own), later, steps.unsqueeze(-2))
+            by_centre, left = weights.transpose(0, 1).flatten(1) @ deltas.flatten(0, 1), stretch / to_last
         by_centre = torch.addmm(by_centre, left.t(), v, alpha=-1)
         grads = {layer.centre: by_centre, layer.a: outer + inner, layer.b: outer / layer.num_layers}
         return back, trained(grads)
