@@ -131,10 +131,9 @@ class _AtPoints:
             self.move.to_raw(inverse).permute(2, 0, 1), last.unflatten(0, self.offset.shape).transpose(0, 1)
         )
         matrix = torch.bmm(self._network.jacobian_of_hidden(), by_hidden.permute(1, 2, 0))
-        solved: Tensor = torch.linalg.solve_triangular(
-            matrix, v.unsqueeze(-1), upper=True, unitriangular=True
-        )
-        return solved.squeeze(-1) * inverse
+        solved = torch.linalg.solve_triangular(matrix, v.unsqueeze(-1), upper=True, unitriangular=True)
+        found: Tensor = solved.squeeze(-1) * inverse
+        return found
 
     def pull(self, v: Tensor) -> tuple[Tensor, Gradients]:
         """Jᵀ v, and what ``v`` at the image is at the parameters."""
