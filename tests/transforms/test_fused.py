@@ -224,3 +224,15 @@ def test_the_way_back_can_be_gone_twice():
         torch.testing.assert_close(2.0 * first[0], second[0])
         for param, grad in first[1].items():
             torch.testing.assert_close(2.0 * grad, second[1][param])
+
+
+def test_low_rank_score_where_the_factor_is_large():
+    """Against a solve with the whole matrix."""
+    torch.manual_seed(1)
+    layer = LowRankAffine(4, rank=2, scale=1e-6)
+    torch.nn.init.normal_(layer.factor, std=3.0)
+    x, score = torch.randn(5, 4), torch.randn(5, 4)
+    jacobian = torch.autograd.functional.jacobian(layer, x[0])
+    expected = torch.linalg.solve(jacobian.mT, score.mT).mT
+    for found in (forward_with_score(layer, x, score)[2], pass_through(layer, x, score).score):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.norm()))
