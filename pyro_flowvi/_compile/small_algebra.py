@@ -14,8 +14,10 @@ __all__ = ["WRITTEN_OUT"]
 
 SMALL_PRODUCT = 2**14
 """Matrix products of fewer multiplications are written as sums."""
-SMALL_SYSTEM = 20
-"""The largest triangular matrix whose inverse is applied by substitution, a statement for each entry."""
+SMALL_SYSTEM = 24
+"""The largest triangular matrix whose inverse is applied by substitution, written out."""
+FEW_ROWS = 10
+"""Up to that size there is a statement for each entry, above it one for each column: a third of the code."""
 SHORT = 16
 """The longest dimension along which cumulative sums and products are written out."""
 
@@ -31,9 +33,10 @@ def _product_vector(left: Tensor, right: Tensor) -> Any:
     return (left * right).sum(-1)
 
 
-def _add_product(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    product = _product(left, right)
-    return product if product is NotImplemented else beta * bias + alpha * product
+def _add_product(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    """A product, to which the bias is added with what follows: addmm first copies it into the result."""
+    product = torch.matmul(left, right)
+    return (bias if beta == 1 else beta * bias) + (product if alpha == 1 else alpha * product)
 
 
 def _solve_triangular(
@@ -45,13 +48,21 @@ def _solve_triangular(
         return NotImplemented
     if not left:
         matrix, right, upper = matrix.mT, right.mT, not upper
-    rows = [row.unbind(-1) for row in matrix.unsqueeze(-2).unbind(-3)]
+    order = list(reversed(range(size)) if upper else range(size))
     found: dict[int, Tensor] = {}
-    for i in reversed(range(size)) if upper else range(size):
-        rest = right.select(-2, i)
-        for j, value in found.items():
-            rest = rest - rows[i][j] * value
-        found[i] = rest if unitriangular else rest / rows[i][i]
+    if size <= FEW_ROWS:
+        rows = [row.unbind(-1) for row in matrix.unsqueeze(-2).unbind(-3)]
+        for i in order:
+            rest = right.select(-2, i)
+            for j, value in found.items():
+                rest = rest - rows[i][j] * value
+            found[i] = rest if unitriangular else rest / rows[i][i]
+    else:
+        rest, others = right, matrix.triu(1) if upper else matrix.tril(-1)
+        for i in order:
+            value = rest.select(-2, i)
+            found[i] = value if unitriangular else value / matrix[..., i, i].unsqueeze(-1)
+            rest = rest - others[..., i].unsqueeze(-1) * found[i].unsqueeze(-2)
     solution = torch.stack([found[i] for i in range(size)], -2)
     return solution if left else solution.mT
 

@@ -90,3 +90,13 @@ def test_step_with_multivariate_normals_is_that_of_eager_pyro(num_particles: int
         svi = kind(model, guide, pyro.optim.Adam({"lr": 0.02}), loss, **options)
         losses[kind] = [svi.step(y) for _ in range(15)]
     assert losses[SVI] == pytest.approx(losses[CompiledSVI], rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (200, 100), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("scales", [{}, {"beta": 2, "alpha": 0.5}], ids=str)
+def test_product_with_a_bias(shape: tuple[int, ...], scales: dict[str, float]) -> None:
+    left, right, bias = torch.randn(shape), torch.randn(shape).mT, torch.randn(shape[-2])
+    name = "addmm" if len(shape) == 2 else "baddbmm"
+    rule = WRITTEN_OUT[getattr(aten, name).default]
+    expected = getattr(torch, name)(bias, left, right, **scales)
+    torch.testing.assert_close(rule(bias, left, right, **scales), expected)
