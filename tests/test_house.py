@@ -19,7 +19,7 @@ PACKAGE = ROOT / "pyro_flowvi"
 
 # A row imports from its own row and from those above it.
 ROWS = [
-    {"_bar", "_checks", "_types", "numerics", "psis"},
+    {"_bar", "_checks", "_shapes", "_types", "numerics", "psis"},
     {"nn"},
     {"_program"},
     {"init"},
@@ -36,7 +36,7 @@ ROWS = [
     {"demo", "__main__"},
 ]
 RANK = {name: i for i, row in enumerate(ROWS) for name in row}
-ONLY_TORCH = {"numerics", "nn", "transforms.splines", "transforms.univariate", "_checks", "_types"}
+ONLY_TORCH = {"numerics", "nn", "transforms.splines", "transforms.univariate", "_checks", "_shapes", "_types"}
 EXTRAS = {
     "jax",
     "numpyro",

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from .._program.log_density import REFUSALS
 from ..distributions.flow import standard_normal_log_prob
 from ..transforms._fused import pass_through
-from ..transforms.base import forward_with_score
+from ..transforms.base import forward_with_score, vector_jacobian
 from .errors import CannotCompile
 from .log_density import TracedDensity
 from .optimizers import Rule, flatten
@@ -45,7 +45,7 @@ def _by_autograd(transform: Any, params: Sequence[Tensor], x: Tensor, slope: Ten
         rows = x.detach().requires_grad_()
         z, log_det, score = forward_with_score(transform, rows, -rows.detach())
         log_q = standard_normal_log_prob(x) - log_det
-        grads = torch.autograd.grad(z, params, slope, allow_unused=True)
+        grads = vector_jacobian([z], [slope], params)
     known = (torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
     return z.detach(), log_q.detach(), score.detach(), flatten(known)
 

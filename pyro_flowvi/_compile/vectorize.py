@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .long_sums import sum_at_once
+
 __all__ = ["vectorize"]
 
 aten = torch.ops.aten
 LEAST = 4
 """Operations of one form from which they are done at once."""
-LEAST_SUMMED = 8
-"""Terms of a chain of additions from which it becomes a sum of a stack."""
 _ELEMENTWISE = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.sub.Scalar),
     *(aten.mul.Scalar, aten.div.Scalar, aten.neg.default, aten.exp.default, aten.log.default),
@@ -183,10 +183,11 @@ class _Rebuilder:
         return self.graph.call_function(aten.permute.default, (cut, order))
 
     def _selected(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
-        source: Any = nodes[0].args[0]
-        shape = self._value(source).shape
-        axis = nodes[0].args[1] % len(shape)  # type: ignore[operator]
-        index = [node.args[2] % shape[axis] for node in nodes]  # type: ignore[operator]
+        first: Any = nodes[0].args
+        source, shape = first[0], self._value(first[0]).shape
+        axis: int = first[1] % len(shape)
+        places: list[Any] = [node.args[2] for node in nodes]
+        index = [place % shape[axis] for place in places]
         if index != list(range(index[0], index[0] + len(index))):
             return None
         args = self._single(source), axis, index[0], index[-1] + 1
@@ -269,74 +270,6 @@ class _Rebuilder:
         return pieces[0] if len(pieces) == 1 else self.graph.call_function(aten.cat.default, (pieces, dim))
 
 
-def _sum_at_once(nodes: fx.Graph, unsteady: set[fx.Node]) -> None:
-    """Replaces long chains of additions, as gradients of what all steps share, by sums of stacks."""
-
-    def is_link(node: Any) -> bool:
-        plain = isinstance(node, fx.Node) and node.target is aten.add.Tensor and not node.kwargs
-        parts = node.args if plain else ()
-        return plain and node not in unsteady and all(_shape_of(part) == _shape(node) for part in parts)
-
-    for root in reversed(list(nodes.nodes)):
-        if not is_link(root) or (len(root.users) == 1 and is_link(next(iter(root.users)))):
-            continue
-        leaves, pending = list[Any](), list(root.args)
-        while pending:
-            part: Any = pending.pop()
-            if is_link(part) and len(part.users) == 1:
-                pending.extend(part.args)
-            else:
-                leaves.append(part)
-        if len(leaves) < LEAST_SUMMED or not unsteady.isdisjoint(leaves):
-            continue
-        with nodes.inserting_before(root):
-            rows, rest = _gather(nodes, leaves)
-            leaves = [*rows, *rest]
-            if len(leaves) > 1:
-                stacked = nodes.call_function(aten.stack.default, (leaves,))
-                stacked.meta["value"] = torch.stack([leaf.meta["value"] for leaf in leaves])
-                total = nodes.call_function(aten.sum.dim_IntList, (stacked, [0]))
-                total.meta["value"] = root.meta["value"]
-            else:
-                total = leaves[0]
-        root.replace_all_uses_with(total)
-    nodes.eliminate_dead_code()
-
-
-def _gather(nodes: fx.Graph, leaves: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Gradients of neighbouring parts of one tensor, each padded with zeros, as one tensor; and the others."""
-    padded: dict[Any, dict[int, fx.Node]] = {}
-    rest, rows = list[fx.Node](), list[fx.Node]()
-    for leaf in leaves:
-        index: Any = leaf.args[3] if leaf.target is aten.select_backward.default else None
-        into = padded.setdefault((tuple(leaf.args[1]), leaf.args[2]), {}) if index is not None else {}  # type: ignore[arg-type]
-        if index is None or index < 0 or index in into:
-            rest.append(leaf)
-        else:
-            into[index] = leaf
-    for (sizes, dim), into in padded.items():
-        index = sorted(into)
-        dim %= len(sizes)
-        if len(index) < LEAST or index != list(range(index[0], index[-1] + 1)):
-            rest.extend(into.values())
-            continue
-        parts = [into[i].args[0] for i in index]
-        row = nodes.call_function(aten.stack.default, (parts, dim))
-        value = torch.stack([part.meta["value"] for part in parts], dim)  # type: ignore[union-attr]
-        row.meta["value"] = value
-        before, after = index[0], sizes[dim] - index[-1] - 1
-        if before or after:
-            pad = [0, 0] * (len(sizes) - 1 - dim) + [before, after]
-            row = nodes.call_function(aten.constant_pad_nd.default, (row, pad))
-            row.meta["value"] = torch.nn.functional.pad(value, pad)
-        rows.append(row)
-    return rows, rest
-
-
-def _shape_of(part: Any) -> Any:
-    return _shape(part) if isinstance(part, fx.Node) else None
-
-
 def vectorize(
     nodes: fx.Graph, constants: dict[fx.Node, Any], unsteady: set[fx.Node]
 ) -> tuple[fx.Graph, list[Tensor]] | None:
@@ -347,7 +280,7 @@ def vectorize(
     :param unsteady: nodes whose memory may change.
     :return: the graph, and the values of its further inputs, which come after the others.
     """
-    _sum_at_once(nodes, unsteady)
+    sum_at_once(nodes, unsteady)
     forms, found = _Forms(set(constants), unsteady), dict[int, list[fx.Node]]()
     for node in nodes.nodes:
         if forms.note(node):

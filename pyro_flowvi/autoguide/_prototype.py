@@ -131,6 +131,12 @@ class PrototypeGuide(NamedGuide):
             event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
             yield site, part.view(broadcast_shapes(shape, (*latent.shape[:-1], *[1] * event_dim)))
 
+    def _unpack_latent(self, latent: Tensor) -> Any:
+        return self._site_values(self._packing.complete(latent, torch.randn))
+
+    def _bijection(self, name: str) -> Any:
+        return self._packing.latents[name].bijection
+
     def _init_loc(self) -> Tensor:
         """The starting point of the latents that the flow draws."""
         values = {name: self._site(name)["value"].detach() for name in self._packing.latents}

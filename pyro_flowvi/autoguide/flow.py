@@ -321,12 +321,6 @@ class AutoFlow(PrototypeGuide):
         rest: Tensor = pyro.sample(site, noise, infer={"is_auxiliary": True})
         return rest
 
-    def _unpack_latent(self, latent: Tensor) -> Any:
-        return self._site_values(self._packing.complete(latent, torch.randn))
-
-    def _bijection(self, name: str) -> Any:
-        return self._packing.latents[name].bijection
-
     @torch.no_grad()
     def sample_posterior(self, num_samples: int | Shape = (), resample: bool = False) -> dict[str, Tensor]:
         """Independent draws of every latent site, in its constrained space.

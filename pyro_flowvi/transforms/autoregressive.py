@@ -89,7 +89,7 @@ class Autoregressive(ParametricTransform):
         h = self.conditioner(x, raw).unflatten(-1, self.offset.shape)
         image, log_slope = self.transformer.forward(x, h, raw["offset"])
         ones = torch.ones_like(image)
-        (by_param,) = torch.autograd.grad(image, h, ones, retain_graph=True)
+        (by_param,) = torch.autograd.grad(image.sum(), h, retain_graph=True)
         bend = pull_back([log_slope], [ones], x)
         with torch.no_grad():
             # The whole Jacobian and one triangular solve: an inverse pass would take the coordinates in turn.

@@ -1,7 +1,7 @@
 """What every transform of the package is: stateless, fused, exact in both directions."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -164,6 +164,19 @@ def forward_and_log_det(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor
     y = transform(x)
     log_det = transform.log_abs_det_jacobian(x, y)
     return y, _sum_event(log_det, transform)
+
+
+def vector_jacobian(
+    outputs: Sequence[Tensor], weights: Sequence[Tensor], inputs: Sequence[Tensor], *, keep: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Vector-Jacobian products, by the gradient of a sum: with weights ``torch.autograd.grad`` imports sympy.
+
+    :param keep: whether the graph is needed again.
+    :return: for every input; None where no output depends on it.
+    """
+    with torch.enable_grad():
+        total = torch.stack([(y * weight).sum() for y, weight in zip(outputs, weights, strict=True)]).sum()
+    return torch.autograd.grad(total, list(inputs), retain_graph=keep, allow_unused=True)
 
 
 def score_by_inverse(transform: Any, y: Tensor, score: Tensor, raw: Raw | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import check_positive, check_positive_int
 from ..nn import MLP
-from .base import ParametricTransform, Raw
+from .base import ParametricTransform, Raw, vector_jacobian
 from .univariate import Additive, Affine, Multiplicative, RationalQuadratic, Transformer
 
 __all__ = [
@@ -72,7 +72,7 @@ def pull_back(outputs: Sequence[Tensor], weights: Sequence[Tensor], at: Tensor) 
     if not pairs:
         return None
     values, weights = zip(*pairs, strict=True)
-    return torch.autograd.grad(values, at, weights, retain_graph=True, allow_unused=True)[0]
+    return vector_jacobian(values, weights, [at], keep=True)[0]
 
 
 class Coupling(ParametricTransform):

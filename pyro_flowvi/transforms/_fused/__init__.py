@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import forward_with_score
+from ..base import forward_with_score, vector_jacobian
 from ..compose import Chain
 from . import affine, autoregressive, planar, radial, sylvester  # noqa: F401 - each enters its forms
 from ._pass import EXACT, Form, Gradients, Pass, accumulate, form_of
@@ -39,7 +39,7 @@ def _by_autograd(layer: Any, x: Tensor, score: Tensor, params: Sequence[Tensor])
         y, log_det, pushed = forward_with_score(layer, at, score)
 
     def pull(v: Tensor) -> tuple[Tensor, Gradients]:
-        found = torch.autograd.grad(y, [at, *params], v, allow_unused=True)
+        found = vector_jacobian([y], [v], [at, *params])
         back, *grads = (
             torch.zeros_like(p) if g is None else g for p, g in zip((at, *params), found, strict=True)
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import finite_scale
+from ..base import vector_jacobian
 from ..linear import ActNorm, ElementwiseAffine, LowerAffine, LowRankAffine, Permute
 from ._pass import Gradients, Pass, form_of, trained
 
@@ -62,12 +63,9 @@ def pass_low_rank(layer: Any, x: Tensor, score: Tensor) -> Pass:
     def pull(v: Tensor) -> tuple[Tensor, Gradients]:
         onto = v @ factor
         by_factor = torch.addmm(v.t() @ projected, x.t(), onto)
-        found = torch.autograd.grad(
-            (scale_graph, factor_graph),
-            (leaves["log_scale"], leaves["factor"]),
-            ((v * x).sum(0), by_factor),
-            retain_graph=True,
-        )
+        weights = (v * x).sum(0), by_factor
+        inputs = leaves["log_scale"], leaves["factor"]
+        found = vector_jacobian((scale_graph, factor_graph), weights, inputs, keep=True)
         grads = {layer.loc: v.sum(0), **dict(zip(shape, found, strict=True))}
         return times(v, onto), trained(grads)
 
