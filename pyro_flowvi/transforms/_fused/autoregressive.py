@@ -1,6 +1,5 @@
 """The passes of autoregressive layers, affine or by splines, and of their inverses."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...nn import MaskedMLP
+from ...numerics import finite_scale
 from ..autoregressive import (
     MAX_DENSE_JACOBIAN,
     AffineAutoregressive,
@@ -17,6 +17,7 @@ from ..autoregressive import (
 from ..compose import Inverse
 from ..univariate import Affine, RationalQuadratic
 from ._pass import Gradients, Pass, form_of, trained
+from .affine import log_scale_gradient
 from .coupling import _Network
 from .spline import SplinePass
 
@@ -36,10 +37,9 @@ class AffinePass:
     bend: Tensor | None = None
 
     def __init__(self, x: Tensor, h: Tensor, offset: Tensor, limit: float) -> None:
-        self._largest = 0.3 * math.log(torch.finfo(offset.dtype).max)
-        self._offset, self._free = offset, offset[0].clamp(-self._largest, self._largest)
+        self._offset, free = offset, finite_scale(offset[0])[1]
         self._squashed = torch.sigmoid(h[:, 0] * (2.0 / limit))
-        self.log_slope = torch.add(self._free - limit, self._squashed, alpha=2.0 * limit)
+        self.log_slope = torch.add(free - limit, self._squashed, alpha=2.0 * limit)
         self.slope = self.log_slope.exp()
         self._scaled = x * self.slope
         self.image = self._scaled + (offset[1] + h[:, 1])
@@ -55,9 +55,7 @@ class AffinePass:
 
     def offset_gradient(self, v: Tensor, at_raw: Tensor) -> Tensor:
         """From ``v`` at the image."""
-        by_free = aten.hardtanh_backward(
-            (v * self._scaled).sum(0), self._offset[0], -self._largest, self._largest
-        )
+        by_free = log_scale_gradient((v * self._scaled).sum(0), self._offset[0])
         return torch.stack((by_free, v.sum(0)))
 
 
