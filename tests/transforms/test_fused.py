@@ -229,9 +229,9 @@ def test_the_way_back_can_be_gone_twice():
 def test_low_rank_score_where_the_factor_is_large():
     """Against a solve with the whole matrix."""
     torch.manual_seed(1)
-    layer = LowRankAffine(2, rank=2, scale=1e-12)
+    layer = LowRankAffine(2, rank=2, scale=1e-12).to(torch.float64)
     layer.factor.data.copy_(torch.tensor([[1.0, 0.2], [-0.3, 0.8]]))
-    x, score = torch.randn(5, 2), torch.randn(5, 2)
+    x, score = torch.randn(2, 5, 2, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(layer, x[0])
     expected = torch.linalg.solve(jacobian.mT, score.mT).mT
     for found in (forward_with_score(layer, x, score)[2], pass_through(layer, x, score).score):
