@@ -18,7 +18,7 @@ from ..compose import Inverse
 from ..univariate import Affine, RationalQuadratic
 from ._pass import Gradients, Pass, form_of, trained
 from .affine import log_scale_gradient
-from .coupling import _Network
+from .coupling import Network
 from .spline import SplinePass
 
 __all__ = ["AffinePass", "pass_autoregressive", "pass_inverse"]
@@ -59,7 +59,7 @@ class AffinePass:
         return torch.stack((by_free, v.sum(0)))
 
 
-class _MaskedNetwork(_Network):
+class _MaskedNetwork(Network):
     """A masked network at a batch of points."""
 
     def __init__(self, mlp: MaskedMLP, x: Tensor) -> None:

@@ -11,10 +11,10 @@ from ..coupling import Coupling
 from ..univariate import Additive, Affine, Multiplicative
 from ._pass import Gradients, Pass
 
-__all__ = ["pass_coupling"]
+__all__ = ["Network", "pass_coupling"]
 
 
-class _Network:
+class Network:
     """A network of tanh or relu at a batch of points, with products of vectors and its Jacobian.
 
     :param mlp: the network.
@@ -80,7 +80,7 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     size = moved.shape[-1]
     if mlp is not None:
         kept, kept_score = x[:, layer._kept], score[:, layer._kept]
-        network = _Network(mlp, kept)
+        network = Network(mlp, kept)
     raw = list(network.output.split(size, -1)) if network is not None else []
     log_scale = scale = squashed = shift = None
     if scales:

@@ -22,7 +22,7 @@ from ..coupling import Coupling
 from ..splines import MIN_BIN, MIN_DERIVATIVE
 from ..univariate import RationalQuadratic
 from ._pass import Gradients, Pass, trained
-from .coupling import _Network
+from .coupling import Network
 
 __all__ = ["SplinePass", "pass_spline"]
 
@@ -138,7 +138,7 @@ def pass_spline(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     raw = offset.expand(len(x), *offset.shape)
     if mlp is not None:
         kept, kept_score = x[:, layer._kept], score[:, layer._kept]
-        network = _Network(mlp, kept)
+        network = Network(mlp, kept)
         raw = offset + network.output.unflatten(-1, offset.shape)
     spline = SplinePass(moved, raw, transformer)
     moved_score = torch.sub(score[:, layer._moved], spline.bend, alpha=2.0) / spline.slope
