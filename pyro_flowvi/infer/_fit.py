@@ -200,7 +200,7 @@ def _move(
             f"{flat}, whose priors are improper: the data say nothing there; give one a proper prior"
         )
     draws = loop.num_steps * loop.run.loss.num_particles
-    effort = Effort.within(pair.structure.largest) if draws >= THOROUGH_FROM else Effort.small()
+    effort = Effort.within(pair.structure.largest, density.dim) if draws >= THOROUGH_FROM else Effort.small()
     if not traced(density, effort.starts).batched:
         effort = Effort.small()
     loop.bar.tell(f"search for a start: {effort.starts} runs of L-BFGS")

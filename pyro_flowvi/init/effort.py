@@ -6,6 +6,8 @@ __all__ = ["Effort"]
 
 SMALL_BATCH, LARGE_BATCH = 50_000, 1_000_000
 """Elements that a batch of 64 or 16 points and their data may have before a search is cut."""
+FEW = 20
+"""Latents up to which a cut search takes the fewest draws and steps."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,14 @@ class Effort:
         return cls(4, 60, 2, 0, 16, 1, (0, 30))
 
     @classmethod
-    def within(cls, elements: int) -> "Effort":
-        """What a model of so many data at each point allows: smaller batches of fewer candidates."""
+    def within(cls, elements: int, dim: int) -> "Effort":
+        """What a model of so many data at each point allows: smaller batches of fewer candidates.
+
+        :param elements: of the largest tensor at one point.
+        :param dim: the number of latents: of many, a covariance takes more draws and steps.
+        """
         if 64 * elements <= SMALL_BATCH:
             return cls()
-        return cls(16, 200, 3, 3, 32, 2, (20, 40)) if 16 * elements <= LARGE_BATCH else cls.small()
+        if 16 * elements > LARGE_BATCH:
+            return cls.small()
+        return cls(16, 200, 3, 3, 32, 2, (20, 40)) if dim <= FEW else cls(16, 200, 3, 6, 64, 3, (60, 120))
