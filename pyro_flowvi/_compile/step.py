@@ -83,6 +83,7 @@ class CompiledStep:
         self.calls, self.next_audit = 0, 1
         self._advance = advance
         names = [str(node.target) for node in self.traced.graph.graph.nodes]
+        names = [name for name in names if "solve_triangular" not in name]  # whatever it is given, it answers
         self._may_fail = any(part in name for name in names for part in _FALLIBLE)
 
     def lower(
