@@ -183,7 +183,7 @@ def _step(graph: TracedDensity | None, answers: FitGuide, run: Run) -> FlowStep 
     flow = answers.pushforward(run.model)
     params = [param for param in flow.parameters() if param.requires_grad]
     try:
-        return FlowStep(flow, params, graph, run.optim.limits)
+        return FlowStep(flow, params, graph, run.optim.limits) if params else None
     except CannotCompile:
         return None
 

@@ -264,7 +264,7 @@ class TrainingLoop:
 
     def _has_arrived(self, weights: Tensor) -> bool:
         """Whether the averaged or the best state cannot be told from the posterior."""
-        if bool(weights.std() < min(SETTLED_SD, self.tolerance)):
+        if bool(weights.std() < min(SETTLED_SD, math.sqrt(2.0 * self.tolerance))):
             return True
         # A few weights underestimate the distance: they only say when to look closely.
         promising = len(self.rounds) > 1 and bool(0.5 * self.run.best_weights.var() < self.tolerance)

@@ -1,6 +1,8 @@
 """Fits of flows outside Pyro: on which programs, and that all is as it would be inside."""
 
+import importlib
 import random
+import shutil
 
 import pyro
 import pyro.distributions as dist
@@ -12,8 +14,9 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_flowvi import AutoCIF, AutoNICE, AutoRealNVP, diagnose, fit
 from pyro_flowvi.infer import CompileWarning
-from pyro_flowvi.infer import _fit as fitting
+from pyro_flowvi.infer._checkpoint import Checkpoint
 
+fitting = importlib.import_module("pyro_flowvi.infer._fit")
 OPTIONS = {"seed": 0, "progress": False}
 
 
@@ -182,3 +185,28 @@ def test_memory_of_parameters_is_given_back():
     held = guide.affine.loc.data.view(-1)
     fit(broadcasting, guide, *data(), num_steps=60, **OPTIONS)
     assert held.data_ptr() == guide.affine.loc.data_ptr()
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, monkeypatch, outside):
+    """Bit for bit, from the middle of the second round."""
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
+    write, half = Checkpoint.write, tmp_path / "half"
+
+    def keep_one(self, loop, identity):
+        write(self, loop, identity)
+        if loop.progress.step == 220:
+            shutil.copy(self.path, half)
+
+    monkeypatch.setattr(Checkpoint, "write", keep_one)
+    results = []
+    for path in (tmp_path / "whole", half):
+        pyro.clear_param_store()
+        guide = AutoRealNVP(plain, num_layers=2, name="guide")
+        options = {"num_steps": 1000, "tolerance": 1e-9, "checkpoint": path}
+        results.append(fit(plain, guide, *data(), **options, **OPTIONS))
+        del guide
+    assert outside == [True, True]
+    assert len(results[0].losses) > 400
+    assert torch.equal(results[0].losses, results[1].losses)
+    for name, value in results[0].best_state.items():
+        assert torch.equal(value, results[1].best_state[name])
