@@ -37,7 +37,7 @@ from ._guarded_optim import GuardedOptim
 from ._result import FitResult
 from ._run_state import Run
 from ._start import locate
-from ._training_loop import TOLERANCE, TrainingLoop
+from ._training_loop import TOLERANCE, TOLERANCE_EACH, TrainingLoop
 
 __all__ = ["fit"]
 
@@ -87,6 +87,12 @@ def _threads_for(elements: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _default_tolerance(pair: LogWeights) -> float:
+    """Less for a few latents, of which each has a larger part of a given divergence."""
+    size = sum(max(1, shape.numel()) for shape in pair.structure.latents.values())
+    return min(TOLERANCE, TOLERANCE_EACH * max(1, size))
 
 
 def _check_arguments(options: Mapping[str, Any]) -> None:
@@ -281,7 +287,8 @@ def fit(
         component of a mixture has so many; by default all together that of the table, and each 32 at least.
     :param tolerance: how far below the evidence, nats, the ELBO may be for the run to end: half the variance
         of the log weights, or the logarithm of their mean less the mean of the logarithms if that is more,
-        on 2,048 draws; 0.03 by default.
+        on 2,048 draws; by default 0.03, or 0.005 for each latent if that is less.  Nor may the weights move a
+        mean by more than 0.05 standard deviations, or a standard deviation by more than 5 %.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where model or guide enumerate a discrete
         site (:class:`TraceEnumSTL_ELBO` for :class:`AutoFlowMixture`), :class:`TraceSTL_ELBO` where all
         sites of the guide are reparameterised, else ``Trace_ELBO``.
@@ -357,7 +364,15 @@ def fit(
         may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
         own_rate = rate if optim is None else None
         loop = TrainingLoop(
-            run, num_steps, own_rate, compile, supply, changing, may_settle, bar, tolerance or TOLERANCE
+            run,
+            num_steps,
+            own_rate,
+            compile,
+            supply,
+            changing,
+            may_settle,
+            bar,
+            tolerance or _default_tolerance(pair),
         )
         saved = save = None
         if file is not None:

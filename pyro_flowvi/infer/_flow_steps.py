@@ -67,6 +67,8 @@ class FlowWeights:
 
     def __init__(self, pair: LogWeights, guide: FitGuide, density: TracedDensity) -> None:
         self.structure = pair.structure
+        self.last_draws: Tensor | None = None
+        """The draws of the last weights, ``(num_samples, D)``."""
         self._guide, self._density = guide, density
 
     @torch.no_grad()
@@ -75,6 +77,7 @@ class FlowWeights:
         drawn = self._guide.draw_latent(num_samples)
         assert drawn is not None
         z, log_q = drawn
+        self.last_draws = z
         return self._density(z)[0] - log_q
 
 

@@ -2,8 +2,10 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -28,6 +30,25 @@ COMPARISON_DRAWS_APART = 16
 """The same where the model cannot run them together."""
 GAP_DRAWS = 8
 """Draws from which the distance to the posterior is estimated, as a multiple of those of a comparison."""
+
+
+class Distance(NamedTuple):
+    """How far a guide is from the posterior, as far as the weights of its draws tell."""
+
+    gap: float
+    """Nats by which the ELBO is below the evidence, the larger of two estimates: half the variance of the log
+    weights, as of normal ones; the logarithm of their mean less the mean of the logarithms."""
+    moved: float | None
+    """By how much the weights move a latent: its mean in standard deviations, the logarithm of its standard
+    deviation; the largest of all.  None where the draws are not known."""
+
+
+def _moved_by(z: Tensor, shares: Tensor) -> float:
+    mean, sd = z.mean(0), z.std(0)
+    weighted = shares @ z
+    scale = (shares @ (z - weighted).square()).sqrt()
+    moved = torch.stack([(weighted - mean) / sd, (scale / sd).log()])
+    return float(moved.abs().nan_to_num(math.inf).max())
 
 
 @dataclass
@@ -78,18 +99,16 @@ class Run:
         except REFUSALS:
             return torch.full((size,), -math.inf)
 
-    def gap(self) -> float:
-        """An estimate of how far the ELBO is below the evidence, nats, on draws of its own.
-
-        The larger of two: half the variance of the log weights, which it is where they are normal, and the
-        logarithm of their mean less the mean of the logarithms.
-        """
-        weights = self.evaluate(GAP_DRAWS, seed=7)
-        weights = weights[weights.isfinite()].double()
-        if len(weights) < 2:
-            return math.inf
-        bound = weights.logsumexp(0) - math.log(len(weights)) - weights.mean()
-        return max(0.5 * float(weights.var()), float(bound))
+    def distance(self) -> Distance:
+        """An estimate of how far the guide is from the posterior, on draws of its own."""
+        weights = self.evaluate(GAP_DRAWS, seed=7).double()
+        good = weights.isfinite()
+        if int(good.sum()) < 2:
+            return Distance(math.inf, None)
+        z, kept = getattr(self.judge, "last_draws", None), weights[good]
+        bound = kept.logsumexp(0) - math.log(len(kept)) - kept.mean()
+        gap = max(0.5 * float(kept.var()), float(bound))
+        return Distance(gap, None if z is None else _moved_by(z[good].double(), kept.softmax(0)))
 
     def keep_unless_worse(self) -> Tensor:
         """Keeps the present state as the best, unless an earlier one is better beyond its noise.
@@ -113,6 +132,16 @@ class Run:
         else:
             self.optim.meet(params)
         self.keep_unless_worse()
+
+    @contextmanager
+    def best_in_place(self) -> Iterator[None]:
+        """With the best state in place of the present one."""
+        present = snapshot(self.optim.params)
+        put_back(self.optim.params, self.best)
+        try:
+            yield
+        finally:
+            put_back(self.optim.params, present)
 
     @property
     def best_loss(self) -> float:

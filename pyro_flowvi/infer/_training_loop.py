@@ -42,8 +42,10 @@ EARLIEST_STOP = 0.2
 SETTLED_SD = 0.05
 """Standard deviation of the log weights, nats, at which the guide cannot be told from the posterior near its
 draws: half its square is the divergence, and no mean is off by more of a standard deviation."""
-TOLERANCE = 0.03
-"""How far below the evidence, nats, an ELBO may be for a run to end."""
+TOLERANCE, TOLERANCE_EACH = 0.03, 0.005
+"""How far below the evidence, nats, an ELBO may be for a run to end; for each latent where there are few."""
+MOST_MOVED = 0.05
+"""How much the draws' weights may move a mean, in standard deviations, or a log scale, for a run to end."""
 LEAST_GAIN = 0.02
 """Gain in ELBO, nats, in a later round, below which there is no further one."""
 RECOVERABLE: tuple[type[Exception], ...] = (NotFinite, *REFUSALS)
@@ -268,14 +270,22 @@ class TrainingLoop:
             return True
         # A few weights underestimate the distance: they only say when to look closely.
         promising = len(self.rounds) > 1 and bool(0.5 * self.run.best_weights.var() < self.tolerance)
-        return promising and self.run.gap() < self.tolerance
+        if not promising:
+            return False
+        with self.run.best_in_place():
+            gap, moved = self.run.distance()
+        # In one dimension a scale may be off by a sixth within 0.03 nats.
+        return gap < self.tolerance / 3.0 if moved is None else gap < self.tolerance and moved < MOST_MOVED
 
     def _end_round(self) -> bool:
         """Begins the next round at the best state, unless the run is over."""
         progress, elbo = self.progress, -self.run.best_loss
         gain, progress.round_elbo = elbo - progress.round_elbo, elbo
         if progress.round > 0 and gain < LEAST_GAIN:
-            return True
+            with self.run.best_in_place():
+                moved = self.run.distance().moved
+            if moved is None or moved < MOST_MOVED:
+                return True
         if progress.round + 1 < len(self.rounds):
             progress.round_start = self._round_end
             progress.round += 1
