@@ -56,9 +56,9 @@ def test_spline_has_two_modes():
     guide = fitted(
         AutoNeuralSpline,
         two_modes,
-        num_steps=900,
-        lr=2e-2,
-        num_particles=64,
+        num_steps=990,
+        lr=5e-2,
+        num_particles=128,
         guide={"num_layers": 1, "init_scale": 2.0},
     )
     kl, se = divergence(two_modes, guide)
