@@ -6,12 +6,13 @@
 import itertools
 import operator
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,7 @@ aten = torch.ops.aten
 _RANDOM = torch.Tag.nondeterministic_seeded
 _DYNAMIC_SHAPE = torch.Tag.dynamic_output_shape
 _MASKS = (torch.bool, torch.uint8)
+_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _VALIDATION = {"_validate_sample", "warn_if_nan", "warn_if_inf"}
 """Functions of torch and Pyro that read values and only complain about them."""
 
@@ -49,6 +51,16 @@ class Traced:
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
 
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Arguments that an operation changes in place."""
+    if not func._schema.is_mutable:
+        return
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            yield from (item for item in pytree.tree_leaves(value) if isinstance(item, Tensor))
+
+
 class _Recorder(TorchDispatchMode):
     """Writes every operation into a graph, and refuses what a graph of static shapes cannot hold.
 
@@ -69,6 +81,9 @@ class _Recorder(TorchDispatchMode):
         self.pinned_args: set[int] = set()
         self._read_at: str | None = None
         self._known: dict[int, fx.Node] = {}
+        self._memory_of: dict[fx.Node, int] = {}
+        self._writes: dict[int, list[fx.Node]] = {}
+        """By piece of memory, the operations that changed it."""
         self._alive: list[Tensor] = []
         """Tensors in the order of the graph, kept so that none has the identity of an earlier one."""
         inputs = [self.nodes.placeholder(f"param_{i}") for i in range(len(params))]
@@ -87,14 +102,15 @@ class _Recorder(TorchDispatchMode):
     def _bind(self, value: Tensor, node: fx.Node) -> None:
         self._known[id(value)] = node
         self._alive.append(value)
+        if value.layout is torch.strided and value.numel():
+            self._memory_of[node] = value.untyped_storage().data_ptr()
 
     def node_of(self, value: Tensor) -> fx.Node:
         """The node of a tensor; one that the graph does not know becomes a constant."""
         node = self._known.get(id(value))
         if node is None:
-            node = (
-                self._memory.get((value.data_ptr(), value.shape, value.stride())) if value.numel() else None
-            )
+            dense = value.layout is torch.strided and value.numel()
+            node = self._memory.get((value.data_ptr(), value.shape, value.stride())) if dense else None
         if node is None:
             with self.nodes.inserting_before(self._anchor):
                 node = self.nodes.placeholder(f"constant_{len(self.constants)}")
@@ -110,6 +126,9 @@ class _Recorder(TorchDispatchMode):
         node = self.nodes.call_function(func, inputs, keywords)
         if self._lines:
             node.meta["line"] = user_line(stack_inside(trace.__code__))
+        for value in _written(func, args, kwargs):
+            if value.layout is torch.strided and value.numel():
+                self._writes.setdefault(value.untyped_storage().data_ptr(), []).append(node)
         if isinstance(out, Tensor):
             self._bind(out, node)
         elif isinstance(out, (tuple, list)):
@@ -124,13 +143,13 @@ class _Recorder(TorchDispatchMode):
             [i for i in args[1] if i is not None and i.dtype in _MASKS] if func is aten.index.Tensor else []
         )
         if func is aten._local_scalar_dense.default:
-            self._note_reading(
+            self.note_reading(
                 args[0], "a value that depends on {} is read by Python (.item(), float(), an if)"
             )
             return func(*args, **kwargs)
         if masks:
             for mask in masks:
-                self._note_reading(mask, "the shape of a result depends on {} (boolean indexing)")
+                self.note_reading(mask, "the shape of a result depends on {} (boolean indexing)")
             places = [
                 i.nonzero(as_tuple=True) if i is not None and i.dtype in _MASKS else (i,) for i in args[1]
             ]
@@ -139,7 +158,7 @@ class _Recorder(TorchDispatchMode):
             what = f"the result of {func.overloadpacket.__name__} depends on {{}}, and on it what runs"
             for value in args:
                 if isinstance(value, Tensor):
-                    self._note_reading(value, what)
+                    self.note_reading(value, what)
             return func(*args, **kwargs)
         in_place = func._schema.name.endswith("_")
         if in_place and _RANDOM in func.tags and not args[0].is_contiguous():
@@ -150,7 +169,7 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         return self._call(func, args, kwargs)
 
-    def _note_reading(self, value: Tensor, cause: str) -> None:
+    def note_reading(self, value: Tensor, cause: str) -> None:
         """Notes the tensors that a value is a function of; refuses parameters and random draws among them."""
         names = {frame.f_code.co_name for frame, _ in itertools.islice(traceback.walk_stack(None), 12)}
         if not names.isdisjoint(_VALIDATION):
@@ -163,6 +182,7 @@ class _Recorder(TorchDispatchMode):
                 continue
             seen.add(node)
             pending.extend(node.all_input_nodes)
+            pending.extend(self._writes.get(self._memory_of.get(node, 0), ()))
             if node.op == "placeholder":
                 if node in self._sources:
                     self.pinned[id(self._sources[node])] = self._sources[node]
@@ -193,6 +213,20 @@ class _Recorder(TorchDispatchMode):
         return Traced(graph, constants, pinned, pinned_args, self._read_at)
 
 
+class _Readers(TorchFunctionMode):
+    """Notes readings of values that are no operations: they go to the memory itself."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READERS:
+            what = f"a value that depends on {{}} is read by Python (.{func.__name__}())"
+            self._recorder.note_reading(args[0], what)
+        return func(*args, **(kwargs or {}))
+
+
 def trace(
     function: Callable[..., Any], params: Sequence[Tensor], args: Sequence[Tensor], lines: bool = False
 ) -> Traced:
@@ -208,7 +242,7 @@ def trace(
     stand_ins = [arg.detach() for arg in args]
     recorder = _Recorder(params, stand_ins, lines)
     try:
-        with recorder:
+        with recorder, _Readers(recorder):
             outputs = function(*stand_ins)
         return recorder.finish(outputs, args)
     except CannotCompile as error:
