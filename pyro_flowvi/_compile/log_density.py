@@ -1,6 +1,7 @@
 """A model's log density and gradient as a recorded graph: many points a call, without Pyro's own time."""
 
 import functools
+import operator
 import sys
 import traceback
 import warnings
@@ -14,7 +15,7 @@ from .._program.batching import in_parts
 from .._program.log_density import REFUSALS, UnconstrainedModel
 from .errors import CannotCompile, CompileWarning, is_library
 from .run_by_operation import by_operation
-from .simplify import VIEWS, copy, mutated
+from .simplify import copy, mutated, shared_memory
 from .torch_private import private
 from .trace import Traced, trace
 
@@ -24,6 +25,8 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Points, shape ``(P, D)``, to log densities ``(P,)`` and their gradients ``(P, D)``."""
 WIDTH = 128
 """Points that a graph takes at once; fewer are filled up, more are taken in parts."""
+NEAR = 1e-3
+"""How much nearer to the start points are where the model refused some of those that it was recorded at."""
 _REMEDY = (
     "; write the model so that it broadcasts over dimensions to the left of its own, as `a[..., group]` in "
     "place of `a[group]`, or write the operation another way"
@@ -43,12 +46,14 @@ class _Blame(fx.Interpreter):
             raise
 
 
-def _one_by_one(density: UnconstrainedModel) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _unguarded(density: UnconstrainedModel) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """``density.value_and_grad``, of one point or many, that raises what the model raises."""
+
     def value_and_grad(z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             value = density.log_density(z)
-            return value.detach(), torch.autograd.grad(value, z)[0]
+            return value.detach(), torch.autograd.grad(value.sum(), z)[0]
 
     return value_and_grad
 
@@ -58,7 +63,7 @@ def _record_many(density: UnconstrainedModel, points: Tensor) -> Traced:
 
     :raises CannotCompile: naming the operation that has no batched form, and its line.
     """
-    one = trace(_one_by_one(density), [], [density.start])
+    one = trace(_unguarded(density), [], [density.start])
     if one.pinned_args:
         raise CannotCompile("what the model does depends on the values of its latents", one.read_at)
     run = _Blame(_batch_memory(one.graph)).run
@@ -93,8 +98,10 @@ def _batch_memory(graph: fx.GraphModule) -> fx.GraphModule:
     *_, z = nodes.find_nodes(op="placeholder")
     bases = set()
     for node in mutated(nodes):
-        while node.target in VIEWS and node.all_input_nodes:
-            node = node.all_input_nodes[0]
+        while (memory := shared_memory(node)) and not (
+            node.target is operator.getitem and not shared_memory(memory[0])
+        ):
+            node = memory[0]
         bases.add(node)
     for node in bases:
         if node.op == "call_function":
@@ -107,8 +114,15 @@ def _batch_memory(graph: fx.GraphModule) -> fx.GraphModule:
 
 def _line_of(density: UnconstrainedModel, node: fx.Node) -> str | None:
     """The user's line that made an operation, found by recording the graph once more."""
-    again = trace(_one_by_one(density), [], [density.start], lines=True)
+    again = trace(_unguarded(density), [], [density.start], lines=True)
     return next((n.meta.get("line") for n in again.graph.graph.nodes if n.name == node.name), None)
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether a recording failed at a point where the model has no density."""
+    while error is not None and not isinstance(error, REFUSALS):
+        error = error.__cause__
+    return error is not None
 
 
 class TracedDensity:
@@ -136,7 +150,12 @@ class TracedDensity:
             self.cause = CannotCompile("the model sees a random part of its data")
             return
         try:
-            self._record(points)
+            try:
+                self._record(points)
+            except CannotCompile as cause:
+                if not _refused(cause):
+                    raise
+                self._record(density.start + NEAR * (points - density.start))
             self._compare(density.start + 0.3 * (offsets * waves.flip(0)).to(density.start))
         except CannotCompile as cause:
             self._graph, self.cause = None, cause
@@ -153,10 +172,8 @@ class TracedDensity:
 
     def _record(self, points: Tensor) -> None:
         density = self.density
-        if density.batched:
-            graph = trace(density.value_and_grad, [], [points])
-        else:
-            graph = _record_many(density, points)
+        many = _unguarded(density)
+        graph = trace(many, [], [points]) if density.batched else _record_many(density, points)
         if graph.pinned_args:
             raise CannotCompile("what the model does depends on the values of its latents", graph.read_at)
         constants = graph.constants
@@ -186,13 +203,13 @@ class TracedDensity:
         """Of exactly ``width`` points, by a graph that holds."""
         assert self._graph is not None
         try:
-            return self._graph(z)
+            return self._graph(z.contiguous())
         except REFUSALS:
             return self.density.value_and_grad(z)
 
     def _fill_and_run(self, part: Tensor) -> tuple[Tensor, Tensor]:
         if len(part) == self.width:
-            return self.exactly(part.contiguous())
+            return self.exactly(part)
         filled = part.new_zeros(self.width, part.shape[1]) + part[:1]
         filled[: len(part)] = part
         value, gradient = self.exactly(filled)

@@ -23,8 +23,11 @@ def sum_at_once(nodes: fx.Graph, unsteady: set[fx.Node]) -> None:
 
     def is_link(node: Any) -> bool:
         plain = isinstance(node, fx.Node) and node.target is aten.add.Tensor and not node.kwargs
-        parts = node.args if plain else ()
-        return plain and node not in unsteady and all(_shape(part) == _shape(node) for part in parts)
+        if (
+            not plain or node in unsteady or not node.meta["value"].is_floating_point()
+        ):  # a sum of ints is long
+            return False
+        return all(_shape(part) == _shape(node) for part in node.args)
 
     for root in reversed(list(nodes.nodes)):
         if not is_link(root) or (len(root.users) == 1 and is_link(next(iter(root.users)))):
@@ -39,7 +42,7 @@ def sum_at_once(nodes: fx.Graph, unsteady: set[fx.Node]) -> None:
         if len(leaves) < LEAST_SUMMED or not unsteady.isdisjoint(leaves):
             continue
         with nodes.inserting_before(root):
-            rows, rest = _gather(nodes, leaves)
+            rows, rest = _gather(nodes, leaves, unsteady)
             leaves = [*rows, *rest]
             if len(leaves) > 1:
                 stacked = nodes.call_function(aten.stack.default, (leaves,))
@@ -52,14 +55,16 @@ def sum_at_once(nodes: fx.Graph, unsteady: set[fx.Node]) -> None:
     nodes.eliminate_dead_code()
 
 
-def _gather(nodes: fx.Graph, leaves: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+def _gather(
+    nodes: fx.Graph, leaves: list[fx.Node], unsteady: set[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
     """Gradients of neighbouring parts of a tensor, each padded with zeros, as one; and the others."""
     padded: dict[Any, dict[int, fx.Node]] = {}
     rest, rows = list[fx.Node](), list[fx.Node]()
     for leaf in leaves:
         index: Any = leaf.args[3] if leaf.target is aten.select_backward.default else None
         into = padded.setdefault((tuple(leaf.args[1]), leaf.args[2]), {}) if index is not None else {}  # type: ignore[arg-type]
-        if index is None or index < 0 or index in into:
+        if index is None or index < 0 or index in into or leaf.args[0] in unsteady:
             rest.append(leaf)
         else:
             into[index] = leaf

@@ -1,7 +1,7 @@
 """Fewer operations for the same numbers: what a graph computes twice, or for nothing, is left out."""
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from .vectorize import vectorize
 
-__all__ = ["VIEWS", "copy", "hold", "mutated", "simplify"]
+__all__ = ["VIEWS", "copy", "hold", "mutated", "shared_memory", "simplify"]
 
 aten = torch.ops.aten
 VIEWS = {
@@ -63,30 +63,54 @@ def _schema(node: fx.Node) -> Any:
     return getattr(node.target, "_schema", None)
 
 
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """Arguments that an operation changes in place."""
+    schema = _schema(node)
+    if schema is None or not schema.is_mutable:
+        return
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            yield from (item for item in values if isinstance(item, fx.Node))
+
+
 def mutated(nodes: fx.Graph) -> set[fx.Node]:
     """Nodes that an operation changes in place."""
-    changed: set[fx.Node] = set()
-    for node in nodes.nodes:
-        schema = _schema(node)
-        if schema is not None and schema.is_mutable:
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    changed.update(value if isinstance(value, (list, tuple)) else [value])
-    return changed
+    return {value for node in nodes.nodes for value in _written(node)}
 
 
-def _unsteady(nodes: fx.Graph) -> set[fx.Node]:
+def shared_memory(node: fx.Node) -> list[fx.Node]:
+    """Arguments whose memory the result of an operation has."""
+    if node.target in VIEWS:
+        return node.all_input_nodes[:1]
+    schema = _schema(node)
+    if schema is None or all(result.alias_info is None for result in schema.returns):
+        return list(_written(node))
+    aliased = {argument.name: i for i, argument in enumerate(schema.arguments) if argument.alias_info}
+    values = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for name, i in aliased.items()]
+    return [value for value in values if isinstance(value, fx.Node)]
+
+
+def _unsteady(nodes: fx.Graph, inputs: Sequence[Any]) -> set[fx.Node]:
     """Nodes whose memory changes, or may: changed in place, or sharing it with one that is."""
-    shared: dict[fx.Node, set[fx.Node]] = {}
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def root(node: fx.Node) -> fx.Node:
+        while parent.setdefault(node, node) is not node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    owners: dict[int, fx.Node] = {}
+    for node, value in zip(nodes.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
+            parent[root(node)] = root(owners.setdefault(value.untyped_storage().data_ptr(), node))
     for node in nodes.nodes:
-        group = {node}
-        in_place = _schema(node) is not None and _schema(node).is_mutable
-        if node.target in VIEWS or node.target in _COPIES or in_place:
-            for value in node.all_input_nodes[:1]:
-                group |= shared[value]
-        for member in group:
-            shared[member] = group
-    return {member for node in mutated(nodes) for member in shared[node]}
+        # Copies may be left out.
+        for value in node.all_input_nodes[:1] if node.target in _COPIES else shared_memory(node):
+            parent[root(node)] = root(value)
+    changed = {root(node) for node in mutated(nodes)}
+    return {node for node in nodes.nodes if root(node) in changed} if changed else set()
 
 
 class _Values(fx.Interpreter):
@@ -102,12 +126,18 @@ def _value(node: Any) -> Any:
     return node.meta.get("value") if isinstance(node, fx.Node) else node
 
 
+def _dtype(value: Any) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) else None
+
+
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two nodes have the same shape, strides and dtype: a view may depend on strides."""
+    """Whether two nodes have the same shape, strides, dtype and device: a view may depend on strides."""
     a, b = _value(one), _value(other)
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
-    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
+        return False
+    return a.layout is not torch.strided or a.stride() == b.stride()
 
 
 class _Simplifier:
@@ -115,11 +145,11 @@ class _Simplifier:
 
     :param nodes: the graph, whose nodes have values.
     :param known: values of placeholders that are the same at every call.
+    :param unsteady: nodes whose memory may change.
     """
 
-    def __init__(self, nodes: fx.Graph, known: dict[fx.Node, Any]) -> None:
-        self.nodes, self.known = nodes, known
-        self.unsteady = _unsteady(nodes)
+    def __init__(self, nodes: fx.Graph, known: dict[fx.Node, Any], unsteady: set[fx.Node]) -> None:
+        self.nodes, self.known, self.unsteady = nodes, known, unsteady
         self._met: dict[Any, fx.Node] = {}
 
     def run(self) -> None:
@@ -148,12 +178,15 @@ class _Simplifier:
     def _rewrite(self, node: fx.Node) -> None:
         """Replaces an operation by a cheaper one of the same result."""
         args, value = node.args, _value(node)
-        if node.target is aten.pow.Tensor_Scalar and args[1] == 2:
+        same_dtype = getattr(value, "dtype", None) == getattr(
+            _value(args[0] if args else None), "dtype", None
+        )
+        if node.target is aten.pow.Tensor_Scalar and args[1] == 2 and same_dtype:
             node.target, node.args = aten.square.default, args[:1]
-        elif node.target is aten.sum.dim_IntList and args[1] and not node.kwargs:
+        elif node.target is aten.sum.dim_IntList and args[1] and same_dtype:
             source = _value(args[0])
             if all(source.shape[dim] == 1 for dim in args[1]) and source.is_contiguous():  # type: ignore[union-attr]
-                node.target, node.args = aten.view.default, (args[0], list(value.shape))
+                node.target, node.args, node.kwargs = aten.view.default, (args[0], list(value.shape)), {}
         elif node.target is aten.expand.default:
             self._spare_expansion(node)
         if node.target is aten.view.default:
@@ -172,7 +205,10 @@ class _Simplifier:
             if one is other:
                 continue
             rest = other if one is node else one
-            if isinstance(rest, fx.Node) and _value(rest).shape == _value(user).shape:
+            if not isinstance(rest, fx.Node) or _value(rest).shape != _value(user).shape:
+                continue
+            # A number's dtype does not count beside that of an array.
+            if _value(node.args[0]).dim() or _value(node).dtype == _value(rest).dtype:
                 user.replace_input_with(node, node.args[0])  # type: ignore[arg-type]
 
     def _same_as(self, node: fx.Node) -> fx.Node | None:
@@ -228,11 +264,23 @@ def copy(nodes: fx.Graph) -> fx.Graph:
     return new
 
 
+def _own_memory(inputs: Sequence[Any], nodes: Iterable[fx.Node], changed: set[fx.Node]) -> list[Any]:
+    """The inputs, copied where the graph changes them: what shared memory shares that of the copies."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    given = []
+    for node, value in zip(nodes, inputs, strict=True):
+        if node in changed and isinstance(value, Tensor) and value.layout is torch.strided:
+            memory = value.untyped_storage()
+            own = storages.setdefault(memory.data_ptr(), memory.clone())
+            place = value.storage_offset(), value.shape, value.stride()
+            value = torch.empty(0, dtype=value.dtype, device=value.device).set_(own, *place)
+        given.append(value)
+    return given
+
+
 def _run(nodes: fx.Graph, inputs: Sequence[Any]) -> Any:
     """What a graph gives, from the present state of torch's generator, which stays where it is."""
-    changed = mutated(nodes)
-    placeholders = nodes.find_nodes(op="placeholder")
-    given = [v.clone() if n in changed else v for n, v in zip(placeholders, inputs, strict=True)]
+    given = _own_memory(inputs, nodes.find_nodes(op="placeholder"), _unsteady(nodes, inputs))
     with torch.no_grad(), torch.random.fork_rng():
         return _Values(fx.GraphModule(torch.nn.Module(), nodes)).run(*given)
 
@@ -263,18 +311,24 @@ def simplify(
     nodes = copy(graph.graph)
     expected = _run(nodes, inputs)
     placeholders = list(nodes.find_nodes(op="placeholder"))
-    known = {node: inputs[i] for i, node in enumerate(placeholders) if frozen(i)}
+    unsteady = _unsteady(nodes, inputs)
+    known = {node: inputs[i] for i, node in enumerate(placeholders) if frozen(i) and node not in unsteady}
     given = set(known)
-    _Simplifier(nodes, known).run()
+    _Simplifier(nodes, known, unsteady).run()
     held = hold(nodes, known, given)
     nodes.eliminate_dead_code()
     if not _same(nodes, [*inputs, *held], expected):
         return copy(graph.graph), []
     placeholders = list(nodes.find_nodes(op="placeholder"))
     values = [*inputs, *held]
-    constant = {n: values[i] for i, n in enumerate(placeholders) if i >= len(inputs) or frozen(i)}
+    unsteady = _unsteady(nodes, values)
+    constant = {
+        node: values[i]
+        for i, node in enumerate(placeholders)
+        if node not in unsteady and (i >= len(inputs) or frozen(i))
+    }
     before = copy(nodes)
-    joined = vectorize(nodes, constant, _unsteady(nodes))
+    joined = vectorize(nodes, constant, unsteady)
     if joined is not None and _same(joined[0], [*values, *joined[1]], expected):
         return joined[0], [*held, *joined[1]]
     return before, held

@@ -48,6 +48,13 @@ def _shape(node: fx.Node) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
+def _promotes_plainly(node: fx.Node) -> bool:
+    """Whether the dtype of a result stays when arguments are stacked: that of a number counts less than an
+    array's, and stacked numbers are an array."""
+    shapes = [shape for shape in map(_shape, node.all_input_nodes) if shape and shape[1] != torch.bool]
+    return len({dtype for _, dtype in shapes}) <= 1 or all(size for size, _ in shapes)
+
+
 class _Forms:
     """A number for the form of every node: nodes of one form differ in constants and parts of one tensor.
 
@@ -76,7 +83,7 @@ class _Forms:
             key = ("part", *node.args[:2], shape)
         elif target in _RESHAPES:
             key, joins = ("reshape", shape, self.of(node.all_input_nodes[0])), True
-        elif target in _ELEMENTWISE:
+        elif target in _ELEMENTWISE and _promotes_plainly(node):
             values = [*node.args, *node.kwargs.values()]
             known = [self.of(v) if isinstance(v, fx.Node) else (type(v), str(v)) for v in values]
             key, joins = (target, tuple(node.kwargs), shape, *known), True
@@ -89,12 +96,15 @@ class _Rebuilder:
 
     :param groups: nodes of one form each.
     :param constants: values of inputs that are the same at every call.
+    :param unsteady: nodes whose memory may change.
     """
 
-    def __init__(self, groups: Sequence[list[fx.Node]], constants: dict[fx.Node, Any]) -> None:
+    def __init__(
+        self, groups: Sequence[list[fx.Node]], constants: dict[fx.Node, Any], unsteady: set[fx.Node]
+    ) -> None:
         self.graph = fx.Graph()
         self.held: list[Tensor] = []
-        self._constants = constants
+        self._constants, self._unsteady = constants, unsteady
         self._place = {node: (group[0], i) for group in groups for i, node in enumerate(group)}
         self._groups = {group[0]: group for group in groups}
         self._new: dict[fx.Node, fx.Node] = {}
@@ -113,10 +123,13 @@ class _Rebuilder:
         group = self._groups.get(unit)
         if group is not None:
             self._new[unit] = self._join(group)
-        elif unit.target in (aten.cat.default, aten.stack.default):
+        elif unit.target in (aten.cat.default, aten.stack.default) and unit not in self._unsteady:
             self._new[unit] = self._concatenate(unit)
         else:
             self._new[unit] = self.graph.node_copy(unit, self._single)
+            if unit.target is aten.view.default and unit not in self._unsteady:
+                # What was joined may have other strides.
+                self._new[unit].target = aten.reshape.default
         if unit.op == "placeholder":
             self._anchor = self._new[unit]
 
@@ -248,7 +261,7 @@ class _Rebuilder:
         if all(len(run) < LEAST for run in runs):
             return self.graph.node_copy(node, self._single)
         stacks = node.target is aten.stack.default
-        rank = self._value(tensors[0]).dim()
+        rank = self._value(node).dim() - stacks
         dim %= rank + 1 if stacks else rank
         pieces = []
         for run in runs:
@@ -288,7 +301,7 @@ def vectorize(
     groups = [group for group in found.values() if len(group) >= LEAST]
     if not groups:
         return None
-    new = _Rebuilder(groups, constants)
+    new = _Rebuilder(groups, constants, unsteady)
     order = {node: i for i, node in enumerate(nodes.nodes)}
     waits: dict[fx.Node, set[fx.Node]] = {}
     leads: dict[fx.Node, list[fx.Node]] = {}
