@@ -185,7 +185,7 @@ class _Simplifier:
             node.target, node.args = aten.square.default, args[:1]
         elif node.target is aten.sum.dim_IntList and args[1] and same_dtype:
             source = _value(args[0])
-            if all(source.shape[dim] == 1 for dim in args[1]) and source.is_contiguous():  # type: ignore[union-attr]
+            if source.numel() == value.numel() and source.is_contiguous():
                 node.target, node.args, node.kwargs = aten.view.default, (args[0], list(value.shape)), {}
         elif node.target is aten.expand.default:
             self._spare_expansion(node)

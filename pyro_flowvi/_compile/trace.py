@@ -82,8 +82,10 @@ class _Recorder(TorchDispatchMode):
         self._read_at: str | None = None
         self._known: dict[int, fx.Node] = {}
         self._memory_of: dict[fx.Node, int] = {}
-        self._writes: dict[int, list[fx.Node]] = {}
+        self._writes: dict[int, set[fx.Node]] = {}
         """By piece of memory, the operations that changed it."""
+        self._outer: set[int] = set()
+        """Pieces of memory that the program did not make itself."""
         self._alive: list[Tensor] = []
         """Tensors in the order of the graph, kept so that none has the identity of an earlier one."""
         inputs = [self.nodes.placeholder(f"param_{i}") for i in range(len(params))]
@@ -103,7 +105,9 @@ class _Recorder(TorchDispatchMode):
         self._known[id(value)] = node
         self._alive.append(value)
         if value.layout is torch.strided and value.numel():
-            self._memory_of[node] = value.untyped_storage().data_ptr()
+            memory = self._memory_of[node] = value.untyped_storage().data_ptr()
+            if node.op == "placeholder":
+                self._outer.add(memory)
 
     def node_of(self, value: Tensor) -> fx.Node:
         """The node of a tensor; one that the graph does not know becomes a constant."""
@@ -128,7 +132,7 @@ class _Recorder(TorchDispatchMode):
             node.meta["line"] = user_line(stack_inside(trace.__code__))
         for value in _written(func, args, kwargs):
             if value.layout is torch.strided and value.numel():
-                self._writes.setdefault(value.untyped_storage().data_ptr(), []).append(node)
+                self._writes.setdefault(value.untyped_storage().data_ptr(), set()).add(node)
         if isinstance(out, Tensor):
             self._bind(out, node)
         elif isinstance(out, (tuple, list)):
@@ -192,8 +196,7 @@ class _Recorder(TorchDispatchMode):
                 else:
                     culprit = "parameters"
             elif isinstance(node.target, torch._ops.OpOverload):
-                changed = node.args[0] if node.target._schema.is_mutable and node.args else None
-                if isinstance(changed, fx.Node) and changed.op == "placeholder":
+                if any(node in self._writes.get(memory, ()) for memory in self._outer & self._writes.keys()):
                     culprit = culprit or "what the program changes in place"
                 if _RANDOM in node.target.tags:
                     culprit = culprit or "random draws"
