@@ -114,8 +114,19 @@ def without_repetition(
             with torch.no_grad():
                 known[node] = node.target(*args, **kwargs)
     further += hold(nodes, known, given)
+    _own_results(nodes, last + len(examples))
     nodes.eliminate_dead_code()
     return nodes, further
+
+
+def _own_results(nodes: fx.Graph, num_inputs: int) -> None:
+    """Copies results that are held from call to call: a caller may change what it was given."""
+    held = set(list(nodes.find_nodes(op="placeholder"))[num_inputs:])
+    output = next(iter(nodes.find_nodes(op="output")))
+    for node in held.intersection(output.all_input_nodes):
+        with nodes.inserting_before(output):
+            own = nodes.call_function(aten.clone.default, (node,))
+        output.replace_input_with(node, own)
 
 
 def as_function(nodes: fx.Graph, static: Sequence[Tensor], further: Sequence[Any]) -> Program:
