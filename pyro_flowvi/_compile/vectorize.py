@@ -173,7 +173,8 @@ class _Rebuilder:
     def _slices(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
         """Neighbouring parts of a tensor that was split evenly, as a view of it."""
         if all(node.target is aten.select.int and node.args[:2] == nodes[0].args[:2] for node in nodes):
-            return self._selected(nodes)
+            source, axis = nodes[0].args[:2]
+            return self._selected(source, axis, [node.args[2] for node in nodes])
         splits, index = (
             {node.args[0] for node in nodes},
             [node.args[1] for node in nodes if len(node.args) == 2],
@@ -181,6 +182,8 @@ class _Rebuilder:
         if any(node.target is not operator.getitem for node in nodes) or len(splits) > 1:
             return None
         split: Any = splits.pop()
+        if split.target is aten.unbind.int:
+            return self._selected(split.args[0], split.args[1] if len(split.args) > 1 else 0, index)
         if split.target is not aten.split_with_sizes.default or len(set(split.args[1])) > 1:
             return None
         if index != list(range(index[0], index[0] + len(index))):  # type: ignore[operator, arg-type]
@@ -195,11 +198,9 @@ class _Rebuilder:
         order = [axis, *range(axis), *range(axis + 1, len(parts))]
         return self.graph.call_function(aten.permute.default, (cut, order))
 
-    def _selected(self, nodes: Sequence[fx.Node]) -> fx.Node | None:
-        first: Any = nodes[0].args
-        source, shape = first[0], self._value(first[0]).shape
-        axis: int = first[1] % len(shape)
-        places: list[Any] = [node.args[2] for node in nodes]
+    def _selected(self, source: Any, dim: Any, places: Sequence[Any]) -> fx.Node | None:
+        shape = self._value(source).shape
+        axis: int = dim % len(shape)
         index = [place % shape[axis] for place in places]
         if index != list(range(index[0], index[0] + len(index))):
             return None
