@@ -11,41 +11,10 @@ from torch import fx
 
 from pyro_flowvi._compile.errors import CannotCompile
 from pyro_flowvi._compile.run_by_operation import by_operation
-from pyro_flowvi._compile.simplify import simplify
 from pyro_flowvi._compile.trace import trace
+from tests._compile.recorded import check, count, with_gradient
 
 aten = torch.ops.aten
-
-
-def with_gradient(function):
-    def run(x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = function(x)
-            return value.detach(), torch.autograd.grad(value.sum(), x)[0]
-
-    return run
-
-
-def check(function, x, other=None):
-    """The graph at another point is the function there; its operations, simplified."""
-    other = (
-        x + 0.3 * torch.cos(torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape)
-        if other is None
-        else other
-    )
-    traced = trace(function, [], [x])
-    run = by_operation(traced.graph, traced.constants, [x], frozen=len(traced.constants))
-    with torch.no_grad():
-        for found, expected in zip(run(other), function(other), strict=True):
-            assert found.dtype == expected.dtype
-            assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
-    nodes, _ = simplify(traced.graph, [*traced.constants, x], lambda i: i < len(traced.constants))
-    return nodes
-
-
-def count(nodes, *targets):
-    return sum(node.target in targets for node in nodes.nodes)
 
 
 @pytest.fixture

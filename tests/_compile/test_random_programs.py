@@ -1,4 +1,4 @@
-"""Random programs, recorded and simplified, against themselves: recurrences, views, memory written in place."""
+"""Random programs against their recorded graphs: recurrences, views, memory written in place."""
 
 import torch
 from hypothesis import given
@@ -147,5 +147,6 @@ def test_a_graph_gives_what_its_program_gives(program):
     with torch.no_grad():
         for _ in range(2):  # a graph keeps nothing from one call to the next
             for found, value in zip(run(other), expected, strict=True):
-                assert found.dtype == value.dtype and found.shape == value.shape
+                assert found.dtype == value.dtype
+                assert found.shape == value.shape
                 assert torch.allclose(found, value, rtol=1e-6, atol=1e-7, equal_nan=True)

@@ -55,7 +55,7 @@ def test_values_of_constants_may_be_read(read):
     assert not traced.pinned_args
     assert any(value is held for value, _ in traced.pinned)
     assert torch.equal(traced.graph(*traced.constants, x)[0], x + read(held).sum())
-    before = dict((id(value), version) for value, version in traced.pinned)
+    before = {id(value): version for value, version in traced.pinned}
     held.add_(1.0)
     assert held._version != before[id(held)]
 
