@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .trace import leave_out_unused
+
 __all__ = ["sum_at_once"]
 
 aten = torch.ops.aten
@@ -52,7 +54,7 @@ def sum_at_once(nodes: fx.Graph, unsteady: set[fx.Node]) -> None:
             else:
                 total = leaves[0]
         root.replace_all_uses_with(total)
-    nodes.eliminate_dead_code()
+    leave_out_unused(nodes)
 
 
 def _gather(

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from .._types import Program
 from .simplify import VIEWS, hold, mutated, simplify
+from .trace import leave_out_unused
 
 __all__ = ["as_function", "by_operation", "without_repetition"]
 
@@ -115,7 +116,7 @@ def without_repetition(
                 known[node] = node.target(*args, **kwargs)
     further += hold(nodes, known, given)
     _own_results(nodes, last + len(examples))
-    nodes.eliminate_dead_code()
+    leave_out_unused(nodes)
     return nodes, further
 
 

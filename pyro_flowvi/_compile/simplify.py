@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .trace import leave_out_unused
 from .vectorize import vectorize
 
 __all__ = ["VIEWS", "copy", "hold", "mutated", "shared_memory", "simplify"]
@@ -161,7 +162,11 @@ class _Simplifier:
             ):
                 continue
             if all(value in self.known for value in node.all_input_nodes) or node.target in _FILLED:
-                self.known[node] = _value(node)
+                schema = _schema(node)
+                if schema is not None and not schema.returns:
+                    self.nodes.erase_node(node)  # a check, which constants have passed
+                else:
+                    self.known[node] = _value(node)
                 continue
             self._rewrite(node)
             other = self._same_as(node)
@@ -316,7 +321,7 @@ def simplify(
     given = set(known)
     _Simplifier(nodes, known, unsteady).run()
     held = hold(nodes, known, given)
-    nodes.eliminate_dead_code()
+    leave_out_unused(nodes)
     if not _same(nodes, [*inputs, *held], expected):
         return copy(graph.graph), []
     placeholders = list(nodes.find_nodes(op="placeholder"))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CannotCompile, stack_inside, user_line
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "leave_out_unused", "trace"]
 
 aten = torch.ops.aten
 _RANDOM = torch.Tag.nondeterministic_seeded
@@ -27,6 +27,16 @@ _MASKS = (torch.bool, torch.uint8)
 _READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _VALIDATION = {"_validate_sample", "warn_if_nan", "warn_if_inf"}
 """Functions of torch and Pyro that read values and only complain about them."""
+
+
+def leave_out_unused(nodes: fx.Graph) -> None:
+    """Erases operations that no result needs, but for those that are there to raise."""
+
+    def stays(node: fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return node.is_impure() or (schema is not None and not schema.returns)
+
+    nodes.eliminate_dead_code(stays)
 
 
 @dataclass
@@ -207,7 +217,7 @@ class _Recorder(TorchDispatchMode):
         """The graph with these outputs; what has no part in them is left out."""
         self.nodes.output(tuple(self.node_of(value) for value in outputs))
         self.nodes.erase_node(self._anchor)
-        self.nodes.eliminate_dead_code()
+        leave_out_unused(self.nodes)
         self.nodes.lint()
         pinned = [(value, value._version) for value in self.pinned.values()]
         pinned_args = [(i, args[i], args[i]._version) for i in sorted(self.pinned_args)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .long_sums import sum_at_once
+from .trace import leave_out_unused
 
 __all__ = ["vectorize"]
 
@@ -324,5 +325,5 @@ def vectorize(
                 heapq.heappush(ready, (order[follower], follower))
     if written < len(waits):
         return None  # groups that wait for one another
-    new.graph.eliminate_dead_code()
+    leave_out_unused(new.graph)
     return new.graph, new.held

@@ -186,6 +186,16 @@ def test_folded_results_are_the_callers_own(x, fold):
     assert torch.equal(run(x)[0], fold(held))
 
 
+def test_checks_stay_but_for_those_of_constants():
+    held, x = torch.eye(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    nodes = check(lambda x: (torch.linalg.cholesky(x), torch.linalg.cholesky(held) + x), x, 2.0 * x)
+    assert count(nodes, aten.linalg_cholesky_ex.default) == 1
+    traced = trace(lambda x: (torch.linalg.cholesky(x),), [], [x])
+    run = by_operation(traced.graph, traced.constants, [x])
+    with pytest.raises(torch.linalg.LinAlgError):
+        run(-x)
+
+
 def test_what_is_not_the_same_is_not_taken_for_it(x):
     """Arguments in another order, other keywords, other types."""
     nodes = check(
