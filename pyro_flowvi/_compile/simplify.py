@@ -305,8 +305,8 @@ def simplify(
 ) -> tuple[fx.Graph, list[Any]]:
     """A graph of the same values with fewer operations: constants folded, repetitions and no-ops left out.
 
-    Only what is exact is done; operations that change memory in place or draw at random stay as they are,
-    with all that they touch.
+    Only what is exact is done, but for the order of long sums and the sign of zeros; operations that change
+    memory in place or draw at random stay as they are, with all that they touch.
 
     :param graph: a recorded graph.
     :param inputs: example values of all its inputs; the graph is run at them.
