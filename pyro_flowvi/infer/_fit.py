@@ -287,7 +287,7 @@ def fit(
         component of a mixture has so many; by default all together that of the table, and each 32 at least.
     :param tolerance: how far below the evidence, nats, the ELBO may be for the run to end: half the variance
         of the log weights, or the logarithm of their mean less the mean of the logarithms if that is more,
-        on 2,048 draws; by default 0.03, or 0.005 for each latent if that is less.  Nor may the weights move a
+        on 2,048 draws; by default 0.03, or 0.004 for each latent if that is less.  Nor may the weights move a
         mean by more than 0.05 standard deviations, or a standard deviation by more than 5 %.
     :param loss: a Pyro objective; by default ``TraceEnum_ELBO`` where model or guide enumerate a discrete
         site (:class:`TraceEnumSTL_ELBO` for :class:`AutoFlowMixture`), :class:`TraceSTL_ELBO` where all

@@ -42,7 +42,7 @@ EARLIEST_STOP = 0.2
 SETTLED_SD = 0.05
 """Standard deviation of the log weights, nats, at which the guide cannot be told from the posterior near its
 draws: half its square is the divergence, and no mean is off by more of a standard deviation."""
-TOLERANCE, TOLERANCE_EACH = 0.03, 0.005
+TOLERANCE, TOLERANCE_EACH = 0.03, 0.004
 """How far below the evidence, nats, an ELBO may be for a run to end; for each latent where there are few."""
 MOST_MOVED = 0.05
 """How much the draws' weights may move a mean, in standard deviations, or a log scale, for a run to end."""
@@ -118,7 +118,8 @@ class TrainingLoop:
         if progress.lr is None:
             return None
         length = self.rounds[progress.round]
-        schedule = CosineSchedule(length, min(WARM_UP, 1 + length // 6), FINAL_RATE)
+        rise = 1 + length // (10 if len(self.rounds) == 1 else 6)
+        schedule = CosineSchedule(length, min(WARM_UP, rise), FINAL_RATE)
         # By tens of steps, however many are taken at once.
         step = progress.step - progress.step % AVERAGE_EVERY - progress.round_start
         rate = schedule.rate(step, progress.lr * progress.factor)

@@ -158,7 +158,7 @@ class TestRefusals:
             mu = prior()
             likelihood(mu + 0.5 * float(mu.detach().numpy()), y)
 
-        assert "computed by Python" in refused(model)
+        assert ".numpy()" in refused(model)
 
     def test_a_buffer_that_is_replaced(self):
         class Counter(nn.Module):

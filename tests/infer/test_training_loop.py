@@ -94,7 +94,7 @@ class TestRun:
             len(fit(model, AutoNormal(model), *args, tolerance=t, seed=0, progress=False).losses)
             for t in (10.0, 1e-6)
         ]
-        assert steps[0] == 100 < steps[1]
+        assert steps[0] < steps[1]
         with pytest.raises(ValueError, match="tolerance: expected"):
             fit(model, AutoNormal(model), *args, tolerance=0.0, progress=False)
 
