@@ -12,7 +12,15 @@ from types import CodeType
 import pyro
 import torch
 
-__all__ = ["CannotCompile", "CompileWarning", "brief", "is_library", "stack_inside", "user_line"]
+__all__ = [
+    "CannotCompile",
+    "CompileWarning",
+    "brief",
+    "is_library",
+    "stack_inside",
+    "user_line",
+    "users_level",
+]
 
 _LIBRARIES = tuple(
     os.path.join(folder, "")
@@ -54,6 +62,12 @@ def user_line(stack: Sequence[traceback.FrameSummary] | traceback.StackSummary) 
             code = linecache.getline(frame.filename, frame.lineno or 0).strip()
             return f"{frame.filename}:{frame.lineno}, in {frame.name}: {code}"
     return None
+
+
+def users_level() -> int:
+    """The ``stacklevel`` with which the caller's warning points at the user's line."""
+    frames = enumerate(traceback.walk_stack(sys._getframe(1)), 1)
+    return next((i for i, (frame, _) in frames if not is_library(frame.f_code.co_filename)), 1)
 
 
 def brief(error: Exception) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .._program.log_density import REFUSALS
 from ..distributions.flow import standard_normal_log_prob
 from ..transforms._fused import pass_through
 from ..transforms.base import forward_with_score, vector_jacobian
@@ -122,10 +121,7 @@ class FlowStep:
 
     def _weigh(self, z: Tensor, log_q: Tensor, score: Tensor) -> Tensor:
         """The model at draws: keeps loss and number of dropped draws; the slope of the loss at each."""
-        try:
-            value, gradient = self._density.exactly(z) if self._density.holds else self._density(z)
-        except REFUSALS:
-            value, gradient = torch.full_like(log_q, -math.inf), torch.zeros_like(z)
+        value, gradient = self._density.exactly(z) if self._density.holds else self._density(z)
         weights = value - log_q
         slope = (score - gradient).mul_(1.0 / len(z))
         loss = -weights.mean().item()

@@ -1,6 +1,5 @@
 """The graphs of one SVI: which of them serves a call, whether it still fits, when another is built."""
 
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .._program.pyro_private import PYRO_STACK, stored_params
 from .eager_check import compare
-from .errors import CannotCompile, CompileWarning, brief, is_library, user_line
+from .errors import CannotCompile, CompileWarning, brief, user_line, users_level
 from .inductor import warm_up
 from .optimizers import FlatParameters, inner_optimizer, make_buckets, meet
 from .policy import Mode, Policy
@@ -346,6 +345,4 @@ class GraphCache:
             raise cause
         self.cause = cause
         self._forget()
-        frames = enumerate(traceback.walk_stack(sys._getframe()), 1)
-        level = next((i for i, (frame, _) in frames if not is_library(frame.f_code.co_filename)), 1)
-        warnings.warn(f"CompiledSVI runs eagerly: {cause}", CompileWarning, stacklevel=level)
+        warnings.warn(f"CompiledSVI runs eagerly: {cause}", CompileWarning, stacklevel=users_level())

@@ -2,8 +2,6 @@
 
 import functools
 import operator
-import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor, fx
 
 from .._program.batching import in_parts
 from .._program.log_density import REFUSALS, UnconstrainedModel
-from .errors import CannotCompile, CompileWarning, is_library
+from .errors import CannotCompile, CompileWarning, users_level
 from .run_by_operation import by_operation
 from .simplify import copy, mutated, shared_memory
 from .torch_private import private
@@ -238,8 +236,6 @@ def traced(density: UnconstrainedModel, width: int = WIDTH) -> TracedDensity:
     if known is None:
         known = density.graphs[width] = TracedDensity(density, width)
         if not known.batched and len(density.graphs) == 1:
-            frames = enumerate(traceback.walk_stack(sys._getframe()), 1)
-            level = next((i for i, (frame, _) in frames if not is_library(frame.f_code.co_filename)), 1)
             what = f"the model is run draw by draw, which takes long: {known.cause}{known.remedy}"
-            warnings.warn(what, CompileWarning, stacklevel=level)
+            warnings.warn(what, CompileWarning, stacklevel=users_level())
     return known

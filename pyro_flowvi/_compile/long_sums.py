@@ -25,9 +25,8 @@ def sum_at_once(nodes: fx.Graph, unsteady: set[fx.Node]) -> None:
 
     def is_link(node: Any) -> bool:
         plain = isinstance(node, fx.Node) and node.target is aten.add.Tensor and not node.kwargs
-        if (
-            not plain or node in unsteady or not node.meta["value"].is_floating_point()
-        ):  # a sum of ints is long
+        # A sum of small integers has another dtype.
+        if not plain or node in unsteady or not node.meta["value"].is_floating_point():
             return False
         return all(_shape(part) == _shape(node) for part in node.args)
 

@@ -22,7 +22,7 @@ from .errors import CannotCompile, is_library
 from .places import PLAIN
 from .reached_state import ReachedState
 
-__all__ = ["TOLERANCES", "EagerStep", "close"]
+__all__ = ["TOLERANCES", "EagerStep", "close", "generators"]
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 5e-3}
 """How far a compiled gradient may be from the eager one, relative to its norm."""
@@ -48,19 +48,20 @@ class Sites(Messenger):
 _GENERATORS = ("Python's random module", "numpy.random")
 
 
-def _generators() -> tuple[Any, Any]:
+def generators() -> tuple[Any, Any]:
+    """The states of Python's and numpy's generators."""
     name, keys, position, *rest = np.random.get_state()
     return random.getstate(), (name, np.asarray(keys).tobytes(), position, *rest)
 
 
 def _drawing_line(run: Callable[[], Any]) -> str | None:
-    state, line, found = _generators(), "", ""
+    state, line, found = generators(), "", ""
 
     def trace_lines(frame: Any, event: str, arg: Any) -> Any:
         nonlocal line, found
         if found or is_library(frame.f_code.co_filename):
             return None
-        if line and _generators() != state:
+        if line and generators() != state:
             found = line
         here = frame.f_back if event == "return" else frame
         if event != "call" and here is not None and not is_library(here.f_code.co_filename):
@@ -150,7 +151,7 @@ class EagerStep:
         large = [(value, value._version) for value in self.reached.tensors if value.numel() > MAX_KEPT]
         arguments = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         with self.undisturbed(*arguments):
-            before = _generators()
+            before = generators()
             loss, grads, sites = self._run_and_keep(args, kwargs)
             if any(value._version != version for value, version in large):
                 raise CannotCompile("the program changes a large tensor in place")
@@ -160,7 +161,7 @@ class EagerStep:
                 raise CannotCompile(
                     f"the program changes Python values of its own ({names}), as no graph does"
                 )
-            for name, old, new in zip(_GENERATORS, before, _generators(), strict=True):
+            for name, old, new in zip(_GENERATORS, before, generators(), strict=True):
                 if old != new:
                     line = _drawing_line(lambda: self._run_and_keep(args, kwargs))
                     raise CannotCompile(f"the program draws from {name}, which a graph cannot", line)

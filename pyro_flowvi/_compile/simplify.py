@@ -183,9 +183,7 @@ class _Simplifier:
     def _rewrite(self, node: fx.Node) -> None:
         """Replaces an operation by a cheaper one of the same result."""
         args, value = node.args, _value(node)
-        same_dtype = getattr(value, "dtype", None) == getattr(
-            _value(args[0] if args else None), "dtype", None
-        )
+        same_dtype = _dtype(value) == _dtype(_value(args[0] if args else None))
         if node.target is aten.pow.Tensor_Scalar and args[1] == 2 and same_dtype:
             node.target, node.args = aten.square.default, args[:1]
         elif node.target is aten.sum.dim_IntList and args[1] and same_dtype:

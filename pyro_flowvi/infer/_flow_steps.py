@@ -2,11 +2,9 @@
 model a density that can be recorded."""
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.infer import SVI
 from torch import Tensor
@@ -16,6 +14,7 @@ from .._compile.flow_step import FlowStep
 from .._compile.log_density import TracedDensity, traced
 from .._compile.places import PLAIN
 from .._compile.policy import Mode
+from .._compile.preflight import generators
 from .._compile.reached_state import ReachedState
 from .._compile.step import StepStats
 from .._program.log_density import UnconstrainedModel
@@ -28,8 +27,7 @@ __all__ = ["FlowSteps", "FlowWeights", "objects_in", "steady_graph"]
 
 def _sources() -> tuple[Any, ...]:
     """The states of all generators that a program may draw from."""
-    name, keys, position, *rest = np.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), name, np.asarray(keys).tobytes(), position, rest
+    return torch.get_rng_state().tolist(), *generators()
 
 
 def steady_graph(density: UnconstrainedModel, width: int, programs: Sequence[Any]) -> TracedDensity | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...nn import MLP
 from ..coupling import Coupling
 from ..univariate import Additive, Affine, Multiplicative
-from ._pass import Gradients, Pass
+from ._pass import Gradients, Pass, trained
 
 __all__ = ["Network", "pass_coupling"]
 
@@ -75,6 +75,7 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     limit = transformer.limit
     scales, shifts = kind is not Additive, kind is not Multiplicative
     offset = layer.offset
+    largest = 0.3 * math.log(torch.finfo(offset.dtype).max)
     moved, moved_score = x[:, layer._moved], score[:, layer._moved]
     kept = kept_score = network = None
     size = moved.shape[-1]
@@ -84,7 +85,6 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     raw = list(network.output.split(size, -1)) if network is not None else []
     log_scale = scale = squashed = shift = None
     if scales:
-        largest = 0.3 * math.log(torch.finfo(offset.dtype).max)
         free = offset[0].clamp(-largest, largest)
         log_scale = free.expand_as(moved)
         if raw:
@@ -129,11 +129,10 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
             v_kept = torch.addmm(v_kept, pulled[-1], network.layers[0].weight)
         rows = []
         if bend is not None:
-            largest = 0.3 * math.log(torch.finfo(offset.dtype).max)
             rows.append(torch.ops.aten.hardtanh_backward(bend.sum(0), offset[0], -largest, largest))
         if shifts:
             rows.append(v_moved.sum(0))
         grads[offset] = torch.stack(rows)
-        return layer._merge(v_kept, back), {p: g for p, g in grads.items() if p.requires_grad}
+        return layer._merge(v_kept, back), trained(grads)
 
     return Pass(layer._merge(kept, image), log_det, layer._merge(kept_score, new_score), pull)
