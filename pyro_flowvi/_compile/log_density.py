@@ -17,7 +17,7 @@ from .simplify import copy, mutated, shared_memory
 from .torch_private import private
 from .trace import Traced, trace
 
-__all__ = ["TracedDensity", "ValueAndGrad", "log_densities", "traced"]
+__all__ = ["TracedDensity", "ValueAndGrad", "batch_memory", "log_densities", "traced"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Points, shape ``(P, D)``, to log densities ``(P,)`` and their gradients ``(P, D)``."""
@@ -64,7 +64,7 @@ def _record_many(density: UnconstrainedModel, points: Tensor) -> Traced:
     one = trace(_unguarded(density), [], [density.start])
     if one.pinned_args:
         raise CannotCompile("what the model does depends on the values of its latents", one.read_at)
-    run = _Blame(_batch_memory(one.graph)).run
+    run = _Blame(batch_memory(one.graph)).run
 
     def many(z: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = torch.vmap(functools.partial(run, *one.constants))(z)
@@ -89,7 +89,7 @@ def _in_batches(value: Tensor, z: Tensor) -> Tensor:
     return value + torch.zeros_like(z.reshape(-1)[0]).to(value.dtype)
 
 
-def _batch_memory(graph: fx.GraphModule) -> fx.GraphModule:
+def batch_memory(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph with one piece of memory for each point wherever it writes: vmap refuses to write many values
     where there was one."""
     nodes = copy(graph.graph)

@@ -64,7 +64,7 @@ def _schema(node: fx.Node) -> Any:
     return getattr(node.target, "_schema", None)
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
+def written(node: fx.Node) -> Iterator[fx.Node]:
     """Arguments that an operation changes in place."""
     schema = _schema(node)
     if schema is None or not schema.is_mutable:
@@ -78,7 +78,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 
 def mutated(nodes: fx.Graph) -> set[fx.Node]:
     """Nodes that an operation changes in place."""
-    return {value for node in nodes.nodes for value in _written(node)}
+    return {value for node in nodes.nodes for value in written(node)}
 
 
 def shared_memory(node: fx.Node) -> list[fx.Node]:
@@ -87,7 +87,7 @@ def shared_memory(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes[:1]
     schema = _schema(node)
     if schema is None or all(result.alias_info is None for result in schema.returns):
-        return list(_written(node))
+        return list(written(node))
     aliased = {argument.name: i for i, argument in enumerate(schema.arguments) if argument.alias_info}
     values = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for name, i in aliased.items()]
     return [value for value in values if isinstance(value, fx.Node)]

@@ -17,8 +17,10 @@ __all__ = [
     "announce",
     "check_name",
     "claim_name",
+    "forget",
     "holds_name",
     "register",
+    "restored",
 ]
 
 _live: "weakref.WeakValueDictionary[str, nn.Module]" = weakref.WeakValueDictionary()
@@ -46,7 +48,7 @@ def claim_name(owner: nn.Module, name: str | None, default: str) -> str:
         gc.collect()  # an owner in a reference cycle outlives its last use
     before = _live.get(free)
     if name is not None and before is not None and before is not owner:
-        _forget(before, free)
+        forget(before, free)
     while name is None and free in _live:
         count += 1
         free = f"{default}_{count}"
@@ -75,7 +77,7 @@ def check_name(owner: nn.Module, name: str) -> None:
     )
 
 
-def _forget(owner: nn.Module, name: str) -> None:
+def forget(owner: nn.Module, name: str) -> None:
     """Takes an owner's parameters out of the param store, but for what was loaded there since."""
     own = {id(param) for param in owner.parameters()}
     for key, param in list(stored_params().items()):
@@ -177,6 +179,18 @@ def adopt_stored(full_name: str, param: Tensor, wins: bool = True, leftovers: bo
         with torch.no_grad():
             param.copy_(stored)
     replace_stored(full_name, param)
+
+
+def restored(prefix: str, leftovers: bool = False) -> list[str]:
+    """The names under a prefix whose values in the param store a new owner takes over.
+
+    :param leftovers: as of :func:`adopt_stored`.
+    """
+    return [
+        key
+        for key, value in stored_params().items()
+        if key.startswith(f"{prefix}.") and (leftovers or not _is_leftover(key, value))
+    ]
 
 
 def _is_leftover(full_name: str, stored: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What a program is made of, read once from a trace: sites, plates, enumeration, parameters."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.distributions import TransformedDistribution
 from .._types import Site, Trace
 from .sites import innermost, is_enumerated, latent_sites
 
-__all__ = ["ProgramStructure", "is_subsampled", "sample_sites"]
+__all__ = ["LatentStructure", "ProgramStructure", "find_structure", "is_subsampled", "sample_sites"]
 
 
 def sample_sites(trace: Trace, drawn: bool = False) -> dict[str, Site]:
@@ -152,3 +152,80 @@ def _has_path_gradient(site: Site) -> bool:
         fn = fn.base_dist
     tractable = not (isinstance(fn, TransformedDistribution) or getattr(fn, "lower_bound", False))
     return site_is_subsample(site) or (fn.has_rsample and tractable)
+
+
+MAX_ROOT_NUMBERS = 60
+"""Numbers of roots that a guide draws jointly."""
+
+
+@dataclass(frozen=True)
+class LatentStructure:
+    """How a guide takes the latents of a program: jointly, or each by its own prior and a message.
+
+    Example::
+
+        >>> shapes = {"mu": Size(), "theta": Size((8,)), "offset": Size((100,))}
+        >>> print(find_structure(shapes, {"mu": frozenset(), "theta": frozenset({"mu"})}))
+        roots: mu
+        theta: prior given mu
+        offset: free
+    """
+
+    roots: tuple[str, ...]
+    """Sites that are drawn first, jointly, by a flow."""
+    messages: Mapping[str, frozenset[str]]
+    """Sites that are drawn by their prior and a message -> the latents that the prior depends on."""
+    free: tuple[str, ...]
+    """Sites that are drawn by a Gaussian of their own, as nothing simpler is known of their priors."""
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether the prior of a latent depends on another latent."""
+        return any(self.messages.values())
+
+    def __str__(self) -> str:
+        lines = [f"roots: {_listed(self.roots)}"]
+        by_parents: dict[frozenset[str], list[str]] = {}
+        for site, parents in self.messages.items():
+            by_parents.setdefault(parents, []).append(site)
+        for parents, sites in by_parents.items():
+            given = f"given {_listed(sorted(parents))}" if parents else "of its own"
+            lines.append(f"{_listed(sites)}: prior {given}")
+        if self.free:
+            lines.append(f"{_listed(self.free)}: free")
+        return "\n".join(lines)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    if len(names) > 6:
+        names = [*names[:3], "...", names[-1]]
+    return ", ".join(names) or "none"
+
+
+def find_structure(
+    shapes: Mapping[str, Size], parents: Mapping[str, frozenset[str]], padded: Iterable[str] = ()
+) -> LatentStructure:
+    """Which latents are roots, and which have messages.
+
+    Roots are small sites whose prior depends on no latent, or is not known, as long as they have 60 numbers
+    at most together.
+
+    :param shapes: unconstrained shapes by site, in the program's order.
+    :param parents: of sites whose prior is known the latents that it depends on.
+    :param padded: sites with numbers that no density touches, which are no roots.
+    """
+    padded = set(padded)
+    roots: list[str] = []
+    messages: dict[str, frozenset[str]] = {}
+    free: list[str] = []
+    left = MAX_ROOT_NUMBERS
+    for site, shape in shapes.items():
+        if not parents.get(site) and shape.numel() <= left and site not in padded:
+            roots.append(site)
+            left -= shape.numel()
+        elif site in parents:
+            messages[site] = parents[site]
+        else:
+            free.append(site)
+    return LatentStructure(tuple(roots), messages, tuple(free))

@@ -12,8 +12,9 @@ from ..init import Effort
 
 __all__ = ["FitGuide", "FitOptions", "Frame", "as_fit_guide"]
 
-Frame = tuple[Tensor, Tensor]
-"""Location and scale of the fixed map behind a guide's affine one, or of those of its components."""
+Frame = tuple[Any, ...]
+"""Location and scale of the fixed map behind a guide's affine one, or of those of its components, and whatever
+else a guide keeps fixed while it is trained."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class FitOptions:
 
     :param lr: the learning rate to start from.
     :param num_particles: draws a step, in one run of the model.
+    :param tolerance: nats below the evidence at which a fit may end; None for that of its own.
     :param settings: what no parameter's shape tells of the guide, and a run goes on only with the same.
     """
 
     lr: float = 1e-2
     num_particles: int = 16
+    tolerance: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -42,6 +45,9 @@ class FitGuide(Protocol):
 
     def fit_options(self) -> FitOptions:
         """The defaults of a fit."""
+
+    def choose(self, density: UnconstrainedModel) -> None:
+        """Chooses what of the model's structure the guide uses, before anything else is known of the run."""
 
     def can_move(self) -> bool:
         """Whether the guide can be moved to a Gaussian before it is trained."""
@@ -62,6 +68,9 @@ class FitGuide(Protocol):
 
     def leave_frame(self) -> None:
         """Out of the frame, with the posterior as it is."""
+
+    def watched(self) -> Tensor | None:
+        """The latents whose moments have to settle before a fit ends; None for all."""
 
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
         """Packed unconstrained latents, ``(size, D)``, and their log densities; None if it has none."""
@@ -85,6 +94,9 @@ class _PyroGuide:
     def fit_options(self) -> FitOptions:
         return FitOptions()
 
+    def choose(self, density: UnconstrainedModel) -> None:
+        pass
+
     def can_move(self) -> bool:
         return False
 
@@ -99,6 +111,9 @@ class _PyroGuide:
 
     def leave_frame(self) -> None:
         pass
+
+    def watched(self) -> Tensor | None:
+        return None
 
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
         return None

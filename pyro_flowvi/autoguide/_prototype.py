@@ -107,6 +107,7 @@ class PrototypeGuide(NamedGuide):
                 if self.master is None:
                     self._create_plates(*args, **kwargs)
                 self._pack(left_out)
+                self._read_structure(run, args, kwargs)
                 self._build_flow()
             except BaseException:
                 self.prototype_trace = None
@@ -146,6 +147,12 @@ class PrototypeGuide(NamedGuide):
         trace: Any = self.prototype_trace
         return trace.nodes[name]
 
+    def _read_structure(self, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Reads what else the guide wants to know of the model."""
+
+    def _renew_priors(self, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Reads again what depends on device and dtype, after the guide was moved."""
+
     def _build_flow(self) -> None:
         """Makes the parameters, for the latents that are known now."""
         raise NotImplementedError(f"{type(self).__name__}._build_flow")
@@ -169,6 +176,7 @@ class PrototypeGuide(NamedGuide):
             if packing.left_out:
                 self._check_masks(args, kwargs)
             if self._stale:
+                self._renew_priors(self._require_model(), args, kwargs)
                 saved, self._stale = {}, False
         finally:
             self.__dict__.update(saved)

@@ -11,7 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
 from .._checks import check_count, check_positive, check_positive_int, check_widths
-from .._types import AffineKind, InitFn, Program
+from .._types import AffineKind, InitFn, Program, StructureKind
 from ..distributions import FlowDistribution, IndexedFlow
 from ..distributions.flow import Shape, standard_normal_log_prob
 from ..distributions.indexed_flow import NUM_INDEX_SAMPLES, tightened
@@ -132,6 +132,7 @@ class AutoCIF(AutoFlow):
         init_scale: float = 0.1,
         affine: AffineKind | None = "auto",
         tails: bool = False,
+        structure: StructureKind = "auto",
     ) -> None:
         check_layer_flow(flow, hidden)
         if order not in ORDERS:
@@ -156,6 +157,7 @@ class AutoCIF(AutoFlow):
             init_scale=init_scale,
             affine=affine,
             tails=tails,
+            structure=structure,
         )
         self.num_extra, self.num_index_samples = extra, samples
         self.flow_name = flow if isinstance(flow, str) else None

@@ -15,28 +15,26 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from .._checks import check_dtype, check_positive
-from .._compile.log_density import traced
-from .._program.log_density import UnconstrainedModel
 from .._program.param_store import check_name
 from .._program.pyro_private import is_module_local_param_enabled
-from .._types import AffineKind, InitFn, Program
+from .._types import AffineKind, InitFn, Program, StructureKind
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
 from ..distributions.flow import Shape
-from ..flows import FLOWS, defaults_for, recipe_name
-from ..init import Effort, find_gaussian
+from ..flows import FLOWS, recipe_name
 from ..transforms import Compose, HeavyTails
 from ..transforms.compose import Chain
-from ._affine import AFFINES, affine_layer, enter_frame, frame_of, leave_frame, set_affine
+from ._affine import AFFINES, affine_layer
+from ._fit_answers import FitAnswers
 from ._latent_site import CallPosterior
-from ._protocol import FitOptions, Frame
-from ._prototype import PrototypeGuide
+from ._message_map import MessageMap
+from ._partial import Partial
 from ._summaries import marginal_quantiles, reference_normal
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
 
 
-class AutoFlow(PrototypeGuide):
+class AutoFlow(FitAnswers):
     """A guide whose posterior is a normalizing flow over all continuous latents of the model.
 
     Posterior = flow(standard normal) followed by a trainable affine map that starts from
@@ -89,9 +87,6 @@ class AutoFlow(PrototypeGuide):
 
     lower_bound: ClassVar[bool] = False
     """Whether :meth:`log_prob` is an estimate from below."""
-    covers_modes: ClassVar[bool] = False
-    """Whether ``fit`` starts from a normal over all modes that it finds, and not from the best at one."""
-
     def __init__(
         self,
         model: Program,
@@ -102,6 +97,7 @@ class AutoFlow(PrototypeGuide):
         init_scale: float = 0.1,
         affine: AffineKind | None = "auto",
         tails: bool = False,
+        structure: StructureKind = "auto",
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable, got {model!r}")
@@ -115,8 +111,10 @@ class AutoFlow(PrototypeGuide):
             raise ValueError(f"tails: expected True or False, got {tails!r}")
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
+        if structure not in ("auto", "program", None):
+            raise ValueError(f"structure: expected 'auto', 'program' or None, got {structure!r}")
         init_scale = check_positive("init_scale", init_scale)
-        super().__init__(model, init_loc_fn, name)  # takes the name over, so after all checks
+        super().__init__(model, init_loc_fn, name, structure)  # takes the name over, so after all checks
         self._build = flow
         self._init_scale = init_scale
         self._affine = affine
@@ -128,18 +126,18 @@ class AutoFlow(PrototypeGuide):
     def _layers(self) -> list[Any]:
         """The flow's parts, first one first."""
         build = FLOWS[self._build] if isinstance(self._build, str) else self._build
-        transform = build(self.latent_dim)
+        transform = build(self._flow_dim)
         if not isinstance(transform, Transform):
             raise ValueError(f"flow: expected it to return a Transform, got {transform!r}")
         return [transform]
 
     def _parts(self) -> list[Any]:
-        """All parts of the guide's transform, the affine map last if there is one."""
+        """All parts of the guide's transform but a message map, the affine map last if there is one."""
         parts = self._layers()
         if self._tails:
-            parts.append(HeavyTails(self.latent_dim))
+            parts.append(HeavyTails(self._flow_dim))
         if self._affine is not None:
-            parts.append(affine_layer(self._affine, self.latent_dim, self._init_scale))
+            parts.append(affine_layer(self._affine, self._flow_dim, self._init_scale))
         return parts
 
     def _compose(self, parts: list[Any]) -> Chain:
@@ -150,20 +148,46 @@ class AutoFlow(PrototypeGuide):
         affine.loc.data.copy_(loc)
 
     def _build_flow(self) -> None:
+        if self._structure.taken and self._restored_flat():
+            super()._take_flat("as in the state that was restored")
         loc = self._init_loc()
         device, dtype = self._placement
         loc = loc.to(device=device, dtype=dtype).nan_to_num(0.0, 0.0, 0.0)
         check_dtype("dtype of the latents", loc.dtype)
+        layer = self._make_map(self._init_scale)
+        places = self._flow_places(layer)
+        self._flow_dim = self.latent_dim if places is None else len(places)
         parts = self._parts()
-        flow = self._compose(parts).to(device=loc.device, dtype=loc.dtype)
+        if self._affine is not None:
+            self._start_at(parts[-1], self._noise_start(layer, parts[-1], loc))
+        if places is not None:
+            parts = [Partial(part, places, self.latent_dim) for part in parts]
+        flow = self._compose(parts if layer is None else [*parts, layer])
+        flow = flow.to(device=loc.device, dtype=loc.dtype)
         for param in flow.parameters():
             param.data = param.data.contiguous()
         self._modules["flow"] = flow  # not as an attribute: PyroModule would register it as well
-        if self._affine is not None:
-            self._start_at(parts[-1], loc)
         if self._pending_state:
             state, self._pending_state = self._pending_state, {}
             flow.load_state_dict(state)
+
+    def _noise_start(self, layer: MessageMap | None, affine: Any, loc: Tensor) -> Tensor:
+        """Where the affine map starts.  That of a message map's noise starts as the identity."""
+        if layer is None:
+            return loc
+        layer.centre_at(loc)
+        roots = self._root_places(layer)
+        if self._flow_dim < self.latent_dim:
+            return loc[roots]
+        start = torch.zeros_like(loc)
+        start[roots] = loc[roots]
+        log_scale = affine.log_scale.data
+        affine.log_scale.data = torch.zeros_like(log_scale).index_copy(-1, roots, log_scale[roots])
+        return start
+
+    def _take_flat(self, why: str) -> None:
+        super()._take_flat(why)
+        self._build_flow()
 
     @property
     def _flow(self) -> Chain:
@@ -179,77 +203,6 @@ class AutoFlow(PrototypeGuide):
         whole: Chain = flow
         return whole
 
-    # -- fitting -------------------------------------------------------------------------------
-
-    def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
-        """:meth:`materialize`; a part of the data is not remembered.
-
-        :raises RuntimeError: if another guide or model has taken over the name.
-        """
-        check_name(self, self.name)
-        self.materialize(*args, **kwargs)
-        if not all_data:
-            self._data = None
-
-    def fit_options(self) -> FitOptions:
-        """Learning rate and number of particles of a flow of the registry, by the number of latents."""
-        settings = {"flow": repr(self._flow)}
-        if self.flow_name is None:
-            return FitOptions(settings=settings)
-        choice = defaults_for(self.latent_dim).flows[self.flow_name]
-        return FitOptions(choice.lr, choice.num_particles, settings)
-
-    def can_move(self) -> bool:
-        """Whether there is an affine map whose location and scale are trained."""
-        affine = self.affine
-        return affine is not None and bool(affine.loc.requires_grad and affine.log_scale.requires_grad)
-
-    def move_to_start(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Callable[[], None]]:
-        """Moves to the best Gaussian that a search finds, and into its frame.
-
-        :param density: the model.
-        :param effort: how much to spend on the search.
-        :return: the kind of candidate that it came from; a function that moves back.
-        """
-        kept = {name: param.detach().clone() for name, param in self._flow.named_parameters()}
-        kind, loc, scale = self._search(density, effort)
-        if not enter_frame(self.affine, loc, scale):
-            set_affine(self.affine, loc, scale)
-
-        @torch.no_grad()
-        def move_back() -> None:
-            self.leave_frame()
-            for name, param in self._flow.named_parameters():
-                param.copy_(kept[name])
-            enter_frame(self.affine)
-
-        return kind, move_back
-
-    def _search(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Tensor, Tensor]:
-        """The kind of the best Gaussian, its location and scale."""
-        value_and_grad = traced(density, effort.starts)
-        found = find_gaussian(value_and_grad, density.start, effort, cover=self.covers_modes)
-        return found.kinds[0], found.loc[0], found.scale[0]
-
-    def frame(self) -> Frame | None:
-        """Location and scale of the fixed map behind the affine one; None outside of a fit."""
-        return frame_of(self.affine)
-
-    def set_frame(self, frame: Frame | None) -> None:
-        """Sets the fixed map, and leaves the parameters as they are."""
-        if frame is not None or self.frame() is not None:
-            self.affine.set_frame(*(frame or (None, None)))
-
-    def leave_frame(self) -> None:
-        """Makes one affine map of the trainable and the fixed one."""
-        leave_frame(self.affine)
-
-    @torch.no_grad()
-    def draw_latent(self, size: int) -> tuple[Tensor, Tensor]:
-        """Packed unconstrained latents, ``(size, D)``, and their log densities, ``(size,)``."""
-        drawn: tuple[Tensor, Tensor] = self.get_posterior().rsample_and_log_prob((size,))
-        return drawn
-
     def pushforward(self, model: Program) -> Chain | None:
         """The flow, if the posterior is its image of a standard normal, and the model the guide's own."""
         own = type(self)
@@ -264,7 +217,10 @@ class AutoFlow(PrototypeGuide):
     @property
     def affine(self) -> Any:
         """The trainable affine map after the flow, with ``loc`` and ``log_scale``; None without one."""
-        return None if self._affine is None else self._flow[-1]
+        if self._affine is None:
+            return None
+        layer = self._flow[-1 if self._map is None else -2]
+        return layer.inner if isinstance(layer, Partial) else layer
 
     def get_base_dist(self) -> Any:
         """The standard normal over the latents."""

@@ -143,6 +143,7 @@ class AutoFlowMixture(AutoFlow):
             init_scale=init_scale,
             affine=affine,
             tails=tails,
+            structure=None,
         )
         self.num_components = num_components
         self._init_spread = init_spread

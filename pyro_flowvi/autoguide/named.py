@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pyro.infer.autoguide.initialization import init_to_median
 
 from .._checks import check_positive_int, check_widths
-from .._types import AffineKind, InitFn, Program
+from .._types import AffineKind, InitFn, Program, StructureKind
 from ..flows import FLOWS
 from .flow import AutoFlow
 
@@ -44,6 +44,7 @@ class _Layered(AutoFlow):
         init_scale: float = 0.1,
         affine: AffineKind | None = "auto",
         tails: bool = False,
+        structure: StructureKind = "auto",
     ) -> None:
         super().__init__(
             model,
@@ -53,6 +54,7 @@ class _Layered(AutoFlow):
             init_scale=init_scale,
             affine=affine,
             tails=tails,
+            structure=structure,
         )
 
 
@@ -72,6 +74,7 @@ class _Networked(AutoFlow):
         init_scale: float = 0.1,
         affine: AffineKind | None = "auto",
         tails: bool = False,
+        structure: StructureKind = "auto",
     ) -> None:
         super().__init__(
             model,
@@ -81,6 +84,7 @@ class _Networked(AutoFlow):
             init_scale=init_scale,
             affine=affine,
             tails=tails,
+            structure=structure,
         )
 
 

@@ -345,12 +345,14 @@ def fit(
     with Bar(type(guide).__name__, num_steps, progress) as bar:
         answers = as_fit_guide(model, guide)
         answers.set_up(*first, all_data=not changing)
+        needed = answers.can_move() or answers.pushforward(model) is not None
+        density = answers.density(*first[0], **first[1]) if needed else None
+        if density is not None:
+            answers.choose(density)
         nesting = getattr(loss, "max_plate_nesting", math.inf)
         pair = judge = LogWeights(model, guide, *first, nesting)
         if held_out is not None:
             judge = LogWeights(model, guide, *held_out, nesting)
-        needed = answers.can_move() or answers.pushforward(model) is not None
-        density = answers.density(*first[0], **first[1]) if needed else None
         graph = _recorded({**options, "num_steps": num_steps}, pair, answers, density)
         default = answers.fit_options()
         together = pair.vectorized or graph is not None
@@ -372,7 +374,7 @@ def fit(
             changing,
             may_settle,
             bar,
-            tolerance or _default_tolerance(pair),
+            tolerance or default.tolerance or _default_tolerance(pair),
         )
         saved = save = None
         if file is not None:

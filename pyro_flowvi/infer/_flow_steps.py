@@ -66,8 +66,10 @@ class FlowWeights:
     def __init__(self, pair: LogWeights, guide: FitGuide, density: TracedDensity) -> None:
         self.structure = pair.structure
         self.last_draws: Tensor | None = None
-        """The draws of the last weights, ``(num_samples, D)``."""
+        """What is watched of the draws of the last weights, ``(num_samples, D)``."""
         self._guide, self._density = guide, density
+        self.watches = guide.watched() is not None
+        """Whether these are some of the latents only."""
 
     @torch.no_grad()
     def log_weights(self, num_samples: int) -> Tensor:
@@ -75,7 +77,8 @@ class FlowWeights:
         drawn = self._guide.draw_latent(num_samples)
         assert drawn is not None
         z, log_q = drawn
-        self.last_draws = z
+        watched = self._guide.watched()
+        self.last_draws = z if watched is None else z[:, watched]
         return self._density(z)[0] - log_q
 
 

@@ -31,6 +31,9 @@ COMPARISON_DRAWS_APART = 16
 GAP_DRAWS = 8
 """Draws from which the distance to the posterior is estimated, as a multiple of those of a comparison."""
 
+NOISE = 2.0
+"""Standard errors of a weighted mean that are taken for chance."""
+
 
 class Distance(NamedTuple):
     """How far a guide is from the posterior, as far as the weights of its draws tell."""
@@ -44,11 +47,17 @@ class Distance(NamedTuple):
 
 
 def _moved_by(z: Tensor, shares: Tensor) -> float:
+    # Where few weights carry most, they move a mean by chance.
+    noise = float((shares.square().sum() - 1.0 / len(shares)).clamp(min=0.0).sqrt())
     mean, sd = z.mean(0), z.std(0)
     weighted = shares @ z
     scale = (shares @ (z - weighted).square()).sqrt()
     moved = torch.stack([(weighted - mean) / sd, (scale / sd).log()])
-    return float(moved.abs().nan_to_num(math.inf).max())
+    return max(0.0, float(moved.abs().nan_to_num(math.inf).max()) - NOISE * noise)
+
+
+WATCHED = 2.0
+"""How much more a movement counts of the latents that are watched, whose weights stand for all others too."""
 
 
 @dataclass
@@ -108,7 +117,10 @@ class Run:
         z, kept = getattr(self.judge, "last_draws", None), weights[good]
         bound = kept.logsumexp(0) - math.log(len(kept)) - kept.mean()
         gap = max(0.5 * float(kept.var()), float(bound))
-        return Distance(gap, None if z is None else _moved_by(z[good].double(), kept.softmax(0)))
+        if z is None:
+            return Distance(gap, None)
+        factor = WATCHED if getattr(self.judge, "watches", False) else 1.0
+        return Distance(gap, factor * _moved_by(z[good].double(), kept.softmax(0)))
 
     def keep_unless_worse(self) -> Tensor:
         """Keeps the present state as the best, unless an earlier one is better beyond its noise.

@@ -112,7 +112,7 @@ def elbos(value_and_grad: ValueAndGrad, gaussian: Gaussian, noise: Tensor) -> Te
     return torch.where(values.isfinite().all(-1) & bound.isfinite(), bound, -torch.inf)
 
 
-def _hessians(value_and_grad: ValueAndGrad, points: Tensor) -> Tensor:
+def hessians_at(value_and_grad: ValueAndGrad, points: Tensor) -> Tensor:
     """Second derivatives of minus the log density by central differences of gradients, ``(M, D, D)``.
 
     Twice: the second time with steps of a thousandth of the standard deviations that the first found.
@@ -246,7 +246,7 @@ def spread_starts(start: Tensor, num: int) -> Tensor:
 def peaks(value_and_grad: ValueAndGrad, points: Tensor) -> tuple[Gaussian, Tensor]:
     """Laplace approximations at points, and the logarithms of their masses; -inf where there is no mode."""
     values, gradients = value_and_grad(points)
-    hessians = _hessians(value_and_grad, points)
+    hessians = hessians_at(value_and_grad, points)
     known = values.isfinite() & hessians.isfinite().all(-1).all(-1)
     curvatures, vectors = torch.linalg.eigh(torch.where(known.reshape(-1, 1, 1), hessians, 0.0))
     slopes = (vectors.mT @ gradients.unsqueeze(-1)).squeeze(-1)
@@ -327,7 +327,7 @@ def find_gaussian(
             continue
         gradients = value_and_grad(points)[1]
         if dense:
-            pool.append(_from_curvature(points, gradients, _hessians(value_and_grad, points), kind))
+            pool.append(_from_curvature(points, gradients, hessians_at(value_and_grad, points), kind))
         else:
             pool.append(_diagonal(value_and_grad, points, gradients))
     candidates = _join(pool)

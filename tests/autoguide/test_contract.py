@@ -223,14 +223,14 @@ class TestSetUp:
     @pytest.mark.parametrize("affine", ["lower", "elementwise", "low_rank"])
     def test_affine_kinds_start_alike(self, affine):
         model, args = case("hierarchy")
-        guide = AutoPlanar(model, affine=affine, init_loc_fn=init_to_sample).materialize(*args)
-        draws = guide.get_posterior().sample((4000,))
+        guide = AutoPlanar(model, affine=affine, init_loc_fn=init_to_sample, structure=None)
+        draws = guide.materialize(*args).get_posterior().sample((4000,))
         torch.testing.assert_close(draws.mean(0), guide.affine.loc.detach(), atol=0.02, rtol=0.0)
         torch.testing.assert_close(draws.std(0), torch.full((5,), 0.1), atol=0.02, rtol=0.0)
 
     def test_without_affine_the_base_is_standard_normal(self):
         model, args = case("hierarchy")
-        guide = AutoPlanar(model, affine=None).materialize(*args)
+        guide = AutoPlanar(model, affine=None, structure=None).materialize(*args)
         assert guide.affine is None
         draws = guide.get_posterior().sample((4000,))
         assert draws.std(0) == pytest.approx(torch.ones(5), abs=0.1)

@@ -42,7 +42,7 @@ def test_moves_and_moves_back(name):
     places = [guide._flow.forward_and_log_det(noise)[0] if name != "indexed" else guide.affine.loc.clone()]
     kind, move_back = guide.move_to_start(guide.density(Y), Effort.small())
     assert kind in ("prior", "laplace", "path", "mean-field", "modes")
-    loc, _ = guide.frame()
+    loc, *_ = guide.frame()
     assert loc.shape == guide.affine.loc.shape
     assert not torch.allclose(loc, torch.zeros(()))
     move_back()

@@ -177,11 +177,11 @@ class TestGaussians:
             for i in range(3):
                 mean[i] = (linear[i] - precision[i] @ mean + precision[i, i] * mean[i]) / precision[i, i]
         density = UnconstrainedModel(model)
-        from pyro_flowvi.init.gaussians import _from_curvature, _hessians
+        from pyro_flowvi.init.gaussians import _from_curvature, hessians_at
 
         at = ascend(density.value_and_grad, torch.zeros(2, 3), 100).points[:1]
         gradients = density.value_and_grad(at)[1]
-        candidates = _from_curvature(at, gradients, _hessians(density.value_and_grad, at), "laplace")
+        candidates = _from_curvature(at, gradients, hessians_at(density.value_and_grad, at), "laplace")
         factors = candidates.select([candidates.kinds.index("mean-field")])
         assert torch.allclose(factors.loc[0], mean, atol=1e-6)
         assert torch.allclose(factors.scale[0].diagonal() ** -2, precision.diagonal(), rtol=1e-6)

@@ -1,0 +1,157 @@
+"""The priors of a model's latents given those before them, as recorded graphs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .._program.packing import Packing
+from .._program.priors import read_priors
+from .._types import Program
+from .errors import CannotCompile
+from .log_density import batch_memory
+from .simplify import copy, shared_memory, written
+from .trace import trace
+
+__all__ = ["PriorGraph", "record_priors"]
+
+Located = tuple[Tensor, Tensor]
+"""Location and scale of a site's prior for each of P points."""
+
+
+@dataclass
+class PriorGraph:
+    """Location and scale of each prior that has them, as functions of the latents, for many points at once.
+
+    It holds what the model reached when it was recorded.  Parameters of the model are read at every call.
+
+    :param graph: of one point; its inputs are the constants, then the latents.
+    :param constants: by reference.
+    :param inputs: the latents in their order.
+    :param joint: of each site that has such a prior whether its numbers depend on each other.
+    :param like: of the dtype and on the device that the latents had.
+    """
+
+    graph: fx.GraphModule
+    constants: list[Tensor]
+    inputs: list[str]
+    joint: Mapping[str, bool]
+    like: Tensor
+
+    def __deepcopy__(self, memo: Any) -> "PriorGraph":
+        return self  # it is never changed, and its constants are the model's own
+
+    @cached_property
+    def parents(self) -> dict[str, frozenset[str]]:
+        """The latents that each prior is computed from."""
+        *_, output = self.graph.graph.nodes
+        latents = list(self.graph.graph.find_nodes(op="placeholder"))[len(self.constants) :]
+        names = dict(zip(latents, self.inputs, strict=True))
+        results = list(output.args[0])
+        pairs = zip(results[::2], results[1::2], strict=True)
+        return {
+            site: frozenset(names[node] for node in _sources(pair) if node in names)
+            for site, pair in zip(self.joint, pairs, strict=True)
+        }
+
+    def only(self, sites: Sequence[str]) -> tuple[list[str], Callable[..., list[Located]]]:
+        """The part that some sites' priors need.
+
+        :return: the latents that they need; a function of their values, each ``(P, *free_shape)``.
+        """
+        nodes = copy(self.graph.graph)
+        *_, output = nodes.nodes
+        results = list(output.args[0])
+        places = [list(self.joint).index(site) for site in sites]
+        output.args = (tuple(results[2 * i + part] for i in places for part in (0, 1)),)
+        _keep_only(nodes, _sources(output.args[0]))
+        constants, needed = [], []
+        for i, node in enumerate(list(nodes.find_nodes(op="placeholder"))):
+            if not node.users:
+                nodes.erase_node(node)
+            elif i < len(self.constants):
+                constants.append(self.constants[i])
+            else:
+                needed.append(self.inputs[i - len(self.constants)])
+        graph = fx.GraphModule(torch.nn.Module(), nodes)
+        run = (batch_memory(graph) if needed else graph).forward
+        return needed, partial(_many, run, constants, self.like)
+
+
+def _many(run: Callable[..., Any], constants: Sequence[Tensor], like: Tensor, *free: Tensor) -> list[Located]:
+    one = partial(run, *constants)
+    free = tuple(value.to(like) for value in free)
+    # Without a latent there is nothing to batch: all points have the same priors.
+    found = torch.vmap(one)(*free) if free else tuple(value.unsqueeze(0) for value in one())
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node that made the memory which a node's value has."""
+    while shared := shared_memory(node):
+        node = shared[0]
+    return node
+
+
+def _sources(results: Any) -> set[fx.Node]:
+    """The nodes that results are computed from, writes into their memory included."""
+    results = list(results)
+    writes: dict[fx.Node, list[fx.Node]] = {}
+    for node in results[0].graph.nodes if results else ():
+        for value in written(node):
+            writes.setdefault(_memory(value), []).append(node)
+    seen, pending = set[fx.Node](), results
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+            pending.extend(writes.get(_memory(node), ()))
+    return seen
+
+
+def _keep_only(nodes: fx.Graph, kept: set[fx.Node]) -> None:
+    for node in reversed(list(nodes.nodes)):
+        if node.op == "call_function" and node not in kept:
+            nodes.erase_node(node)
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def record_priors(
+    model: Program, args: Any, kwargs: Mapping[str, Any], packing: Packing, start: Tensor
+) -> PriorGraph:
+    """Records the priors of a model.
+
+    What is drawn on the way, such as a discrete latent, makes the priors after it unknown.
+
+    :param packing: the latents.
+    :param start: a point at which the model is run, ``(D,)``.
+    :raises CannotCompile: if the program does what a graph cannot hold, or differs from call to call.
+    """
+    latents, free = packing.latents, packing.split(start)
+    joint: dict[str, bool] = {}
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        found = read_priors(model, args, kwargs, packing, dict(zip(latents, values, strict=True)))
+        joint.clear()
+        joint.update({name: prior.joint for name, prior in found.items()})
+        return tuple(value for prior in found.values() for value in (prior.loc, prior.scale))
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        traced = trace(run, [], list(free.values()))
+    if traced.pinned_args:
+        raise CannotCompile("what the model does depends on the values of its latents", traced.read_at)
+    *_, output = traced.graph.graph.nodes
+    results, names = list(output.args[0]), list(joint)
+    steady = [i for i in range(len(names)) if not any(map(_is_random, _sources(results[2 * i : 2 * i + 2])))]
+    output.args = (tuple(results[2 * i + part] for i in steady for part in (0, 1)),)
+    _keep_only(traced.graph.graph, _sources(output.args[0]))
+    known = {names[i]: joint[names[i]] for i in steady}
+    return PriorGraph(traced.graph, traced.constants, list(latents), known, start.detach()[:0])

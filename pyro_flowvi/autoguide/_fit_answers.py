@@ -1,0 +1,183 @@
+"""What fit asks of a guide whose posterior is a flow: where it starts, and the frame that it is trained in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._compile.log_density import traced
+from .._program.log_density import UnconstrainedModel
+from .._program.param_store import check_name, forget
+from ..flows import defaults_for
+from ..init import Effort, find_gaussian
+from . import _message_pass  # noqa: F401 - enters its form
+from ._affine import enter_frame, frame_of, leave_frame, set_affine
+from ._message_start import place_messages
+from ._protocol import FitOptions, Frame
+from ._structured import StructuredGuide, spread_over
+
+__all__ = ["FitAnswers"]
+
+NEWTON_WIDTH = 16
+"""Points at once in the search for messages."""
+TOLERANCE, TOLERANCE_EACH = 0.03, 5e-4
+"""Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be off
+by a little, which adds up, and leaves the roots where they are."""
+MAP_PARTICLES, MAP_ELEMENTS = 16, 16_000
+"""Draws a step at least where the flow sees the roots alone, and numbers of all of them together.  What the flow
+does not see has messages that are nearly right."""
+
+
+class Place(NamedTuple):
+    """Where a structured guide starts: location and scale of the roots, and fixed numbers of the messages."""
+
+    loc: Tensor
+    scale: Tensor
+    messages: tuple[dict[str, Tensor], ...]
+
+
+@torch.no_grad()
+def _put(module: torch.nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, param in module.named_parameters():
+        param.copy_(values[name])
+
+
+class FitAnswers(StructuredGuide):
+    """The answers of :class:`FitGuide`, for a guide with a ``_flow`` and an ``affine`` map in it."""
+
+    flow_name: str | None
+    covers_modes: ClassVar[bool] = False
+    """Whether ``fit`` starts from a normal over all modes that it finds, and not from the best at one."""
+
+    _place: Place | None = None
+    """Where roots and messages start, once it has been looked for."""
+
+    @property
+    def _flow(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def affine(self) -> Any:
+        raise NotImplementedError
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
+        """:meth:`materialize`; a part of the data is not remembered.
+
+        :raises RuntimeError: if another guide or model has taken over the name.
+        """
+        check_name(self, self.name)
+        self.materialize(*args, **kwargs)
+        if not all_data:
+            self._data = None
+
+    def fit_options(self) -> FitOptions:
+        """Learning rate and number of particles of a flow of the registry, by the number of latents it sees."""
+        layer = self._map
+        options = FitOptions(
+            tolerance=None if layer is None else TOLERANCE + TOLERANCE_EACH * layer.num_messages,
+            settings={"flow": repr(self._flow)},
+        )
+        if self.flow_name is None:
+            return options
+        places = self._flow_places(layer)
+        if places is None:
+            choice = defaults_for(self.latent_dim).flows[self.flow_name]
+            return replace(options, lr=choice.lr, num_particles=choice.num_particles)
+        choice = defaults_for(len(places)).flows[self.flow_name]
+        most = max(MAP_PARTICLES, MAP_ELEMENTS // self.latent_dim)
+        return replace(options, lr=choice.lr, num_particles=min(choice.num_particles, most))
+
+    def watched(self) -> Tensor | None:
+        """The roots of a structured guide: errors of single latents given the roots are small, and many."""
+        layer = self._map
+        return None if layer is None or self._flow_places(layer) is None else self._root_places(layer)
+
+    def can_move(self) -> bool:
+        """Whether there is an affine map whose location and scale are trained."""
+        affine = self.affine
+        return affine is not None and bool(affine.loc.requires_grad and affine.log_scale.requires_grad)
+
+    def choose(self, density: UnconstrainedModel) -> None:
+        """Finds where messages start, and goes over to a guide without them if there is no such place."""
+        layer, self._place = self._map, None
+        if layer is None or not self.can_move():
+            return
+        kept = {name: param.detach().clone() for name, param in layer.named_parameters()}
+        found = place_messages(layer, traced(density, NEWTON_WIDTH))
+        if found is not None:
+            self._place = Place(*found, layer.frame())
+        layer.set_frame(())
+        _put(layer, kept)
+        if found is None and self._structure_kind == "auto":
+            self._take_flat("the latents have no mode given the roots, or none that could be found")
+
+    def _take_flat(self, why: str) -> None:
+        forget(self, self.name)
+        super()._take_flat(why)
+
+    def move_to_start(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Callable[[], None]]:
+        """Moves to the best Gaussian that a search finds, and into its frame.
+
+        :param density: the model.
+        :param effort: how much to spend on the search.
+        :return: the kind of candidate that it came from; a function that moves back.
+        """
+        kept = {name: param.detach().clone() for name, param in self._flow.named_parameters()}
+        layer = self._map
+        kind, loc, scale = self._search(density, effort)
+        if not enter_frame(self.affine, loc, scale):
+            set_affine(self.affine, loc, scale)
+        if layer is not None and self._place is not None:
+            layer.enter_frame(self._place.messages)
+
+        def move_back() -> None:
+            self.leave_frame()
+            _put(self._flow, kept)
+            enter_frame(self.affine)
+            if layer is not None:
+                layer.enter_frame()
+
+        return kind, move_back
+
+    def _search(self, density: UnconstrainedModel, effort: Effort) -> tuple[str, Tensor, Tensor]:
+        """The kind of the best Gaussian, its location and scale."""
+        layer = self._map
+        if layer is not None and self._place is not None:
+            loc, scale = self._place.loc, self._place.scale
+            if self._flow_places(layer) is None:
+                loc, scale = spread_over(self._root_places(layer), loc, scale, self.latent_dim)
+            return "program", loc, scale
+        value_and_grad = traced(density, effort.starts)
+        found = find_gaussian(value_and_grad, density.start, effort, cover=self.covers_modes)
+        return found.kinds[0], found.loc[0], found.scale[0]
+
+    def frame(self) -> Frame | None:
+        """Location and scale of the fixed map behind the affine one, and of messages; None outside of a fit."""
+        frame, layer = frame_of(self.affine), self._map
+        return frame if layer is None or frame is None else (*frame, *layer.frame())
+
+    def set_frame(self, frame: Frame | None) -> None:
+        """Sets the fixed map, and leaves the parameters as they are."""
+        layer = self._map
+        if frame is not None or self.frame() is not None:
+            self.affine.set_frame(*(frame[:2] if frame is not None else (None, None)))
+            if layer is not None:
+                layer.set_frame(() if frame is None else frame[2:])
+
+    def leave_frame(self) -> None:
+        """Makes one affine map of the trainable and the fixed one."""
+        leave_frame(self.affine)
+        layer = self._map
+        if layer is not None:
+            layer.leave_frame()
+
+    @torch.no_grad()
+    def draw_latent(self, size: int) -> tuple[Tensor, Tensor]:
+        """Packed unconstrained latents, ``(size, D)``, and their log densities, ``(size,)``."""
+        drawn: tuple[Tensor, Tensor] = self.get_posterior().rsample_and_log_prob((size,))
+        return drawn

@@ -1,0 +1,234 @@
+"""Modes and precisions of many latents at once, by Newton's method on a sparse Hessian."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix, csc_matrix
+from scipy.sparse.linalg import SuperLU, splu
+from torch import Tensor
+
+__all__ = ["Elimination", "SparseHessian"]
+
+Array = NDArray[np.float64]
+HessianProducts = Callable[[Tensor, Tensor], Tensor]
+"""Points and directions, ``(P, D)`` each, to the products of the Hessians there with them."""
+
+MAX_PROBED = 1024
+"""Latents of which each column of the Hessian is computed to see where it is zero."""
+SMALL_SITE = 200
+"""Numbers of a site whose columns are computed one by one where there are more latents in all."""
+MOST_COUPLED = 128
+"""Earlier latents that one may be coupled with; more would fill the factor."""
+LEAST = 1e-10
+"""Size of an entry, relative to its diagonal ones, that counts as zero."""
+LEAST_PIVOT = 0.05
+"""Of a prior's precision, below which a pivot is taken for one where the density is not concave."""
+TRIES = 4
+
+
+@dataclass
+class Elimination:
+    """The factor of a precision matrix from which later latents are eliminated first.
+
+    :param pivots: the precision of each latent given all before it, ``(M,)``.
+    :param lower: unit lower factor of the matrix in reversed order.
+    """
+
+    pivots: Array
+    lower: Any
+    _factor: SuperLU | None
+
+    def solve(self, gradient: Array) -> Array:
+        """The Newton step."""
+        if self._factor is None:
+            return gradient / self.pivots
+        step: Array = self._factor.solve(gradient[::-1].copy())[::-1]
+        return step
+
+    def block(self, start: int, width: int) -> Array:
+        """The joint precision of neighbouring latents given all before them."""
+        if self.lower is None:
+            return np.diag(self.pivots[start : start + width])
+        size = len(self.pivots)
+        rows = slice(size - start - width, size - start)
+        lower = self.lower[rows, rows].toarray()
+        inner: Array = (lower * self.pivots[start : start + width][::-1]) @ lower.T
+        return inner[::-1, ::-1]
+
+
+class SparseHessian:
+    """The negative Hessian of a density in some of its coordinates, of which it is known where it is zero.
+
+    The pattern is found by products with directions.  Of up to a thousand latents every column is computed.
+    Of more, those of small sites are, and a large site is taken for one whose numbers are not coupled with
+    each other, and with at most one number of any other large site, such as their parent; which one it is
+    shows from two products with directions of ones and of random numbers.  Columns that share no row are
+    computed together from then on: one product for a site of independent groups, three for a chain.
+
+    :param products: Hessian-vector products.
+    :param point: where the pattern is looked for, ``(D,)``.
+    :param places: the M coordinates, in the order in which later ones are eliminated first.
+    :param sizes: of the sites that they belong to.
+    """
+
+    def __init__(
+        self, products: HessianProducts, point: Tensor, places: Tensor, sizes: Sequence[int]
+    ) -> None:
+        self._products, self.places = products, places
+        self.size = len(places)
+        self.usable = True
+        """Whether the pattern is one that can be used."""
+        if self.size <= MAX_PROBED:
+            eye = np.arange(self.size)
+            columns = self._columns(point, [np.array([i]) for i in eye])
+            pattern = self._large(columns)
+            pattern |= pattern.T
+        else:
+            pattern = None
+        if pattern is not None:
+            self._group(pattern)
+        else:
+            self._by_site(point, list(sizes))
+        if self.usable:
+            self._list_entries()
+
+    def _columns(self, point: Tensor, groups: Sequence[NDArray[np.int64]], weights: Any = None) -> Array:
+        """Sums of columns, ``(M, G)``; with ``weights``, ``(M,)``, weighted."""
+        directions = torch.zeros(len(groups), len(point), dtype=point.dtype, device=point.device)
+        for row, members in enumerate(groups):
+            at = self.places[torch.from_numpy(np.ascontiguousarray(members))]
+            directions[row, at] = 1.0 if weights is None else torch.from_numpy(weights[members]).to(point)
+        found = self._products(point.expand(len(groups), -1), directions)[:, self.places]
+        return -found.T.double().cpu().numpy()
+
+    def _large(self, columns: Array) -> NDArray[np.bool_]:
+        size = np.sqrt(np.abs(np.diag(columns)) + 1e-300)
+        return np.abs(columns) > LEAST * np.outer(size, size)
+
+    def _group(self, pattern: NDArray[np.bool_]) -> None:
+        """Groups of columns no two of which share a row, and which column each row sees of a group."""
+        np.fill_diagonal(pattern, True)
+        members: list[list[int]] = []
+        covered: list[NDArray[np.bool_]] = []
+        for column in range(self.size):
+            rows = pattern[:, column]
+            for taken, group in zip(covered, members, strict=True):
+                if not (taken & rows).any():
+                    group.append(column)
+                    taken |= rows
+                    break
+            else:
+                members.append([column])
+                covered.append(rows.copy())
+        self.groups = [np.array(group) for group in members]
+        self._owner = np.full((self.size, len(self.groups)), -1)
+        for place, group in enumerate(self.groups):
+            for column in group:
+                self._owner[pattern[:, column], place] = column
+
+    def _by_site(self, point: Tensor, sizes: list[int]) -> None:
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        sites = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        small = [site for site in sites if len(site) <= SMALL_SITE]
+        large = [site for site in sites if len(site) > SMALL_SITE]
+        single = np.concatenate(small) if small else np.zeros(0, dtype=int)
+        if len(single) > MAX_PROBED:
+            self.usable = False
+            return
+        self.groups = [*large, *(np.array([i]) for i in single)]
+        rng = np.random.default_rng(0)
+        first, second = rng.uniform(1.0, 2.0, (2, self.size))
+        sums = self._columns(point, self.groups)
+        one, two = (self._columns(point, large, weights) for weights in (first, second))
+        diagonal = np.zeros(self.size)
+        for i, site in enumerate(large):
+            diagonal[site] = sums[site, i]
+        for i, column in enumerate(single):
+            diagonal[column] = sums[column, len(large) + i]
+        size = np.sqrt(np.abs(diagonal) + 1e-300)
+        self._owner = np.full((self.size, len(self.groups)), -1)
+        for i, site in enumerate(large):
+            total, seen = sums[:, i], one[:, i]
+            coupled = np.abs(total) > LEAST * size * np.median(size[site])
+            order = site[np.argsort(first[site])]
+            ratio = seen / np.where(coupled, total, 1.0)
+            at = np.clip(np.searchsorted(first[order], ratio), 1, len(order) - 1)
+            nearer = np.abs(first[order[at - 1]] - ratio) < np.abs(first[order[at]] - ratio)
+            found = order[np.where(nearer, at - 1, at)]
+            found[site] = site
+            right = np.abs(seen - first[found] * total) + np.abs(two[:, i] - second[found] * total)
+            wrong = coupled & (right > 1e-4 * np.abs(total))
+            if wrong[site].any():
+                self.usable = False  # numbers of one site depend on each other
+                return
+            self._owner[:, i] = np.where(coupled & ~wrong, found, -1)
+            self._owner[site, i] = site
+        for i, column in enumerate(single):
+            coupled = np.abs(sums[:, len(large) + i]) > LEAST * size * size[column]
+            self._owner[coupled, len(large) + i] = column
+            self._owner[column, len(large) + i] = column
+
+    def _list_entries(self) -> None:
+        """Which product tells which entry.  Where both of a pair are told, each is their mean."""
+        rows, groups = np.nonzero(self._owner >= 0)
+        columns = self._owner[rows, groups]
+        later, earlier = np.maximum(rows, columns), np.minimum(rows, columns)
+        pairs, place = np.unique(later * self.size + earlier, return_inverse=True)
+        coupled = np.bincount((pairs // self.size)[pairs // self.size != pairs % self.size], minlength=self.size)
+        # Latents with many couplings to earlier ones would fill the factor.
+        kept = (later == earlier) | (coupled[later] <= max(MOST_COUPLED, MAX_PROBED * (self.size <= MAX_PROBED)))
+        weight = 1.0 / np.bincount(place)[place]
+        self._entries = rows[kept], columns[kept], groups[kept], weight[kept]
+        self.diagonal = bool((later[kept] == earlier[kept]).all())
+
+    def at(self, points: Tensor) -> list[Any]:
+        """The matrices at points ``(P, D)``, sparse, in the order of the coordinates."""
+        num, count = len(points), len(self.groups)
+        directions = torch.zeros(count, points.shape[1], dtype=points.dtype, device=points.device)
+        for row, members in enumerate(self.groups):
+            directions[row, self.places[torch.from_numpy(members)]] = 1.0
+        repeated = points.repeat_interleave(count, 0)
+        found = self._products(repeated, directions.repeat(num, 1))[:, self.places]
+        values = -found.double().cpu().numpy().reshape(num, count, self.size)
+        rows, columns, groups, weight = self._entries
+        apart = rows != columns
+        both = np.concatenate([rows, columns[apart]]), np.concatenate([columns, rows[apart]])
+        matrices = []
+        for one in values:
+            entries = weight * one[groups, rows]
+            data = np.concatenate([entries, entries[apart]])
+            matrices.append(coo_matrix((data, both), shape=(self.size, self.size)).tocsr())
+        return matrices
+
+    def eliminate(self, matrix: Any, prior: Array) -> Elimination | None:
+        """The factor of a matrix, with more on its diagonal where it is not positive.
+
+        :param prior: precision of each latent's prior.
+        :return: None if that does not help.
+        """
+        diagonal = matrix.diagonal()
+        raised = np.maximum(np.abs(diagonal), 2.0 * LEAST_PIVOT * prior) - diagonal
+        if self.diagonal:
+            return Elimination(diagonal + raised, None, None)
+        for _ in range(TRIES):
+            reverse = (matrix + coo_matrix((raised, (range(self.size),) * 2)).tocsr())[::-1, ::-1]
+            try:
+                factor = splu(
+                    csc_matrix(reverse),
+                    permc_spec="NATURAL",
+                    diag_pivot_thresh=0.0,
+                    options={"SymmetricMode": True},
+                )
+            except RuntimeError:  # a pivot of exactly zero
+                raised = raised + prior
+                continue
+            pivots = factor.U.diagonal()[::-1]
+            bad = ~(pivots > LEAST_PIVOT * prior)
+            if not bad.any() and (factor.perm_r == np.arange(self.size)).all():
+                return Elimination(pivots, factor.L.tocsr(), factor)
+            raised = raised + np.where(bad, prior + np.abs(pivots), 0.1 * prior)
+        return None
