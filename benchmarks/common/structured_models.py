@@ -11,9 +11,9 @@ fraction, the artanh of the one correlation in a Cholesky factor of 2 x 2.  Of t
 ten elements each are compared as they are.
 
 The data are drawn from fixed seeds; the radon's are posteriordb's, from the folder that the environment
-variable PYRO_FLOWVI_POSTERIORDB names.  All is float64.  ``irt`` and ``crossed`` are in the language that Pyro
-and NumPyro share, where ``p`` and ``dist`` are of either; ``structured_numpyro.py`` has the others that NUTS
-runs on.
+variable PYRO_FLOWVI_POSTERIORDB names.  All is float64: set torch's default dtype.  ``irt`` and ``crossed``
+are in the language that Pyro and NumPyro share, where ``p`` and ``dist`` are of either;
+``structured_numpyro.py`` has the others that NUTS runs on.
 """
 
 import math
@@ -76,19 +76,20 @@ def groups(size: int, likelihood: str) -> Problem:
     return Problem(name, model, args, {"mu": "", "tau": "log"}, some("theta"))
 
 
+GROUP_SIZE = 8
 SLOPES = {"m": "", "t": "log", "C": "artanh", "sig": "log"}
 
 
-def slopes_data(num_groups: int = 500, size: int = 8) -> tuple[Tensor, Tensor]:
+def slopes_data(num_groups: int) -> tuple[Tensor, Tensor]:
     data = Data(2)
-    x = data.normal(num_groups, size)
+    x = data.normal(num_groups, GROUP_SIZE)
     correlation = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=F64)
     factor = torch.linalg.cholesky(correlation) * torch.tensor([[0.8], [0.5]], dtype=F64)
     b = torch.tensor([1.0, -0.5], dtype=F64) + data.normal(num_groups, 2) @ factor.T
-    return x, b[:, :1] + b[:, 1:] * x + data.normal(num_groups, size)
+    return x, b[:, :1] + b[:, 1:] * x + data.normal(num_groups, GROUP_SIZE)
 
 
-def slopes_in_a_plate() -> Problem:
+def slopes_in_a_plate(num_groups: int = 500) -> Problem:
     """Varying intercepts and slopes, with the rows of a group as an event, in a form that broadcasts."""
 
     def model(x: Tensor, y: Tensor) -> None:
@@ -101,10 +102,10 @@ def slopes_in_a_plate() -> Problem:
             mean = ab[..., :1] + ab[..., 1:] * x
             pyro.sample("y", dist.Normal(mean, sig[..., None]).to_event(1), obs=y)
 
-    return Problem("slopes", model, slopes_data(), SLOPES, some("ab"))
+    return Problem("slopes", model, slopes_data(num_groups), SLOPES, some("ab"))
 
 
-def slopes_by_row() -> Problem:
+def slopes_by_row(num_groups: int = 500) -> Problem:
     """The same with an index: flat rows, each of which knows its group."""
 
     def model(group: Tensor, x: Tensor, y: Tensor) -> None:
@@ -117,17 +118,21 @@ def slopes_by_row() -> Problem:
         with pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal(ab[group, 0] + ab[group, 1] * x, sig), obs=y)
 
-    x, y = slopes_data()
-    num_groups = len(x)
-    group = torch.arange(num_groups).repeat_interleave(x.shape[1])
+    x, y = slopes_data(num_groups)
+    group = torch.arange(num_groups).repeat_interleave(GROUP_SIZE)
     return Problem("slopes", model, (group, x.flatten(), y.flatten()), SLOPES, some("ab"))
 
 
 def radon_slopes() -> Problem:
-    """Intercepts and slopes of the floor, for each county."""
     folder = os.environ.get("PYRO_FLOWVI_POSTERIORDB")
     if folder is None:
         raise ValueError("expected PYRO_FLOWVI_POSTERIORDB to name a clone of posteriordb, got nothing")
+    data = read_data(folder, "radon_mn")
+    return radon_slopes_of(data["county_idx"].long() - 1, data["floor_measure"], data["log_radon"])
+
+
+def radon_slopes_of(county: Tensor, floor: Tensor, y: Tensor) -> Problem:
+    """Intercepts and slopes of the floor, for each county."""
 
     def model(county: Tensor, floor: Tensor, y: Tensor) -> None:
         mu_a = pyro.sample("mu_a", dist.Normal(0.0, 10.0))
@@ -141,8 +146,7 @@ def radon_slopes() -> Problem:
         with pyro.plate("houses", len(y)):
             pyro.sample("y", dist.Normal(a[county] + b[county] * floor, sigma), obs=y)
 
-    data = read_data(folder, "radon_mn")
-    args = data["county_idx"].long() - 1, data["floor_measure"].to(F64), data["log_radon"].to(F64)
+    args = county, floor.to(F64), y.to(F64)
     roots = {"mu_a": "", "mu_b": "", "tau_a": "log", "tau_b": "log", "sigma": "log"}
     return Problem("radon slopes", model, args, roots, some("a", "b"))
 
@@ -344,7 +348,8 @@ def neighbours(side: int) -> Tensor:
     adjacent = torch.kron(line, eye) + torch.kron(eye, line)
     covariance = torch.linalg.pinv(torch.diag(adjacent.sum(-1)) - adjacent, hermitian=True)
     covariance = covariance / covariance.diagonal().log().mean().exp()
-    return torch.linalg.cholesky(covariance + 1e-4 * torch.eye(side**2, dtype=F64))
+    factor: Tensor = torch.linalg.cholesky(covariance + 1e-4 * torch.eye(side**2, dtype=F64))
+    return factor
 
 
 def spatial(side: int = 10) -> Problem:

@@ -50,13 +50,13 @@ class Problem:
         return self.of_roots(sites) | self.of_locals(sites)
 
     def of_roots(self, sites: Sites) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, kind in self.roots.items():
             found |= named(f"{kind} {name}".strip(), COORDINATES[kind](sites[name].detach()))
         return found
 
     def of_locals(self, sites: Sites) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, values in self.locals({name: value.detach() for name, value in sites.items()}).items():
             found |= named(name, values, NUM_LOCALS)
         return found

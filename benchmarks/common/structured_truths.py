@@ -23,7 +23,7 @@ from torch.distributions import Beta, Binomial, HalfCauchy, HalfNormal, Normal, 
 
 from benchmarks.common import hierarchies
 from benchmarks.common.scoring import Row
-from benchmarks.common.structured_models import slopes_in_a_plate
+from benchmarks.common.structured_models import GROUP_SIZE
 from benchmarks.common.structured_problem import F64, NUM_LOCALS, Problem, named
 
 RESULTS = Path(__file__).parents[1] / "results" / "structured_truth.json"
@@ -109,8 +109,8 @@ class Marginal:
             log_weights.append(log_joint + volumes)
             found = {name: (value, 0.0 * value) for name, value in zip(self.names, u.unbind(-1), strict=True)}
             for site in means:
-                mean, variance = (named(site, values[site], NUM_LOCALS) for values in (means, variances))
-                found |= {name: (mean[name], variance[name]) for name in mean}
+                some, spread = (named(site, values[site], NUM_LOCALS) for values in (means, variances))
+                found |= {name: (some[name], spread[name]) for name in some}
             parts.append(found)
         log_weight = torch.cat(log_weights)
         weights = log_weight.softmax(0)
@@ -118,9 +118,9 @@ class Marginal:
             raise ValueError(f"expected a grid around the posterior, got {outside:.1e} of it on the border")
         scalars = {}
         for name in parts[0]:
-            mean, variance = (torch.cat([part[name][i] for part in parts]) for i in (0, 1))
-            centre = weights @ mean
-            scalars[name] = [float(centre), float((weights @ (variance + (mean - centre).square())).sqrt())]
+            centres, spreads = (torch.cat([part[name][i] for part in parts]) for i in (0, 1))
+            mean = weights @ centres
+            scalars[name] = [float(mean), float((weights @ (spreads + (centres - mean).square())).sqrt())]
         row: Row = {"how": "grid" if self.on_a_grid else "weighted draws", "scalars": scalars}
         row["log_z"] = float(log_weight.logsumexp(0))
         return row if self.on_a_grid else row | {"ess": float(1.0 / weights.square().sum())}
@@ -153,7 +153,7 @@ def count_groups(problem: Problem) -> Marginal:
     x, w = (torch.from_numpy(values) for values in np.polynomial.hermite_e.hermegauss(NODES))
     log_w = w.log() + 0.5 * x.square()
 
-    def likelihood(theta: Tensor) -> Tensor:
+    def likelihood(theta: Tensor) -> Any:
         if "Poisson" in problem.truth:
             return Poisson(theta.exp()).log_prob(y)
         return Binomial(trials, logits=theta, validate_args=False).log_prob(y)
@@ -217,7 +217,7 @@ def grouped_regression(
 
 
 def slopes(problem: Problem) -> Marginal:
-    x, y = slopes_in_a_plate().args
+    x, y = (values.reshape(-1, GROUP_SIZE) for values in problem.args[-2:])
     design = torch.stack([torch.ones_like(x), x], -1)
     gram, moment = design.mT @ design, (design.mT @ y.unsqueeze(-1)).squeeze(-1)
     data = gram, moment, y.square().sum(-1), torch.full((len(y),), float(y.shape[1]), dtype=F64)
