@@ -23,7 +23,7 @@ from benchmarks.common.posteriors_numpyro import arrays
 from benchmarks.common.scoring import Row
 from benchmarks.common.structured_problem import Problem
 
-CHAINS, WARMUP, SAMPLES = 4, 1000, 2000
+CHAINS, WARMUP, SAMPLES = 4, 1000, 5000
 
 
 def standard_normal(name: str, *shape: int) -> Any:

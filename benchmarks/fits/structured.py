@@ -134,9 +134,9 @@ def fit_one(key: Row) -> Row:
 
 
 def compute_truths(models: list[str]) -> None:
-    problems = [MODELS[name]() for name in models]
-    # The cheap ones first.
-    for problem in sorted(problems, key=lambda problem: problem.truth not in structured_truths.MARGINALS):
+    # Of two forms of a model the later one, in whose sites NUTS draws; the cheap ones first.
+    problems = {problem.truth: problem for problem in (MODELS[name]() for name in models)}
+    for _, problem in sorted(problems.items(), key=lambda item: item[0] not in structured_truths.MARGINALS):
         if problem.truth in read_truths():
             continue
         if problem.truth in structured_truths.MARGINALS:

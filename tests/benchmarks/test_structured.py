@@ -161,6 +161,54 @@ def test_forms_of_one_model_have_one_density():
     torch.testing.assert_close(trace.log_prob_sum(), other.log_prob_sum() + log_det)
 
 
+def as_they_are(problem, values):
+    return values, 0.0
+
+
+def horseshoe_noise(problem, values):
+    scale = values["tau"] * values["lam"]
+    return {**values, "noise": values["w"] / scale}, scale.log().sum()
+
+
+def spatial_noise(problem, values):
+    """Of the centred sites, and the log determinant."""
+    factor, scale = problem.args[0], values["sigma"] * (1.0 - values["rho"]).sqrt()
+    loc = values["sigma"] * values["rho"].sqrt() * values["phi"]
+    noise = {
+        "spatial_noise": torch.linalg.solve(factor, values["phi"]),
+        "noise": (values["effect"] - loc) / scale,
+    }
+    return values | noise, len(loc) * scale.log() + factor.diagonal().log().sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "to_noise"),
+    [
+        (partial(models.horseshoe, 20, 5), horseshoe_noise),
+        (partial(models.irt_2pl, 8, 5), as_they_are),
+        (partial(models.volatility_at_once, 9), as_they_are),
+        (partial(models.spatial, 4), spatial_noise),
+        (partial(models.crossed_factors, 50), as_they_are),
+    ],
+    ids=["horseshoe", "IRT 2PL", "volatility", "BYM2", "crossed factors"],
+)
+def test_nuts_runs_on_the_same_density(make, to_noise):
+    pytest.importorskip("numpyro")
+    import jax.numpy as jnp
+    from numpyro.infer.util import log_density
+
+    from benchmarks.common import structured_numpyro
+
+    problem = make()
+    pyro.set_rng_seed(0)
+    trace = poutine.trace(problem.model).get_trace(*problem.args)
+    values, log_det = to_noise(problem, {s: trace.nodes[s]["value"] for s in latents(trace)})
+    params = {name: jnp.asarray(value.numpy()) for name, value in values.items()}
+    program = structured_numpyro.PROGRAMS[problem.truth]
+    found, _ = log_density(program, structured_numpyro.arrays(problem.args), {}, params)
+    assert float(found) == pytest.approx(float(trace.log_prob_sum() + log_det), rel=1e-9)
+
+
 def row(method, seed, **more):
     scores = {"worst_mean": 0.05, "worst_name": "mu", "sd_low": 0.97, "sd_high": 1.04}
     scores |= {f"local_{name}": value for name, value in scores.items()}
