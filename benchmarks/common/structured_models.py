@@ -172,7 +172,7 @@ def three_levels(schools: int = 30, classes: int = 10, pupils: int = 5) -> Probl
     c = a[:, None] + 0.5 * data.normal(schools, classes)
     y = (2.0 + c[..., None] + data.normal(schools, classes, pupils)).permute(2, 1, 0).contiguous()
     roots = {"mu": "", "ta": "log", "tb": "log", "sig": "log"}
-    return Problem("three levels", model, (y,), roots, some("a"))
+    return Problem("three levels", model, (y,), roots, some("a", "c"))
 
 
 def irt(p: Any, dist: Any, y: Any) -> None:

@@ -275,8 +275,13 @@ def three_levels(problem: Problem) -> Marginal:
         log_p = log_p + Normal(0.0, 5.0).log_prob(mu) + log_prior(u[:, 1:].exp(), HalfNormal(2.0)).sum(-1)
         noise = (middle / (pupils * classes))[:, None]
         share = ta.square()[:, None] / (ta.square()[:, None] + noise)
-        mean = mu[:, None] + share * (top - mu[:, None])
-        return log_p, {"a": mean}, {"a": (share * noise).expand_as(mean)}
+        mean, variance = mu[:, None] + share * (top - mu[:, None]), share * noise
+        # Of a class given its school, and then with what is not known of the school.
+        left = (low / pupils / (tb.square() + low / pupils))[:, None, None]
+        of_class = means.mT + left * (mean[:, None] - means.mT)
+        spread = left * tb[:, None, None].square() + left.square() * variance[:, None]
+        variances = {"a": variance.expand_as(mean), "c": spread.expand_as(of_class)}
+        return log_p, {"a": mean, "c": of_class}, variances
 
     return Marginal(("mu", "log ta", "log tb", "log sig"), given)
 
