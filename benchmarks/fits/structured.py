@@ -252,11 +252,8 @@ def report(rows: list[Row]) -> None:
         for model in MODELS
         for method in METHODS
     }
-    log_z = {
-        model: truths.get(rows[0].get("truth", ""), {}).get("log_z")
-        for (model, _), rows in groups.items()
-        if rows
-    }
+    names = {row["model"]: row["truth"] for row in latest.values() if "truth" in row}
+    log_z = {model: truths.get(names.get(model, ""), {}).get("log_z") for model in MODELS}
     print("".join(f"{text}\n" for text in sorted({row["setting"] for row in rows if "setting" in row})))
     head = ["model", "guide", "seconds", "CPU s", "steps", "ELBO", "log p(y)", "worst mean, sd", "sd ratios"]
     head += ["locals' worst mean", "locals' sd ratios"]
