@@ -22,7 +22,7 @@ __all__ = ["FitAnswers"]
 
 NEWTON_WIDTH = 16
 """Points at once in the search for messages."""
-TOLERANCE, TOLERANCE_EACH = 0.03, 5e-4
+TOLERANCE, TOLERANCE_EACH = 0.02, 5e-4
 """Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be off
 by a little, which adds up, and leaves the roots where they are."""
 MAP_PARTICLES, MAP_ELEMENTS = 16, 16_000

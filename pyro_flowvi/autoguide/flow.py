@@ -131,11 +131,15 @@ class AutoFlow(FitAnswers):
             raise ValueError(f"flow: expected it to return a Transform, got {transform!r}")
         return [transform]
 
-    def _parts(self) -> list[Any]:
+    def _parts(self, layer: MessageMap | None) -> list[Any]:
         """All parts of the guide's transform but a message map, the affine map last if there is one."""
         parts = self._layers()
         if self._tails:
             parts.append(HeavyTails(self._flow_dim))
+        elif layer is not None and len(roots := self._root_places(layer)):
+            # Near zero the prior alone holds the logarithm of a scale: its tail falls no faster than exp(u).
+            tails = HeavyTails(len(roots))
+            parts.append(tails if len(roots) == self._flow_dim else Partial(tails, roots, self._flow_dim))
         if self._affine is not None:
             parts.append(affine_layer(self._affine, self._flow_dim, self._init_scale))
         return parts
@@ -157,7 +161,7 @@ class AutoFlow(FitAnswers):
         layer = self._make_map(self._init_scale)
         places = self._flow_places(layer)
         self._flow_dim = self.latent_dim if places is None else len(places)
-        parts = self._parts()
+        parts = self._parts(layer)
         if self._affine is not None:
             self._start_at(parts[-1], self._noise_start(layer, parts[-1], loc))
         if places is not None:

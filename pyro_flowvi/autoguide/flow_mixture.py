@@ -159,8 +159,8 @@ class AutoFlowMixture(AutoFlow):
                 batched = self.density(*args, **kwargs).batched
             self._enumerate = "parallel" if batched else "sequential"
 
-    def _parts(self) -> list[Any]:
-        each = [super(AutoFlowMixture, self)._parts() for _ in range(self.num_components)]
+    def _parts(self, layer: Any) -> list[Any]:
+        each = [super(AutoFlowMixture, self)._parts(layer) for _ in range(self.num_components)]
         parts = [Stacked(column, self.latent_dim) for column in zip(*each, strict=True)]
         if not all(part.exact_inverse for part in parts):
             raise ValueError(
