@@ -13,7 +13,7 @@ from .._program.priors import read_priors
 from .._types import Program
 from .errors import CannotCompile
 from .log_density import batch_memory
-from .simplify import copy, shared_memory, written
+from .simplify import shared_memory, written
 from .trace import trace
 
 __all__ = ["PriorGraph", "record_priors"]
@@ -45,6 +45,10 @@ class PriorGraph:
         return self  # it is never changed, and its constants are the model's own
 
     @cached_property
+    def _writes(self) -> "_Writes":
+        return _writes_of(self.graph.graph)
+
+    @cached_property
     def parents(self) -> dict[str, frozenset[str]]:
         """The latents that each prior is computed from."""
         *_, output = self.graph.graph.nodes
@@ -53,7 +57,7 @@ class PriorGraph:
         results = list(output.args[0])
         pairs = zip(results[::2], results[1::2], strict=True)
         return {
-            site: frozenset(names[node] for node in _sources(pair) if node in names)
+            site: frozenset(names[node] for node in _sources(pair, self._writes) if node in names)
             for site, pair in zip(self.joint, pairs, strict=True)
         }
 
@@ -62,20 +66,20 @@ class PriorGraph:
 
         :return: the latents that they need; a function of their values, each ``(P, *free_shape)``.
         """
-        nodes = copy(self.graph.graph)
-        *_, output = nodes.nodes
-        results = list(output.args[0])
+        *_, output = self.graph.graph.nodes
+        everything = list(output.args[0])
         places = [list(self.joint).index(site) for site in sites]
-        output.args = (tuple(results[2 * i + part] for i in places for part in (0, 1)),)
-        _keep_only(nodes, _sources(output.args[0]))
-        constants, needed = [], []
-        for i, node in enumerate(list(nodes.find_nodes(op="placeholder"))):
-            if not node.users:
-                nodes.erase_node(node)
-            elif i < len(self.constants):
-                constants.append(self.constants[i])
-            else:
-                needed.append(self.inputs[i - len(self.constants)])
+        results = [everything[2 * i + part] for i in places for part in (0, 1)]
+        kept = _sources(results, self._writes)
+        nodes, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.graph.graph.nodes:
+            if node in kept:
+                copies[node] = nodes.node_copy(node, copies.__getitem__)
+        nodes.output(tuple(copies[node] for node in results))
+        inputs = list(self.graph.graph.find_nodes(op="placeholder"))
+        constants = [value for value, node in zip(self.constants, inputs, strict=False) if node in kept]
+        latents = zip(self.inputs, inputs[len(self.constants) :], strict=True)
+        needed = [name for name, node in latents if node in kept]
         graph = fx.GraphModule(torch.nn.Module(), nodes)
         run = (batch_memory(graph) if needed else graph).forward
         return needed, partial(_many, run, constants, self.like)
@@ -96,20 +100,28 @@ def _memory(node: fx.Node) -> fx.Node:
     return node
 
 
-def _sources(results: Any) -> set[fx.Node]:
-    """The nodes that results are computed from, writes into their memory included."""
-    results = list(results)
+_Writes = Mapping[fx.Node, list[fx.Node]]
+
+
+def _writes_of(nodes: fx.Graph) -> _Writes:
+    """By the node that made a piece of memory, those that write into it."""
     writes: dict[fx.Node, list[fx.Node]] = {}
-    for node in results[0].graph.nodes if results else ():
+    for node in nodes.nodes:
         for value in written(node):
             writes.setdefault(_memory(value), []).append(node)
-    seen, pending = set[fx.Node](), results
+    return writes
+
+
+def _sources(results: Any, writes: _Writes) -> set[fx.Node]:
+    """The nodes that results are computed from, writes into their memory included."""
+    seen, pending = set[fx.Node](), list(results)
     while pending:
         node = pending.pop()
         if node not in seen:
             seen.add(node)
             pending.extend(node.all_input_nodes)
-            pending.extend(writes.get(_memory(node), ()))
+            if writes:
+                pending.extend(writes.get(_memory(node), ()))
     return seen
 
 
@@ -150,8 +162,13 @@ def record_priors(
         raise CannotCompile("what the model does depends on the values of its latents", traced.read_at)
     *_, output = traced.graph.graph.nodes
     results, names = list(output.args[0]), list(joint)
-    steady = [i for i in range(len(names)) if not any(map(_is_random, _sources(results[2 * i : 2 * i + 2])))]
+    writes = _writes_of(traced.graph.graph)
+    steady = [
+        i
+        for i in range(len(names))
+        if not any(map(_is_random, _sources(results[2 * i : 2 * i + 2], writes)))
+    ]
     output.args = (tuple(results[2 * i + part] for i in steady for part in (0, 1)),)
-    _keep_only(traced.graph.graph, _sources(output.args[0]))
+    _keep_only(traced.graph.graph, _sources(output.args[0], writes))
     known = {names[i]: joint[names[i]] for i in steady}
     return PriorGraph(traced.graph, traced.constants, list(latents), known, start.detach()[:0])

@@ -17,6 +17,8 @@ from .packing import Latent, Packing
 
 __all__ = ["NormalPrior", "normal_prior", "read_priors"]
 
+MAX_JOINT = 32
+"""Numbers of a multivariate normal above which its factor costs more than it helps."""
 EULER = 0.5772156649015329
 
 
@@ -126,6 +128,8 @@ def normal_prior(latent: Latent, fn: Any) -> NormalPrior | None:
     own, shape = _peeled(fn), latent.free_shape
     if type(own) is dist.MultivariateNormal:
         width = shape[-1]
+        if width > MAX_JOINT:
+            return None
         if width == 1:
             return NormalPrior(own.loc.expand(shape), own.scale_tril[..., 0].expand(shape), False)
         return NormalPrior(own.loc.expand(shape), own.scale_tril.expand(*shape, width), True)

@@ -16,16 +16,21 @@ from . import _message_pass  # noqa: F401 - enters its form
 from ._affine import enter_frame, frame_of, leave_frame, set_affine
 from ._message_start import place_messages
 from ._protocol import FitOptions, Frame
+from ._rivals import falls_behind, trained_weights, weights_of
 from ._structured import StructuredGuide, spread_over
 
 __all__ = ["FitAnswers"]
 
-NEWTON_WIDTH = 16
-"""Points at once in the search for messages."""
+MAX_RIVAL = 1000
+"""Latents up to which the flat guide is tried beside messages that may be far off."""
+DOUBT = 1.0
+"""Standard deviation of log weights at the start, nats, from which they may be."""
 TOLERANCE, TOLERANCE_EACH = 0.02, 5e-4
 """Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be off
 by a little, which adds up, and leaves the roots where they are."""
-MAP_PARTICLES, MAP_ELEMENTS = 16, 16_000
+MAP_STEPS = 1500
+"""Steps of a fit: it starts near its end."""
+MAP_PARTICLES, MAP_ELEMENTS = 16, 8_000
 """Draws a step at least where the flow sees the roots alone, and numbers of all of them together.  What the flow
 does not see has messages that are nearly right."""
 
@@ -79,6 +84,7 @@ class FitAnswers(StructuredGuide):
         """Learning rate and number of particles of a flow of the registry, by the number of latents it sees."""
         layer = self._map
         options = FitOptions(
+            num_steps=None if layer is None else MAP_STEPS,
             tolerance=None if layer is None else TOLERANCE + TOLERANCE_EACH * layer.num_messages,
             settings={"flow": repr(self._flow)},
         )
@@ -102,19 +108,44 @@ class FitAnswers(StructuredGuide):
         affine = self.affine
         return affine is not None and bool(affine.loc.requires_grad and affine.log_scale.requires_grad)
 
-    def choose(self, density: UnconstrainedModel) -> None:
-        """Finds where messages start, and goes over to a guide without them if there is no such place."""
+    def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
+        """Finds where messages start, and goes over to a guide without them where that is the better one.
+
+        Where the weights of the draws at the start say that messages may be far off, both are trained for a
+        tenth of the steps.
+        """
         layer, self._place = self._map, None
         if layer is None or not self.can_move():
             return
         kept = {name: param.detach().clone() for name, param in layer.named_parameters()}
-        found = place_messages(layer, traced(density, NEWTON_WIDTH))
+        found = place_messages(layer, traced(density, self.fit_options().num_particles))
         if found is not None:
             self._place = Place(*found, layer.frame())
         layer.set_frame(())
         _put(layer, kept)
-        if found is None and self._structure_kind == "auto":
+        if self._structure_kind != "auto":
+            return
+        if found is None:
             self._take_flat("the latents have no mode given the roots, or none that could be found")
+        elif self.latent_dim <= MAX_RIVAL:
+            self._hold_against_flat(density, num_steps // 10)
+
+    def _hold_against_flat(self, density: UnconstrainedModel, num_steps: int) -> None:
+        before = {name: param.detach().clone() for name, param in self._flow.named_parameters()}
+        _, move_back = self.move_to_start(density, Effort.small())
+        doubtful = not bool(weights_of(self, density).std() < DOUBT)
+        move_back()
+        self.leave_frame()
+        _put(self._flow, before)
+        if not doubtful:
+            return
+        weights = trained_weights(self, density, Effort.small(), num_steps)
+        own, structure, place = self._modules["flow"], self._structure, self._place
+        self._take_flat("the flat guide had the better ELBO after a tenth of the steps")
+        effort = Effort.within(self.latent_dim, self.latent_dim)
+        if not falls_behind(weights, trained_weights(self, density, effort, num_steps)):
+            self._modules["flow"] = own
+            self._structure, self._place, self._flow_dim = structure, place, self._dim_of_flow()
 
     def _take_flat(self, why: str) -> None:
         forget(self, self.name)

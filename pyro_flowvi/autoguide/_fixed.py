@@ -1,7 +1,7 @@
 """Parameters that are corrections to fixed numbers while a guide is fitted."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class Fixed(nn.Module):
     ``fixed_`` and the parameter's name; None outside of a frame, and for what the module does not have.
     """
 
-    names: ClassVar[tuple[str, ...]]
+    names: tuple[str, ...]
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +57,6 @@ class Fixed(nn.Module):
     ) -> None:
         for name in self.names:
             saved = state_dict.get(f"{prefix}fixed_{name}")
-            like = next(self.parameters())
+            like = next(self.parameters(), torch.zeros(()))
             self._buffers[f"fixed_{name}"] = None if saved is None else like.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

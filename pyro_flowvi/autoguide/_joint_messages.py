@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._coupling import lower_of, raw_of
 from ._fixed import Fixed
 
 __all__ = ["JointMessages"]
@@ -41,7 +42,7 @@ class JointMessages(Fixed):
 
     def _given(self, moved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Centres, slopes and factors W for roots that have ``moved``, ``(P, R)``."""
-        own = _positive(self.factor)
+        own = lower_of(self.factor)
         if self.fixed_centre is None:
             centre, slope, factor = self.centre, self.slope, own
         else:
@@ -94,7 +95,7 @@ class JointMessages(Fixed):
 
     def as_fixed(self) -> dict[str, Tensor]:
         own = {name: param.detach().clone() for name, param in self._parameters.items() if param is not None}
-        own["factor"] = own["unit"] = _positive(own["factor"])
+        own["factor"] = own["unit"] = lower_of(own["factor"])
         return own
 
     @torch.no_grad()
@@ -103,21 +104,16 @@ class JointMessages(Fixed):
         if self.fixed_centre is None:
             return
         centre, slope, factor = self._given(None)
-        diagonal = factor[0].diagonal(dim1=-2, dim2=-1)
         self.set_fixed(
             {
                 "centre": centre,
                 "slope": slope[0],
-                "factor": factor[0].tril(-1) + torch.diag_embed(diagonal.log()),
+                "factor": raw_of(factor[0]),
                 "slope_by_root": self.fixed_or("slope_by_root"),
                 "log_weight_by_root": self.fixed_or("log_weight_by_root"),
             },
             own=True,
         )
-
-
-def _positive(raw: Tensor) -> Tensor:
-    return raw.tril(-1) + torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1).exp())
 
 
 def _log_diagonal(lower: Tensor) -> Tensor:

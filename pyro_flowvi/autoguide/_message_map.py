@@ -11,14 +11,19 @@ from .._compile.priors import PriorGraph
 from .._program.packing import Packing
 from .._program.structure import LatentStructure
 from ..transforms import FlowTransform
+from ._coupling import Coupling
 from ._fixed import Fixed
 from ._joint_messages import JointMessages
 from ._local_shape import LocalShape
 
-__all__ = ["MessageMap"]
+__all__ = ["MessageMap", "Piece", "levels_of"]
 
 FEWEST_SHAPED = 8
 """Elements of a level from which their noise gets a flow of its own."""
+SHAPED = "shaped"
+"""Of a frame, whether the noise of latents goes through flows of its own."""
+MOST_APART = 12
+"""Sites up to which each is a block of its own, and blocks are coupled."""
 STEP = 4.0
 """Units by which a message's parameters are scaled in a frame: they settle sooner than a flow's."""
 MOST_BY_ROOT = 1_000_000
@@ -94,7 +99,7 @@ class MessageMap(Fixed, FlowTransform):
         self._numel = {name: latent.free_shape.numel() for name, latent in packing.latents.items()}
         self._plan()
         num_roots = sum(self._numel[name] for name in structure.roots)
-        size = sum(self._sizes)
+        size = sum(self.block_sizes)
         total = size + sum(self._numel[site] for site in self._joint_sites)
         self.follows_roots = 0 < num_roots * total <= MOST_BY_ROOT
         if size:
@@ -111,8 +116,12 @@ class MessageMap(Fixed, FlowTransform):
         shapes = [packing.latents[site].free_shape for site in self._joint_sites]
         self.joint = nn.ModuleList(JointMessages(shape, following, scale) for shape in shapes)
         first = 1 if structure.free else 0
-        shaped = [str(i) for i, n in enumerate(self._sizes) if i >= first and n >= FEWEST_SHAPED]
+        shaped = [str(i) for i, n in enumerate(self.block_sizes) if i >= first and n >= FEWEST_SHAPED]
         self.shapes = nn.ModuleDict({place: LocalShape() for place in shaped})
+        places = range(len(self._blocks) if self._apart else 0)
+        self.couplings = nn.ModuleList(
+            Coupling(self.block_sizes[i], {j: self.block_sizes[j] for j in range(i)}) for i in places
+        )
         self.shaped = True
         """Whether the noise of latents goes through these flows, which are the identity until they are trained."""
 
@@ -121,28 +130,47 @@ class MessageMap(Fixed, FlowTransform):
         free, joint = self.structure.free, self._priors.joint
         self._blocks = [free] if free else []
         """Sites with a message for each number."""
-        self._pieces = [Piece(free, 0, [], lambda: [])] if free else []
+        self.pieces = [Piece(free, 0, [], lambda: [])] if free else []
         self._joint_sites = []
-        for level in levels_of(self.structure):
-            alone = tuple(site for site in level if not joint[site])
-            if alone:
-                self._pieces.append(Piece(alone, len(self._blocks), *self._priors.only(alone)))
-                self._blocks.append(alone)
+        levels = levels_of(self.structure)
+        self._apart = sum(map(len, levels)) <= MOST_APART
+        """Whether each site is a block, and not all of a level together."""
+        for level in levels:
+            alone = [site for site in level if not joint[site]]
+            for block in [(site,) for site in alone] if self._apart else [tuple(alone)] if alone else []:
+                self.pieces.append(Piece(block, len(self._blocks), *self._priors.only(block)))
+                self._blocks.append(block)
             for site in level:
                 if joint[site]:
-                    self._pieces.append(Piece((site,), None, *self._priors.only([site])))
+                    self.pieces.append(Piece((site,), None, *self._priors.only([site])))
                     self._joint_sites.append(site)
-        self._sizes = [sum(self._numel[site] for site in block) for block in self._blocks]
-        self._with_prior = [site for piece in self._pieces if piece.sites != free for site in piece.sites]
+        self.block_sizes = [sum(self._numel[site] for site in block) for block in self._blocks]
+        self._with_prior = [site for piece in self.pieces if piece.sites != free for site in piece.sites]
         self._all_needed, self._all_priors = self._priors.only(self._with_prior)
 
     def __getstate__(self) -> dict[str, Any]:
-        planned = ("_pieces", "_all_priors")
+        planned = ("pieces", "_all_priors")
         return {key: value for key, value in super().__getstate__().items() if key not in planned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan()
+
+    def coupling_of(self, piece: Piece) -> Coupling | None:
+        """What couples a piece with others, if there is anything."""
+        if piece.place is None or not self._apart:
+            return None
+        found: Any = self.couplings[piece.place]
+        return found if found.active and (found.mixes or found.links) else None
+
+    def _offsets(
+        self, coupling: Coupling | None, values: Mapping[str, Tensor], centres: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
+        """How far earlier blocks that a piece is linked with are from their centres."""
+        places = () if coupling is None else coupling.links
+        return {
+            j: torch.cat([_flat(values[site]) for site in self._blocks[j]], -1) - centres[j] for j in places
+        }
 
     def leave_shapes_out(self) -> None:
         """Spares the flows of the latents' noise, if they are the identity still."""
@@ -156,22 +184,32 @@ class MessageMap(Fixed, FlowTransform):
     # -- frames --------------------------------------------------------------------------------
 
     def frame(self) -> tuple[dict[str, Tensor], ...]:
-        """The fixed numbers of the messages, and of those of each joint site."""
-        return self.fixed_numbers(), *(module.fixed_numbers() for module in self._joint_modules())
+        """The fixed numbers of the messages, of those of each joint site, and of couplings."""
+        own = {**self.fixed_numbers(), SHAPED: torch.tensor(self.shaped)}
+        return own, *(module.fixed_numbers() for module in self._others())
 
     def set_frame(self, frame: Sequence[Mapping[str, Tensor]]) -> None:
         """Puts fixed numbers in place, none with an empty one, and leaves the parameters as they are."""
-        modules: list[Fixed] = [self, *self._joint_modules()]
+        modules: list[Fixed] = [self, *self._others()]
         for i, module in enumerate(modules):
             module.fix(frame[i] if i < len(frame) else {})
+        self._spare(frame)
 
     @torch.no_grad()
     def enter_frame(self, frame: Sequence[Mapping[str, Tensor]] | None = None) -> None:
         """Makes the parameters corrections to fixed numbers, by default to what they are themselves."""
         self.leave_frame()
-        modules: list[Fixed] = [self, *self._joint_modules()]
+        modules: list[Fixed] = [self, *self._others()]
         for i, module in enumerate(modules):
-            module.set_fixed(module.as_fixed() if frame is None else frame[i])
+            module.set_fixed(module.as_fixed() if frame is None or not frame[i] else frame[i])
+        self._spare(frame or ())
+
+    def _spare(self, frame: Sequence[Mapping[str, Tensor]]) -> None:
+        """Leaves out what is the identity for as long as the map is in a frame."""
+        for coupling in self.couplings:
+            coupling.rest_if_idle()  # type: ignore[operator]
+        if frame and not bool(frame[0].get(SHAPED, True)):
+            self.leave_shapes_out()
 
     def as_fixed(self) -> dict[str, Tensor]:
         own = {name: param.detach().clone() for name, param in self._parameters.items() if param is not None}
@@ -189,8 +227,12 @@ class MessageMap(Fixed, FlowTransform):
             self.set_fixed(own, own=True)
         elif self.fixed_root_loc is not None:
             self.set_fixed({name: self.fixed_or(name) for name in self.names}, own=True)
-        for module in self._joint_modules():
+        for module in self._others():
             module.leave()
+        self.shaped = True
+
+    def _others(self) -> list[Any]:
+        return [*self.joint, *self.couplings]
 
     def _joint_modules(self) -> list[JointMessages]:
         return list(self.joint)  # type: ignore[arg-type]
@@ -200,7 +242,7 @@ class MessageMap(Fixed, FlowTransform):
     @property
     def num_messages(self) -> int:
         """How many latents are drawn by messages."""
-        return sum(self._sizes) + sum(self._numel[site] for site in self._joint_sites)
+        return sum(self.block_sizes) + sum(self._numel[site] for site in self._joint_sites)
 
     @property
     def num_roots(self) -> int:
@@ -211,8 +253,10 @@ class MessageMap(Fixed, FlowTransform):
         if not self.follows_roots:
             return None
         roots = torch.cat([_flat(values[site]) for site in self.structure.roots], -1)
-        width = self.fixed_or("log_root_width").exp()
-        return width * torch.tanh((roots - self.fixed_or("root_loc")) / width)
+        offset = roots - self.fixed_or("root_loc")
+        # Linear to within a thousandth over half of the width, and bounded by it.
+        ratio = (offset * (-self.fixed_or("log_root_width")).exp()).square()
+        return offset * (1.0 + ratio.square().square()) ** -0.125
 
     def _messages(self, moved: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Centre, slope and log weight of each block of sites."""
@@ -226,7 +270,7 @@ class MessageMap(Fixed, FlowTransform):
             slope = slope + moved @ self.fixed_or("slope_by_root")
             log_weight = log_weight + (moved @ self.fixed_or("log_weight_by_root")).clamp(-8.0, 8.0)
         parts = (self.fixed_or("centre"), slope, log_weight)
-        return list(zip(*(part.split(self._sizes, -1) for part in parts), strict=True))
+        return list(zip(*(part.split(self.block_sizes, -1) for part in parts), strict=True))
 
     @torch.no_grad()
     def centre_at(self, z: Tensor) -> None:
@@ -296,7 +340,8 @@ class MessageMap(Fixed, FlowTransform):
         """What is trained of a piece beside its block of messages."""
         shapes = dict(self.shapes.items()) if self.shaped else {}
         module = self._joint_of(piece) if piece.place is None else shapes.get(str(piece.place))
-        return iter(()) if module is None else (p for p in module.parameters() if p.requires_grad)
+        modules = [each for each in (module, self.coupling_of(piece)) if each is not None]
+        return (p for each in modules for p in each.parameters() if p.requires_grad)
 
     def _message_params(self) -> list[nn.Parameter]:
         """What :meth:`_messages` and :meth:`_moved` are made of."""
@@ -350,11 +395,17 @@ class MessageMap(Fixed, FlowTransform):
         priors: Sequence[tuple[Tensor, Tensor]],
         message: Any,
         forward: bool,
+        offsets: Mapping[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """A piece's latents of its noise, or back, and log-determinants of its numbers.
+        """A piece's latents of its mixed noise, or back, and log-determinants of its numbers.
 
         :param message: the piece's block of :meth:`_messages`; of a joint one how far the roots have moved.
+        :param offsets: of the blocks that it is linked with.
         """
+        coupling = self.coupling_of(piece)
+        if coupling is not None and offsets:
+            centre, slope, log_weight = message
+            message = centre, slope + coupling.pull(offsets), log_weight
         if piece.place is None:
             joint = self._joint_of(piece)
             ((loc, scale),) = priors
@@ -382,7 +433,7 @@ class MessageMap(Fixed, FlowTransform):
         messages = self._messages(moved)
         total = rows.new_zeros(len(rows))
         together = None if forward else iter(self._all_priors(*(given[site] for site in self._all_needed)))
-        for piece in self._pieces:
+        for piece in self.pieces:
             if piece.sites == self.structure.free:
                 priors = []
             elif together is None:
@@ -391,9 +442,17 @@ class MessageMap(Fixed, FlowTransform):
                 priors = [next(together) for _ in piece.sites]
             priors = [(loc.to(rows), scale.to(rows)) for loc, scale in priors]
             message = moved if piece.place is None else messages[piece.place]
-            block, log_det = self._move(piece, self._block(given, piece), priors, message, forward)
+            coupling, block = self.coupling_of(piece), self._block(given, piece)
+            mixes = coupling is not None and coupling.mixes
+            if mixes and forward:
+                block, mix_det = coupling.mixed(block)
+            offsets = self._offsets(coupling, values, [centre for centre, *_ in messages])
+            block, log_det = self._move(piece, block, priors, message, forward, offsets)
+            if mixes and not forward:
+                _, mix_det = coupling.mixed(block)
+                block, mix_det = coupling.unmixed(block), -mix_det
             found |= self._spread(block, piece)
-            total = total + log_det.sum(-1)
+            total = total + (log_det + self._counted(mix_det.expand_as(log_det), piece) if mixes else log_det).sum(-1)
         return self._join(found), total
 
     def _elementwise(

@@ -14,22 +14,42 @@ __all__: list[str] = []
 
 
 class _Step:
-    """A piece's latents as a function of leaves: its noise, the latents before it, and its message."""
+    """A piece's latents as a function of leaves: its noise, the latents before it, and messages."""
 
-    def __init__(self, layer: MessageMap, piece: Piece, noise: Tensor, values: dict[str, Tensor], message: Any) -> None:
-        self.piece = piece
-        self.noise = noise.detach().requires_grad_()
-        self.parents = [values[site] for site in piece.needed]
-        self.message = [] if message is None else list(message)
-        given = message if piece.place is not None else next(iter(self.message), None)
-        priors = piece.priors(*self.parents) if piece.sites != layer.structure.free else []
-        self.priors = priors = [(loc.to(noise), scale.to(noise)) for loc, scale in priors]
-        self.image, self.log_det = layer._move(piece, self.noise, priors, given, forward=True)
+    def __init__(
+        self,
+        layer: MessageMap,
+        piece: Piece,
+        noise: Tensor,
+        values: dict[str, Tensor],
+        own: tuple[Tensor, ...],
+        centres: list[Tensor],
+    ) -> None:
+        self.piece, self.coupling = piece, layer.coupling_of(piece)
+        linked = () if self.coupling is None else self.coupling.links
+        sites = [*piece.needed, *(site for j in linked for site in layer._blocks[j])]
+        self.parents = [values[site] for site in dict.fromkeys(sites)]
+        self.message = [*own, *(centres[j] for j in linked)]
+        given = own if piece.place is not None else next(iter(own), None)
+        priors = piece.priors(*(values[site] for site in piece.needed)) if piece.sites != layer.structure.free else []
+        self.priors = [(loc.to(noise), scale.to(noise)) for loc, scale in priors]
+        self.noise = _leaf(noise)
+        self.mixes = self.coupling is not None and self.coupling.mixes
+        self.mixed, mix_det = self.coupling.mixed(self.noise) if self.mixes else (self.noise, None)
+        self.inner = _leaf(self.mixed) if self.mixes else self.noise
+        offsets = layer._offsets(self.coupling, values, centres)
+        self.image, self.log_det = layer._move(piece, self.inner, self.priors, given, True, offsets)
+        self.total = self.log_det.detach().sum(-1)
+        if mix_det is not None:
+            self.total = self.total + layer._counted(mix_det.detach().expand_as(self.log_det), piece).sum(-1)
         self.params = list(layer._params_of(piece))
 
     def local_score(self, layer: MessageMap, score: Tensor) -> Tensor:
         """∇ log q of the latents given those before them, of the noise's score."""
-        (slope,) = vector_jacobian([self.log_det], [torch.ones_like(self.log_det)], [self.noise], keep=True)
+        if self.mixes:
+            with torch.no_grad():
+                score = self.coupling.push(score)
+        (slope,) = vector_jacobian([self.log_det], [torch.ones_like(self.log_det)], [self.inner], keep=True)
         own = score if slope is None else score - slope
         if self.piece.place is not None:
             return own * (-self.log_det.detach()).exp()
@@ -41,8 +61,13 @@ class _Step:
             return joint.push(own, loc.detach().reshape(-1, *joint.shape), scale, moved)
 
     def back(self, outputs: Sequence[Tensor], weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Vector-Jacobian products, with zeros where there is no way."""
         found = vector_jacobian(outputs, weights, inputs, keep=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_()
 
 
 @form_of(MessageMap)
@@ -50,10 +75,6 @@ def _pass_messages(layer: Any, x: Tensor, score: Tensor) -> Pass:
     """The pass of training, written out: no run of the inverse, for the noise of every latent is known."""
     with torch.enable_grad():
         return _through(layer, x, score)
-
-
-def _leaf(value: Tensor) -> Tensor:
-    return value.detach().requires_grad_()
 
 
 def _through(layer: MessageMap, x: Tensor, score: Tensor) -> Pass:
@@ -65,14 +86,15 @@ def _through(layer: MessageMap, x: Tensor, score: Tensor) -> Pass:
     moved_leaf = None if moved is None else _leaf(moved)
     leaves = [tuple(map(_leaf, message)) for message in messages]
     steps = []
-    for piece in layer._pieces:
-        own = leaves[piece.place] if piece.place is not None else (None if moved_leaf is None else (moved_leaf,))
-        step = _Step(layer, piece, layer._block(noise, piece), values, own)
+    for piece in layer.pieces:
+        still = () if moved_leaf is None else (moved_leaf,)
+        own = still if piece.place is None else leaves[piece.place]
+        step = _Step(layer, piece, layer._block(noise, piece), values, own, [centre for centre, *_ in leaves])
         steps.append(step)
         values |= {site: _leaf(value) for site, value in layer._spread(step.image, piece).items()}
     log_det = x.new_zeros(len(x))
     for step in steps:
-        log_det = log_det + step.log_det.detach().sum(-1)
+        log_det = log_det + step.total
 
     sources = [*(value for message in messages for value in message), *([] if moved is None else [moved])]
     source_leaves = [*(leaf for message in leaves for leaf in message), *([] if moved_leaf is None else [moved_leaf])]
@@ -116,7 +138,10 @@ def _through(layer: MessageMap, x: Tensor, score: Tensor) -> Pass:
         back, grads = dict[str, Tensor](), dict[Tensor, Tensor]()
         for step in reversed(steps):
             image = layer._block({site: total[id(values[site])] for site in step.piece.sites}, step.piece)
-            noise_grad, *found = collect(step, [step.image], [image], [step.noise, *step.params], total, 1.0)
+            noise_grad, *found = collect(step, [step.image], [image], [step.inner, *step.params], total, 1.0)
+            if step.mixes:
+                noise_grad, *mixing = step.back([step.mixed], [noise_grad], [step.noise, *step.params])
+                found = [one + other for one, other in zip(found, mixing, strict=True)]
             back |= layer._spread(noise_grad, step.piece)
             for param, grad in zip(step.params, found, strict=True):
                 grads[param] = grads[param] + grad if param in grads else grad

@@ -5,6 +5,7 @@ Laplace's approximation nested in one of the roots, as in INLA (Rue, Martino and
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ SETTLED = 0.02
 MOST_MOVED = 3.0
 """Standard deviations that a latent may move in one step."""
 HALVINGS = 4
-ROUNDS = 4
+ROUNDS = 6
 """Renewals of the messages at the roots that were found with the last ones."""
 ARRIVED = 0.05
 """Standard deviations of a root within which a round changes nothing."""
@@ -46,6 +47,8 @@ LEAST_SHARE = 1e-6
 WIDEST = 3.0
 """Standard deviation of a root at most, where its prior is not known; else it is the prior's.  At its mode
 the density of a root may be nearly flat."""
+COUPLED = 0.02
+"""Correlation of two latents above which it is kept."""
 EXACT = 0.02
 """Standard deviation of log weights of latents given the roots, nats, below which these are Gaussian."""
 
@@ -70,12 +73,22 @@ class _Starter:
         self.start = density.density.start
         places = layer.places()
         self.roots = torch.cat([places[site].flatten() for site in layer.structure.roots]).long()
-        inner = [site for site in places if site not in layer.structure.roots]
+        inner = [site for piece in layer.pieces for site in piece.sites]
         order = torch.cat([places[site].flatten() for site in inner]).long()
         self.inner = order[order >= 0]
         self.flat = layer.flat_places()
         self.joint = layer.joint_places()
         sizes = [int((places[site] >= 0).sum()) for site in inner]
+        counts = [sum(int((places[site] >= 0).sum()) for site in piece.sites) for piece in layer.pieces]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        self.spans = {
+            piece.place: (start, count)
+            for piece, start, count in zip(layer.pieces, starts, counts, strict=True)
+            if piece.place is not None
+        }
+        """Where each block is among the latents that are eliminated."""
+        self.mixing: set[int] = set()
+        """Blocks whose numbers are coupled with each other."""
         self.rank = torch.zeros(density.density.dim, dtype=torch.long)
         self.rank[self.inner] = torch.arange(len(self.inner))
         self.bound = self.widest()
@@ -153,8 +166,12 @@ class _Starter:
 
     def read_messages(self, z: Tensor, factor: Elimination) -> _Laplace:
         """What the data, and the latents after each, add to its prior, at a mode."""
+        own = factor.pivots.copy()
+        for place in self.mixing:
+            start, count = self.spans[place]
+            own[start : start + count] = 1.0 / np.diag(np.linalg.inv(factor.block(start, count)))
         pivots = torch.zeros_like(z)
-        pivots[self.inner] = torch.from_numpy(np.ascontiguousarray(factor.pivots)).to(z)
+        pivots[self.inner] = torch.from_numpy(own).to(z)
         loc, precision = torch.zeros_like(z), torch.zeros_like(z)
         joint = {}
         for (mean, scale), places, is_joint in self.layer.priors_at(z.unsqueeze(0)):
@@ -206,12 +223,86 @@ class _Starter:
 
     def put(self, z: Tensor, factor: Elimination, scale: Tensor | None) -> None:
         """Gives the map the messages at a mode; with ``scale`` of the roots also how these move with them."""
+        couplings = self._couple(z, factor)
         own = self.read_messages(z, factor)
         self._set(z, own)
+        for coupling, numbers in zip(self.layer.couplings, couplings, strict=True):
+            coupling.set_fixed(numbers)
+            coupling.active = bool(numbers)
         if scale is not None and self.layer.follows_roots:
             first, *others = self._movements(z, own, scale)
             first = {**first, "root_loc": z[self.roots], "log_root_width": (REACH * scale).log()}
             self._set(z, own, [first, *others])
+
+    def _couple(self, z: Tensor, factor: Elimination) -> list[dict[str, Tensor]]:
+        """How blocks are coupled beside their priors; nothing for those that are not.
+
+        Given the blocks before it, a block has the precision Q and the mean a - Q⁻¹ B (z' - a') with B its
+        entries with those.  What of this its prior does not do, its message has to.
+        """
+        layer = self.layer
+        self.mixing = set()
+        if self.hessian.diagonal or not len(layer.couplings) or self.inner.numel() != sum(
+            layer.block_sizes
+        ):
+            return [{} for _ in layer.couplings]
+        prior = np.maximum(self.prior_precisions(z.unsqueeze(0))[0], 0.0)
+        by_prior = self.hessian.by_columns(partial(self._prior_slopes, z))
+        units, found = {}, []
+        for place, coupling in enumerate(layer.couplings):
+            start, size = self.spans[place]
+            rows = slice(start, start + size)
+            scale = 1.0 / factor.pivots[rows]
+            covariance = None
+            numbers: dict[str, Array] = {}
+            if coupling.mixes:
+                covariance = np.linalg.inv(factor.block(start, size))
+                sds = np.sqrt(np.diag(covariance))
+                correlation = covariance / np.outer(sds, sds)
+                if np.abs(np.tril(correlation, -1)).max() > COUPLED:
+                    self.mixing.add(place)
+                    scale = sds**2
+                    numbers["mix"] = np.linalg.cholesky(correlation)
+                else:
+                    covariance = None
+            units[place] = scale**-0.5
+            linked = False
+            for j in coupling.links:
+                first, count = self.spans[j]
+                dense = getattr(coupling, f"link_{j}").dim() == 2
+                entries = factor.between(start, size, first, count, dense)
+                block = by_prior[rows, first : first + count]
+                known = block.toarray() if dense else block.diagonal()
+                if dense:
+                    own = covariance @ entries if covariance is not None else scale[:, None] * entries
+                    link = -own / scale[:, None] - prior[rows, None] * known
+                    size_of = np.abs(link) / np.outer(units[place], units[j])
+                else:
+                    link = -entries - prior[rows] * known
+                    size_of = np.abs(link) / (units[place] * units[j])
+                numbers[f"link_{j}"] = link if size_of.max() > COUPLED else 0.0 * link
+                numbers[f"unit_{j}"] = units[j]
+                linked |= bool(size_of.max() > COUPLED)
+            if not linked and "mix" not in numbers:
+                found.append({})
+                continue
+            numbers["unit"] = units[place]
+            if coupling.mixes:
+                numbers.setdefault("mix", np.eye(size))
+            found.append({name: torch.from_numpy(np.ascontiguousarray(v)).to(z) for name, v in numbers.items()})
+        return found
+
+    def _prior_slopes(self, z: Tensor, directions: Tensor) -> Tensor:
+        """How the locations of priors move with the latents, along directions."""
+        step = torch.finfo(z.dtype).eps ** (1 / 3)
+        around = torch.cat([z + step * directions.to(z), z - step * directions.to(z)])
+        loc = torch.zeros_like(around)
+        for (mean, _), places, _ in self.layer.priors_at(around):
+            flat = places.flatten()
+            kept = flat >= 0
+            loc[:, flat[kept]] = mean.reshape(len(mean), -1)[:, kept].expand(len(around), -1)
+        high, low = loc.chunk(2)
+        return (high - low) / (2.0 * step)
 
     def _set(self, z: Tensor, own: _Laplace, moves: list[dict[str, Tensor]] | None = None) -> None:
         """Gives the map messages, which stay where they are without ``moves``."""
@@ -246,7 +337,8 @@ class _Starter:
             high, low = pair
             if high is None or low is None:
                 high = low = own
-            slopes.append((_slope_at(own.numbers, high.numbers) - _slope_at(own.numbers, low.numbers)) / width)
+            change = _slope_at(own.numbers, high.numbers) - _slope_at(own.numbers, low.numbers)
+            slopes.append((change - self._by_links(high.numbers["centre"] - low.numbers["centre"])) / width)
             weights.append((high.numbers["log_weight"] - low.numbers["log_weight"]) / width)
             for place, here in enumerate(own.joint):
                 one, other = high.joint[place], low.joint[place]
@@ -258,6 +350,17 @@ class _Starter:
             first,
             *({"slope_by_root": torch.stack(s), "log_weight_by_root": torch.stack(w)} for s, w in joint),
         ]
+
+    def _by_links(self, moves: Tensor) -> Tensor:
+        """What links already do to slopes where the latents move."""
+        if not len(moves):
+            return moves
+        parts = moves.split(self.layer.block_sizes)
+        pulled = [torch.zeros_like(part) for part in parts]
+        for place, coupling in enumerate(self.layer.couplings):
+            if coupling.active and coupling.links:
+                pulled[place] = coupling.pull({j: parts[j].unsqueeze(0) for j in coupling.links})[0]
+        return torch.cat(pulled)
 
     # -- the roots -----------------------------------------------------------------------------
 

@@ -23,12 +23,14 @@ class FitOptions:
 
     :param lr: the learning rate to start from.
     :param num_particles: draws a step, in one run of the model.
+    :param num_steps: steps of a fit to all data; None for as many as any.
     :param tolerance: nats below the evidence at which a fit may end; None for that of its own.
     :param settings: what no parameter's shape tells of the guide, and a run goes on only with the same.
     """
 
     lr: float = 1e-2
     num_particles: int = 16
+    num_steps: int | None = None
     tolerance: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,8 +48,8 @@ class FitGuide(Protocol):
     def fit_options(self) -> FitOptions:
         """The defaults of a fit."""
 
-    def choose(self, density: UnconstrainedModel) -> None:
-        """Chooses what of the model's structure the guide uses, before anything else is known of the run."""
+    def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
+        """Chooses what of the model's structure the guide uses, for a run of so many steps, before it begins."""
 
     def can_move(self) -> bool:
         """Whether the guide can be moved to a Gaussian before it is trained."""
@@ -94,7 +96,7 @@ class _PyroGuide:
     def fit_options(self) -> FitOptions:
         return FitOptions()
 
-    def choose(self, density: UnconstrainedModel) -> None:
+    def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         pass
 
     def can_move(self) -> bool:

@@ -13,13 +13,15 @@ from .._program.param_store import restored
 from .._program.structure import LatentStructure, find_structure, is_subsampled
 from .._types import InitFn, Program, StructureKind
 
-from ._message_map import MessageMap
+from ._message_map import MessageMap, levels_of
 from ._prototype import PrototypeGuide
 
 __all__ = ["GuideStructure", "StructuredGuide"]
 
 MAX_ALL_NOISE = 32
 """Latents up to which the flow sees the noise of all of them, and not of the roots alone."""
+MAX_DEPTH = 128
+"""Priors in a row, each given the last one, up to which they are run one after another unasked."""
 _MARK = ".log_weight"
 """How the parameters of a message map end."""
 
@@ -84,6 +86,8 @@ class StructuredGuide(PrototypeGuide):
                     why = "no latent has a prior that is known, beside the roots"
                 elif self._structure_kind == "auto" and not found.hierarchical:
                     why = "no prior depends on a latent"
+                elif self._structure_kind == "auto" and len(levels_of(found)) > MAX_DEPTH:
+                    why = f"a chain of more than {MAX_DEPTH} priors, which takes long; structure='program' does so"
                 else:
                     self._priors = priors
                     if self._structure_kind == "auto":
@@ -129,6 +133,10 @@ class StructuredGuide(PrototypeGuide):
             return None
         roots = self._root_places(layer)
         return roots if len(roots) else None
+
+    def _dim_of_flow(self) -> int:
+        places = self._flow_places(self._map)
+        return self.latent_dim if places is None else len(places)
 
     def _take_flat(self, why: str) -> None:
         """Goes over to a guide without a map."""

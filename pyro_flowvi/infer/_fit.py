@@ -333,6 +333,7 @@ def fit(
     loss, optim = as_objective(loss), None if optim is None else as_pyro_optim(optim)
     options = dict(locals())
     _check_arguments(options)
+    asked = num_steps
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
     file = None if checkpoint is None else Checkpoint(checkpoint)
     started = time.perf_counter()
@@ -348,13 +349,16 @@ def fit(
         needed = answers.can_move() or answers.pushforward(model) is not None
         density = answers.density(*first[0], **first[1]) if needed else None
         if density is not None:
-            answers.choose(density)
+            answers.choose(density, num_steps)
+        default = answers.fit_options()
+        if asked is None and not changing and default.num_steps is not None:
+            num_steps = default.num_steps
+            bar.expect(num_steps)
         nesting = getattr(loss, "max_plate_nesting", math.inf)
         pair = judge = LogWeights(model, guide, *first, nesting)
         if held_out is not None:
             judge = LogWeights(model, guide, *held_out, nesting)
         graph = _recorded({**options, "num_steps": num_steps}, pair, answers, density)
-        default = answers.fit_options()
         together = pair.vectorized or graph is not None
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)

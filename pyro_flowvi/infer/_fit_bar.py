@@ -24,6 +24,10 @@ class Bar:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
+    def expect(self, total: int) -> None:
+        """Shows how many steps there are at most, where that was not known at first."""
+        self._bar.total = total
+
     def tell(self, what: str, at_once: bool = True) -> None:
         """Shows some words, at once or with the next step."""
         self._bar.set_postfix_str(what, refresh=at_once)

@@ -23,6 +23,8 @@ SMALL_SITE = 200
 """Numbers of a site whose columns are computed one by one where there are more latents in all."""
 MOST_COUPLED = 128
 """Earlier latents that one may be coupled with; more would fill the factor."""
+LEAST_HUB = 16
+"""Couplings of a latent, and groups of columns, below which no column is taken by itself."""
 LEAST = 1e-10
 """Size of an entry, relative to its diagonal ones, that counts as zero."""
 LEAST_PIVOT = 0.05
@@ -49,15 +51,35 @@ class Elimination:
         step: Array = self._factor.solve(gradient[::-1].copy())[::-1]
         return step
 
+    def _rows(self, start: int, width: int) -> slice:
+        last = len(self.pivots) - start
+        return slice(last - width, last)
+
     def block(self, start: int, width: int) -> Array:
         """The joint precision of neighbouring latents given all before them."""
+        pivots = self.pivots[start : start + width]
         if self.lower is None:
-            return np.diag(self.pivots[start : start + width])
-        size = len(self.pivots)
-        rows = slice(size - start - width, size - start)
+            return np.diag(pivots)
+        rows = self._rows(start, width)
         lower = self.lower[rows, rows].toarray()
-        inner: Array = (lower * self.pivots[start : start + width][::-1]) @ lower.T
+        inner: Array = (lower * pivots[::-1]) @ lower.T
         return inner[::-1, ::-1]
+
+    def between(self, start: int, width: int, earlier: int, count: int, dense: bool) -> Array:
+        """Entries of neighbouring latents with others before them, once all after them are eliminated.
+
+        :param dense: all entries; else those of equal places in both.
+        """
+        if self.lower is None:
+            return np.zeros((width, count) if dense else width)
+        rows, others = self._rows(start, width), self._rows(earlier, count)
+        pivots = self.pivots[start : start + width][::-1]
+        cross = self.lower[others, rows]
+        if not dense:
+            return (cross.diagonal() * pivots)[::-1]
+        lower = self.lower[rows, rows].toarray()
+        entries: Array = (lower * pivots) @ cross.toarray().T
+        return entries[::-1, ::-1]
 
 
 class SparseHessian:
@@ -79,7 +101,7 @@ class SparseHessian:
         self, products: HessianProducts, point: Tensor, places: Tensor, sizes: Sequence[int]
     ) -> None:
         self._products, self.places = products, places
-        self.size = len(places)
+        self.size, self._dim = len(places), len(point)
         self.usable = True
         """Whether the pattern is one that can be used."""
         if self.size <= MAX_PROBED:
@@ -110,25 +132,27 @@ class SparseHessian:
         return np.abs(columns) > LEAST * np.outer(size, size)
 
     def _group(self, pattern: NDArray[np.bool_]) -> None:
-        """Groups of columns no two of which share a row, and which column each row sees of a group."""
+        """Groups of columns no two of which share a row, and which column each row sees of a group.
+
+        Where some latents are coupled with most others, as the items of a test with all persons, their columns
+        are taken one by one: by symmetry these tell their rows too, which others may then share.
+        """
         np.fill_diagonal(pattern, True)
-        members: list[list[int]] = []
-        covered: list[NDArray[np.bool_]] = []
-        for column in range(self.size):
-            rows = pattern[:, column]
-            for taken, group in zip(covered, members, strict=True):
-                if not (taken & rows).any():
-                    group.append(column)
-                    taken |= rows
-                    break
-            else:
-                members.append([column])
-                covered.append(rows.copy())
-        self.groups = [np.array(group) for group in members]
-        self._owner = np.full((self.size, len(self.groups)), -1)
-        for place, group in enumerate(self.groups):
+        groups, hubs = _colour(pattern), np.zeros(self.size, dtype=bool)
+        degree = pattern.sum(0)
+        crowded = degree > max(LEAST_HUB, 3 * np.median(degree))
+        if len(groups) > LEAST_HUB and crowded.any():
+            others = np.flatnonzero(~crowded)
+            inner = [others[group] for group in _colour(pattern[np.ix_(others, others)])]
+            if crowded.sum() + len(inner) < len(groups):
+                hubs = crowded
+                groups = [*(np.array([i]) for i in np.flatnonzero(hubs)), *inner]
+        self.groups = groups
+        self._owner = np.full((self.size, len(groups)), -1)
+        for place, group in enumerate(groups):
             for column in group:
-                self._owner[pattern[:, column], place] = column
+                rows = pattern[:, column] if hubs[column] else pattern[:, column] & ~hubs
+                self._owner[rows, place] = column
 
     def _by_site(self, point: Tensor, sizes: list[int]) -> None:
         bounds = np.concatenate([[0], np.cumsum(sizes)])
@@ -204,6 +228,19 @@ class SparseHessian:
             matrices.append(coo_matrix((data, both), shape=(self.size, self.size)).tocsr())
         return matrices
 
+    def by_columns(self, derivative: Callable[[Tensor], Tensor]) -> Any:
+        """A matrix that is zero where this one is, of its products with directions; sparse.
+
+        :param derivative: directions ``(G, D)`` to products ``(G, D)``.
+        """
+        directions = torch.zeros(len(self.groups), self._dim, dtype=torch.float64)
+        for row, members in enumerate(self.groups):
+            directions[row, self.places[torch.from_numpy(members)]] = 1.0
+        found = derivative(directions)[:, self.places].double().cpu().numpy()
+        rows, columns, groups, _ = self._entries
+        shape = self.size, self.size
+        return coo_matrix((found[groups, rows], (rows, columns)), shape=shape).tocsr()
+
     def eliminate(self, matrix: Any, prior: Array) -> Elimination | None:
         """The factor of a matrix, with more on its diagonal where it is not positive.
 
@@ -214,7 +251,10 @@ class SparseHessian:
         raised = np.maximum(np.abs(diagonal), 2.0 * LEAST_PIVOT * prior) - diagonal
         if self.diagonal:
             return Elimination(diagonal + raised, None, None)
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
+            if attempt == TRIES - 1:  # a dominant diagonal is positive definite
+                raised = np.asarray(abs(matrix).sum(1)).ravel() - np.abs(diagonal) - diagonal + np.maximum(prior, 1e-8)
+                raised = np.maximum(raised, 0.0)
             reverse = (matrix + coo_matrix((raised, (range(self.size),) * 2)).tocsr())[::-1, ::-1]
             try:
                 factor = splu(
@@ -232,3 +272,19 @@ class SparseHessian:
                 return Elimination(pivots, factor.L.tocsr(), factor)
             raised = raised + np.where(bad, prior + np.abs(pivots), 0.1 * prior)
         return None
+
+
+def _colour(pattern: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """Groups of columns of which no two share a row, by taking each into the first group that it fits into."""
+    members: list[list[int]] = []
+    covered = np.zeros((0, len(pattern)), dtype=bool)
+    for column in range(len(pattern)):
+        rows = pattern[:, column]
+        free = np.flatnonzero(~covered[:, rows].any(1))
+        if len(free):
+            members[free[0]].append(column)
+            covered[free[0]] |= rows
+        else:
+            members.append([column])
+            covered = np.concatenate([covered, rows[None]])
+    return [np.array(group) for group in members]

@@ -1,0 +1,58 @@
+"""A short training of a guide, to see which of two forms of it is the better one."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._compile.errors import CannotCompile
+from .._compile.flow_step import FlowStep
+from .._compile.log_density import traced
+from .._program.log_density import UnconstrainedModel
+from ..init import Effort
+
+__all__ = ["falls_behind", "trained_weights", "weights_of"]
+
+NUM_DRAWS = 512
+WARM_UP, FINAL_RATE = 10, 0.05
+
+
+@torch.no_grad()
+def weights_of(guide: Any, density: UnconstrainedModel) -> Tensor:
+    """Log weights of draws, of the same noise at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        z, log_q = guide.draw_latent(NUM_DRAWS)
+    weights: Tensor = traced(density, guide.fit_options().num_particles)(z)[0] - log_q
+    return weights
+
+
+def trained_weights(guide: Any, density: UnconstrainedModel, effort: Effort, num_steps: int) -> Tensor:
+    """Log weights after a search for a start and a number of steps; the guide keeps what it has learned."""
+    guide.move_to_start(density, effort)
+    options, flow = guide.fit_options(), guide.get_transform()
+    params = [param for param in flow.parameters() if param.requires_grad]
+    try:
+        step = FlowStep(flow, params, traced(density, options.num_particles))
+    except CannotCompile:
+        num_steps = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for i in range(num_steps):
+            fall = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * i / num_steps))
+            step(options.lr * fall * min(1.0, (i + 1) / WARM_UP))
+    if num_steps:
+        step.leave()
+    guide.leave_frame()
+    return weights_of(guide, density)
+
+
+def falls_behind(weights: Tensor, others: Tensor) -> bool:
+    """Whether the mean of log weights is lower than that of others, beyond twice its standard error."""
+    own, other = weights.isfinite(), others.isfinite()
+    if int(own.sum()) != int(other.sum()):
+        return bool(own.sum() < other.sum())
+    gap = others[other].mean() - weights[own].mean()
+    error = (weights[own].var() + others[other].var()).sqrt() / math.sqrt(max(1, int(own.sum())))
+    return bool(gap > 2.0 * error)
