@@ -25,7 +25,7 @@ MAX_RIVAL = 1000
 """Latents up to which the flat guide is tried beside messages that may be far off."""
 DOUBT = 1.0
 """Standard deviation of log weights at the start, nats, from which they may be."""
-TOLERANCE, TOLERANCE_EACH = 0.02, 5e-4
+TOLERANCE, TOLERANCE_EACH = 0.01, 5e-4
 """Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be off
 by a little, which adds up, and leaves the roots where they are."""
 MAP_STEPS = 1500

@@ -28,6 +28,7 @@ from ._fit_answers import FitAnswers
 from ._latent_site import CallPosterior
 from ._message_map import MessageMap
 from ._partial import Partial
+from ._root_tails import RootTails
 from ._summaries import marginal_quantiles, reference_normal
 from .resample import importance_resample
 
@@ -138,7 +139,7 @@ class AutoFlow(FitAnswers):
             parts.append(HeavyTails(self._flow_dim))
         elif layer is not None and len(roots := self._root_places(layer)):
             # Near zero the prior alone holds the logarithm of a scale: its tail falls no faster than exp(u).
-            tails = HeavyTails(len(roots))
+            tails = RootTails(len(roots))
             parts.append(tails if len(roots) == self._flow_dim else Partial(tails, roots, self._flow_dim))
         if self._affine is not None:
             parts.append(affine_layer(self._affine, self._flow_dim, self._init_scale))
