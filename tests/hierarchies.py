@@ -20,10 +20,9 @@ def slopes(x, y):
     t = pyro.sample("t", dist.HalfNormal(torch.full((2,), 2.0)).to_event(1))
     factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
     with pyro.plate("groups", x.shape[-1], dim=-1):
-        scale = (t.unsqueeze(-1) * factor).unsqueeze(-3)
-        ab = pyro.sample("ab", dist.MultivariateNormal(m.unsqueeze(-2), scale_tril=scale))
-        mean = ab[..., 0].unsqueeze(-2) + ab[..., 1].unsqueeze(-2) * x
-        pyro.sample("y", dist.Normal(mean.transpose(-1, -2), 0.7).to_event(1), obs=y.T)
+        ab = pyro.sample("ab", dist.MultivariateNormal(m, scale_tril=t.unsqueeze(-1) * factor))
+        mean = ab[..., :1] + ab[..., 1:] * x.T
+        pyro.sample("y", dist.Normal(mean, 0.7).to_event(1), obs=y.T)
 
 
 def three_levels(y):
