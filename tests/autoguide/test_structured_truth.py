@@ -1,6 +1,7 @@
 """Centred hierarchies, as users write them, fitted at the defaults: against closed forms and quadrature."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
