@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -21,7 +20,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 
-from pyro_flowvi import AutoFlow, AutoPlanar, AutoRealNVP, CompiledSVI, diagnose, fit
+from pyro_flowvi import AutoFlow, AutoPlanar, CompiledSVI
 from tests import zoo
 from tests.autoguide.test_structured_contract import ALL, JOINT, OBJECTIVES, case, made, same_state, step
 from tests.hierarchies import schools
@@ -332,57 +331,6 @@ def test_masks_are_read_at_every_call():
     assert guide.latent_dim == 1 + 2 * int(mask.sum())
     trace = poutine.trace(guide).get_trace(y, mask)
     assert trace.nodes["z"]["value"].shape == mask.shape
-
-
-class TestFitted:
-    def test_goes_flat(self):
-        """A prior whose numbers are of one large site, coupled by the data beyond what can be taken apart."""
-
-        def model(x, y):
-            tau = pyro.sample("tau", dist.HalfNormal(1.0))
-            with pyro.plate("columns", x.shape[1]):
-                w = pyro.sample("w", dist.Normal(0.0, tau))
-            with pyro.plate("rows", len(y)):
-                pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
-
-        x = torch.randn(20, 1100) / 30.0
-        guide = AutoRealNVP(model, num_layers=2, hidden=(5,)).materialize(x, torch.randn(20))
-        assert guide.structure.taken
-        fit(model, guide, x, torch.randn(20), num_steps=2, progress=False, seed=0)
-        assert not guide.structure.taken
-        assert "no mode given the roots" in str(guide.structure)
-        draws = guide.sample_posterior(3)
-        assert draws["w"].shape == (3, 1100)
-        assert guide.log_prob(draws).isfinite().all()
-        fresh = AutoRealNVP(model, num_layers=2, hidden=(5,))
-        fresh.load_state_dict(guide.state_dict())
-        fresh.materialize(x, torch.randn(20))
-        assert not fresh.structure.taken
-        torch.testing.assert_close(fresh.log_prob(draws), guide.log_prob(draws))
-
-    def test_after_a_fit(self):
-        model, args = case("schools")
-        guide = AutoRealNVP(model, num_layers=2, hidden=(5,))
-        fit(model, guide, *args, num_steps=40, progress=False, seed=0)
-        assert guide.structure.taken
-        values = guide.sample_posterior(4)
-        expected = guide.log_prob(values)
-        twin, loaded = copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))
-        fresh = AutoRealNVP(model, num_layers=2, hidden=(5,))
-        fresh.load_state_dict(guide.state_dict())
-        fresh.materialize(*args)
-        for other in (twin, loaded, fresh):
-            torch.testing.assert_close(other.log_prob(values), expected)
-        fit(model, guide, *args, num_steps=20, progress=False, seed=1)
-        step(model, guide, args, Trace_ELBO())
-
-    def test_diagnose(self):
-        model, args = case("schools")
-        guide = AutoRealNVP(model, num_layers=2, hidden=(5,))
-        fit(model, guide, *args, num_steps=300, progress=False, seed=0)
-        assert diagnose(model, guide, *args).khat < 0.7
-        resampled = guide.sample_posterior(100, resample=True)
-        assert resampled["theta"].shape == (100, 6)
 
 
 def test_a_flow_of_ones_own():
