@@ -134,8 +134,20 @@ def compiled_and_eager(model, args, loss, steps=40, kind="planar", compile=True)
     return found
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["schools", "counties", "slopes", "padded"])
+STRIDES = pytest.mark.xfail(
+    strict=True, reason="Inductor takes no view of the strides that joint messages have"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("schools", marks=pytest.mark.long),
+        pytest.param("slopes", marks=[pytest.mark.long, STRIDES]),
+        pytest.param("counties", marks=pytest.mark.slow),
+        pytest.param("padded", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("objective", ["Trace, vectorized", "STL"])
 def test_compiled_equals_eager(name, objective):
     if torch.get_default_dtype() != torch.float64:
