@@ -2,6 +2,7 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 
@@ -130,3 +131,10 @@ def make_hierarchies():
 
 
 NAMES = list(make_hierarchies())
+SWEEP = [
+    name
+    if name in ("schools", "slopes", "loop", "padded", "topics")
+    else pytest.param(name, marks=pytest.mark.long)
+    for name in NAMES
+]
+"""All of them for a test, of which every change runs some."""

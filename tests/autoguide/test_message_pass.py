@@ -8,7 +8,7 @@ import torch
 from pyro_flowvi.transforms._fused import _by_autograd, has_form, pass_through
 from pyro_flowvi.transforms.base import forward_and_log_det, forward_with_score, inverse_and_log_det
 from tests.autoguide.test_message_map import map_of, transform_of
-from tests.hierarchies import NAMES
+from tests.hierarchies import SWEEP
 from tests.transforms.layers import randomized
 
 
@@ -21,7 +21,7 @@ def standard_score(transform, y, score_of_noise=None):
 
 
 @pytest.mark.parametrize("framed", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SWEEP)
 class TestTraining:
     @staticmethod
     def setting(name, framed):

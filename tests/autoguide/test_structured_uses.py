@@ -135,7 +135,8 @@ def compiled_and_eager(model, args, loss, steps=40, kind="planar", compile=True)
 
 
 STRIDES = pytest.mark.xfail(
-    strict=True, reason="Inductor takes no view of the strides that joint messages have"
+    strict=True,
+    reason="Inductor cannot view what the model's multivariate normal draws, of a flat guide neither",
 )
 
 
