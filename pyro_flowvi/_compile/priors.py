@@ -1,12 +1,13 @@
 """The priors of a model's latents given those before them, as recorded graphs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from .._program.packing import Packing
 from .._program.priors import read_priors
@@ -40,6 +41,25 @@ class PriorGraph:
     inputs: list[str]
     joint: Mapping[str, bool]
     like: Tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        nodes = [
+            (
+                node.name,
+                node.op,
+                _as_text(node.target),
+                *fx.node.map_arg((node.args, node.kwargs), _Reference),
+            )
+            for node in self.graph.graph.nodes
+        ]
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "graph": nodes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nodes, made = fx.Graph(), dict[str, fx.Node]()
+        for name, op, target, args, kwargs in state["graph"]:
+            args, kwargs = pytree.tree_map_only(_Reference, lambda one: made[one.name], (args, kwargs))
+            made[name] = nodes.create_node(op, _as_target(target), args, kwargs, name)
+        self.__dict__.update({**state, "graph": fx.GraphModule(torch.nn.Module(), nodes)})
 
     def __deepcopy__(self, memo: Any) -> "PriorGraph":
         return self  # it is never changed, and its constants are the model's own
@@ -85,9 +105,38 @@ class PriorGraph:
         return needed, partial(_many, run, constants, self.like)
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """A node in a pickle."""
+
+    name: str
+
+    def __init__(self, node: fx.Node) -> None:
+        object.__setattr__(self, "name", node.name)
+
+
+def _as_text(target: Any) -> Any:
+    """An operation of torch as its name, since it cannot be pickled itself."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace, target._opname, target._overloadname
+    return target
+
+
+def _as_target(target: Any) -> Any:
+    if not isinstance(target, tuple):
+        return target
+    namespace, name, overload = target
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
 def _many(run: Callable[..., Any], constants: Sequence[Tensor], like: Tensor, *free: Tensor) -> list[Located]:
     one = partial(run, *constants)
     free = tuple(value.to(like) for value in free)
+    if free and not len(free[0]):
+        return [
+            (loc[:0], scale[:0])
+            for loc, scale in _many(run, constants, like, *(v.new_zeros(1, *v.shape[1:]) for v in free))
+        ]
     # Without a latent there is nothing to batch: all points have the same priors.
     found = torch.vmap(one)(*free) if free else tuple(value.unsqueeze(0) for value in one())
     return list(zip(found[::2], found[1::2], strict=True))
@@ -100,28 +149,30 @@ def _memory(node: fx.Node) -> fx.Node:
     return node
 
 
-_Writes = Mapping[fx.Node, list[fx.Node]]
+_Writes = Mapping[fx.Node, list[tuple[int, fx.Node]]]
 
 
 def _writes_of(nodes: fx.Graph) -> _Writes:
-    """By the node that made a piece of memory, those that write into it."""
-    writes: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes.nodes:
+    """By the node that made a piece of memory, those that write into it, with their places in the graph."""
+    writes: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+    for i, node in enumerate(nodes.nodes):
         for value in written(node):
-            writes.setdefault(_memory(value), []).append(node)
+            writes.setdefault(_memory(value), []).append((i, node))
     return writes
 
 
 def _sources(results: Any, writes: _Writes) -> set[fx.Node]:
-    """The nodes that results are computed from, writes into their memory included."""
+    """The nodes that results are computed from, earlier writes into their memory included."""
     seen, pending = set[fx.Node](), list(results)
+    places = {node: i for i, node in enumerate(pending[0].graph.nodes)} if pending and writes else {}
     while pending:
         node = pending.pop()
         if node not in seen:
             seen.add(node)
             pending.extend(node.all_input_nodes)
-            if writes:
-                pending.extend(writes.get(_memory(node), ()))
+            for value in node.all_input_nodes if writes else ():
+                earlier = writes.get(_memory(value), ())
+                pending.extend(write for place, write in earlier if place < places[node])
     return seen
 
 
@@ -132,7 +183,10 @@ def _keep_only(nodes: fx.Graph, kept: set[fx.Node]) -> None:
 
 
 def _is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
 
 
 def record_priors(
@@ -151,9 +205,10 @@ def record_priors(
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
         found = read_priors(model, args, kwargs, packing, dict(zip(latents, values, strict=True)))
+        known = {name: found[name] for name in latents if name in found}
         joint.clear()
-        joint.update({name: prior.joint for name, prior in found.items()})
-        return tuple(value for prior in found.values() for value in (prior.loc, prior.scale))
+        joint.update({name: prior.joint for name, prior in known.items()})
+        return tuple(value for prior in known.values() for value in (prior.loc, prior.scale))
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -164,9 +219,7 @@ def record_priors(
     results, names = list(output.args[0]), list(joint)
     writes = _writes_of(traced.graph.graph)
     steady = [
-        i
-        for i in range(len(names))
-        if not any(map(_is_random, _sources(results[2 * i : 2 * i + 2], writes)))
+        i for i in range(len(names)) if not any(map(_is_random, _sources(results[2 * i : 2 * i + 2], writes)))
     ]
     output.args = (tuple(results[2 * i + part] for i in steady for part in (0, 1)),)
     _keep_only(traced.graph.graph, _sources(output.args[0], writes))

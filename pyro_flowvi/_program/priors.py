@@ -8,11 +8,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import ExpTransform, Independent
 
-from .._types import Program, Trace
+from .._types import Program
 from .packing import Latent, Packing
 
 __all__ = ["NormalPrior", "normal_prior", "read_priors"]
@@ -160,8 +161,30 @@ def read_priors(
         tensor(5.)
     """
     values = {name: packing.latents[name].bijection(z) for name, z in free.items()}
-    with poutine.block(), pyro.validation_enabled(False):
-        conditioned = poutine.trace(poutine.condition(model, data=values))
-        trace: Trace = conditioned.get_trace(*args, **kwargs)
-    found = {name: normal_prior(each, trace.nodes[name]["fn"]) for name, each in packing.latents.items()}
-    return {name: prior for name, prior in found.items() if prior is not None}
+    reader = _Reader(packing)
+    with poutine.block(), pyro.validation_enabled(False), reader:
+        poutine.condition(model, data=values)(*args, **kwargs)
+    missing = [name for name in packing.latents if name not in reader.seen]
+    if missing:
+        raise KeyError(f"the sites {missing} are not drawn at every run")
+    return reader.found
+
+
+class _Reader(Messenger):
+    """Reads each prior where the site stands: a program may change what it was made of later."""
+
+    def __init__(self, packing: Packing) -> None:
+        super().__init__()
+        self._packing = packing
+        self.seen: set[str] = set()
+        self.found: dict[str, NormalPrior] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        latent = self._packing.latents.get(name)
+        if latent is None or name in self.seen:
+            return
+        self.seen.add(name)
+        prior = normal_prior(latent, msg["fn"])
+        if prior is not None:
+            self.found[name] = NormalPrior(prior.loc.clone(), prior.scale.clone(), prior.joint)

@@ -97,7 +97,8 @@ class Coupling(Fixed):
             own["mix"] = lower_of(own["mix"])
         own["unit"] = torch.ones(self._size)
         own |= {f"unit_{j}": torch.ones(n) for j, n in self._earlier.items() if j in self.links}
-        return {name: value.to(next(self.parameters())) for name, value in own.items()}
+        like = next(self.parameters(), torch.zeros(()))
+        return {name: value.to(like) for name, value in own.items()}
 
     @torch.no_grad()
     def leave(self) -> None:

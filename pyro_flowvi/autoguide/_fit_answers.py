@@ -118,7 +118,8 @@ class FitAnswers(StructuredGuide):
         if layer is None or not self.can_move():
             return
         kept = {name: param.detach().clone() for name, param in layer.named_parameters()}
-        found = place_messages(layer, traced(density, self.fit_options().num_particles))
+        graph = traced(density, self.fit_options().num_particles)
+        found = place_messages(layer, graph) if graph.holds else None
         if found is not None:
             self._place = Place(*found, layer.frame())
         layer.set_frame(())

@@ -119,8 +119,12 @@ class MessageMap(Fixed, FlowTransform):
         shaped = [str(i) for i, n in enumerate(self.block_sizes) if i >= first and n >= FEWEST_SHAPED]
         self.shapes = nn.ModuleDict({place: LocalShape() for place in shaped})
         places = range(len(self._blocks) if self._apart else 0)
+        whole = [i for i in places if not packing.left_out.keys() & set(self._blocks[i])]
         self.couplings = nn.ModuleList(
-            Coupling(self.block_sizes[i], {j: self.block_sizes[j] for j in range(i)}) for i in places
+            Coupling(self.block_sizes[i], {j: self.block_sizes[j] for j in whole if j < i})
+            if i in whole
+            else Coupling(1, {})
+            for i in places
         )
         self.shaped = True
         """Whether the noise of latents goes through these flows, which are the identity until they are trained."""
@@ -174,12 +178,15 @@ class MessageMap(Fixed, FlowTransform):
 
     def leave_shapes_out(self) -> None:
         """Spares the flows of the latents' noise, if they are the identity still."""
-        self.shaped = any(bool(shape.last.weight.any() | shape.last.bias.any()) for shape in self.shapes.values())
+        self.shaped = any(
+            bool(shape.last.weight.any() | shape.last.bias.any()) for shape in self.shapes.values()
+        )
 
     def renew(self, priors: PriorGraph) -> None:
-        """Takes priors that were recorded again, for another device or dtype."""
-        self._priors = priors
-        self._plan()
+        """Takes priors that were recorded again, if they depend on the same latents."""
+        if priors.joint == self._priors.joint and priors.parents == self._priors.parents:
+            self._priors = priors
+            self._plan()
 
     # -- frames --------------------------------------------------------------------------------
 
@@ -417,7 +424,9 @@ class MessageMap(Fixed, FlowTransform):
             centre, slope, log_weight = message
             mean, log_det = centre + slope * (-log_weight).exp(), -0.5 * log_weight
             scale = log_det.exp()
-            block, log_det = (mean + scale * block, log_det) if forward else ((block - mean) / scale, -log_det)
+            block, log_det = (
+                (mean + scale * block, log_det) if forward else ((block - mean) / scale, -log_det)
+            )
             log_det = log_det.expand_as(block)
         else:
             block, log_det = self._elementwise(piece, block, priors, message, forward)
@@ -452,7 +461,9 @@ class MessageMap(Fixed, FlowTransform):
                 _, mix_det = coupling.mixed(block)
                 block, mix_det = coupling.unmixed(block), -mix_det
             found |= self._spread(block, piece)
-            total = total + (log_det + self._counted(mix_det.expand_as(log_det), piece) if mixes else log_det).sum(-1)
+            total = total + (
+                log_det + self._counted(mix_det.expand_as(log_det), piece) if mixes else log_det
+            ).sum(-1)
         return self._join(found), total
 
     def _elementwise(
@@ -472,7 +483,8 @@ class MessageMap(Fixed, FlowTransform):
         weight, variance = log_weight.exp(), scale.square()
         share = 1.0 / (1.0 + weight * variance)
         pull = slope - weight * (loc - centre)
-        mean, width = loc + variance * share * pull, scale * share.sqrt()
+        # Of the terms none is larger than the mean, wherever prior and message are.
+        mean, width = centre + share * (loc - centre) + variance * share * slope, scale * share.sqrt()
         log_width = width.log()
         place = str(piece.place)
         shape: Any = self.shapes[place] if self.shaped and place in self.shapes else None

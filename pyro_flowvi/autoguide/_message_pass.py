@@ -31,7 +31,11 @@ class _Step:
         self.parents = [values[site] for site in dict.fromkeys(sites)]
         self.message = [*own, *(centres[j] for j in linked)]
         given = own if piece.place is not None else next(iter(own), None)
-        priors = piece.priors(*(values[site] for site in piece.needed)) if piece.sites != layer.structure.free else []
+        priors = (
+            piece.priors(*(values[site] for site in piece.needed))
+            if piece.sites != layer.structure.free
+            else []
+        )
         self.priors = [(loc.to(noise), scale.to(noise)) for loc, scale in priors]
         self.noise = _leaf(noise)
         self.mixes = self.coupling is not None and self.coupling.mixes
@@ -60,7 +64,9 @@ class _Step:
         with torch.no_grad():
             return joint.push(own, loc.detach().reshape(-1, *joint.shape), scale, moved)
 
-    def back(self, outputs: Sequence[Tensor], weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def back(
+        self, outputs: Sequence[Tensor], weights: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Vector-Jacobian products, with zeros where there is no way."""
         found = vector_jacobian(outputs, weights, inputs, keep=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
@@ -97,9 +103,19 @@ def _through(layer: MessageMap, x: Tensor, score: Tensor) -> Pass:
         log_det = log_det + step.total
 
     sources = [*(value for message in messages for value in message), *([] if moved is None else [moved])]
-    source_leaves = [*(leaf for message in leaves for leaf in message), *([] if moved_leaf is None else [moved_leaf])]
+    source_leaves = [
+        *(leaf for message in leaves for leaf in message),
+        *([] if moved_leaf is None else [moved_leaf]),
+    ]
 
-    def collect(step: _Step, outputs: Sequence[Tensor], weights: Sequence[Tensor], more: Sequence[Tensor], total: dict[int, Tensor], sign: float) -> list[Tensor]:
+    def collect(
+        step: _Step,
+        outputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        more: Sequence[Tensor],
+        total: dict[int, Tensor],
+        sign: float,
+    ) -> list[Tensor]:
         """Adds what a piece gives back to its parents and its message; what it gives to ``more``."""
         inputs = [*step.parents, *step.message, *more]
         found = step.back(outputs, weights, inputs)
@@ -111,7 +127,11 @@ def _through(layer: MessageMap, x: Tensor, score: Tensor) -> Pass:
 
     def to_roots(total: dict[int, Tensor], params: Sequence[Tensor]) -> list[Tensor]:
         """What the messages' leaves hold goes back to the roots, and to parameters."""
-        known = [(out, total[id(leaf)]) for out, leaf in zip(sources, source_leaves, strict=True) if id(leaf) in total]
+        known = [
+            (out, total[id(leaf)])
+            for out, leaf in zip(sources, source_leaves, strict=True)
+            if id(leaf) in total
+        ]
         known = [(out, grad) for out, grad in known if out.requires_grad]
         inputs = [*(values[site] for site in roots), *params]
         if not known or not inputs:

@@ -27,8 +27,8 @@ NEWTON_STEPS, RENEWED_STEPS = 12, 4
 """Newton steps from a start that is far, and from one that is near."""
 SETTLED = 0.02
 """Newton's method ends where no latent moves by so many of its standard deviations."""
-MOST_MOVED = 3.0
-"""Standard deviations that a latent may move in one step."""
+MOST_MOVED, WIDER = 3.0, 3.0
+"""Standard deviations that a latent may move in the first step, and how much more after each that was good."""
 HALVINGS = 4
 ROUNDS = 6
 """Renewals of the messages at the roots that were found with the last ones."""
@@ -72,7 +72,8 @@ class _Starter:
         self.layer, self.density = layer, density
         self.start = density.density.start
         places = layer.places()
-        self.roots = torch.cat([places[site].flatten() for site in layer.structure.roots]).long()
+        none = torch.zeros(0, dtype=torch.long)
+        self.roots = torch.cat([none, *(places[site].flatten() for site in layer.structure.roots)])
         inner = [site for piece in layer.pieces for site in piece.sites]
         order = torch.cat([places[site].flatten() for site in inner]).long()
         self.inner = order[order >= 0]
@@ -135,6 +136,7 @@ class _Starter:
         """Modes of the latents given the roots of points ``(P, D)``, and the factors there."""
         value, gradient = self.density(z)
         settled = torch.zeros(len(z), dtype=torch.bool)
+        reach = np.full(len(z), MOST_MOVED)
         for step in range(steps + 1):
             prior = np.maximum(self.prior_precisions(z), 1e-8)
             matrices = self.hessian.at(z)
@@ -146,7 +148,7 @@ class _Starter:
             for i, factor in enumerate(factors):
                 if factor is None or settled[i]:
                     continue
-                limit = MOST_MOVED / np.sqrt(factor.pivots)
+                limit = reach[i] / np.sqrt(factor.pivots)
                 move = np.clip(factor.solve(slopes[i]), -limit, limit)
                 settled[i] = bool((np.abs(move) * np.sqrt(factor.pivots)).max(initial=0.0) < SETTLED)
                 moves[i, self.inner] = torch.from_numpy(move).to(z)
@@ -159,6 +161,7 @@ class _Starter:
                     break
                 length = torch.where(worse.unsqueeze(-1), 0.25 * length, length)
             ok = ~worse
+            reach *= np.where((length[:, 0] >= 1.0).cpu().numpy(), WIDER, 1.0)
             z = torch.where(ok.unsqueeze(-1), moved, z)
             value = torch.where(ok, new_value, value)
             gradient = torch.where(ok.unsqueeze(-1), new_gradient, gradient)
@@ -242,9 +245,7 @@ class _Starter:
         """
         layer = self.layer
         self.mixing = set()
-        if self.hessian.diagonal or not len(layer.couplings) or self.inner.numel() != sum(
-            layer.block_sizes
-        ):
+        if self.hessian.diagonal or not len(layer.couplings) or self.inner.numel() != sum(layer.block_sizes):
             return [{} for _ in layer.couplings]
         prior = np.maximum(self.prior_precisions(z.unsqueeze(0))[0], 0.0)
         by_prior = self.hessian.by_columns(partial(self._prior_slopes, z))
@@ -289,7 +290,9 @@ class _Starter:
             numbers["unit"] = units[place]
             if coupling.mixes:
                 numbers.setdefault("mix", np.eye(size))
-            found.append({name: torch.from_numpy(np.ascontiguousarray(v)).to(z) for name, v in numbers.items()})
+            found.append(
+                {name: torch.from_numpy(np.ascontiguousarray(v)).to(z) for name, v in numbers.items()}
+            )
         return found
 
     def _prior_slopes(self, z: Tensor, directions: Tensor) -> Tensor:
@@ -329,7 +332,9 @@ class _Starter:
         shifts = torch.diag(APART * scale)
         roots = z[self.roots] + torch.cat([shifts, -shifts])
         around, factors = self.newton(self.follow(roots), RENEWED_STEPS)
-        sides = [None if f is None else self.read_messages(at, f) for at, f in zip(around, factors, strict=True)]
+        sides = [
+            None if f is None else self.read_messages(at, f) for at, f in zip(around, factors, strict=True)
+        ]
         slopes, weights = [], []
         joint: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in own.joint]
         for i in range(num):
@@ -342,8 +347,13 @@ class _Starter:
             weights.append((high.numbers["log_weight"] - low.numbers["log_weight"]) / width)
             for place, here in enumerate(own.joint):
                 one, other = high.joint[place], low.joint[place]
-                joint[place][0].append(((_joint_slope(here, one) - _joint_slope(here, other)) / width).flatten())
-                dets = [torch.linalg.slogdet(side["weight"])[1] / side["weight"].shape[-1] for side in (one, other)]
+                joint[place][0].append(
+                    ((_joint_slope(here, one) - _joint_slope(here, other)) / width).flatten()
+                )
+                dets = [
+                    torch.linalg.slogdet(side["weight"])[1] / side["weight"].shape[-1]
+                    for side in (one, other)
+                ]
                 joint[place][1].append((dets[0] - dets[1]) / width)
         first = {"slope_by_root": torch.stack(slopes), "log_weight_by_root": torch.stack(weights)}
         return [
@@ -409,7 +419,6 @@ class _Starter:
         moved = float((at[0].abs() / spread.norm(dim=-1)).max()) if len(u) else 0.0
         return u + scale @ at[0], torch.linalg.cholesky(covariance), moved
 
-
     def is_gaussian(self, z: Tensor, nodes: Tensor) -> bool:
         """Whether the latents given the roots are what the messages say, as where prior and data are conjugate."""
         x = nodes.clone()
@@ -444,7 +453,7 @@ def place_messages(layer: MessageMap, density: TracedDensity) -> tuple[Tensor, T
     scale = torch.diag(starter.bound)
     nodes = normal_noise(NODES, density.density.dim, z, seed=1)
     sds = None
-    for step in range(ROUNDS):
+    for step in range(ROUNDS if len(starter.roots) else 0):
         modes, factors = starter.newton(z.unsqueeze(0), RENEWED_STEPS if step else NEWTON_STEPS)
         if factors[0] is None:
             return None
@@ -455,7 +464,7 @@ def place_messages(layer: MessageMap, density: TracedDensity) -> tuple[Tensor, T
         z = starter.follow(u.unsqueeze(0))[0]
         if step and moved < ARRIVED:
             break
-    modes, factors = starter.newton(z.unsqueeze(0), RENEWED_STEPS)
+    modes, factors = starter.newton(z.unsqueeze(0), RENEWED_STEPS if len(starter.roots) else NEWTON_STEPS)
     if factors[0] is None:
         return None
     starter.put(modes[0], factors[0], sds)

@@ -175,8 +175,8 @@ class PrototypeGuide(NamedGuide):
             self._pack(packing.left_out)
             if packing.left_out:
                 self._check_masks(args, kwargs)
+            self._renew_priors(self._require_model(), args, kwargs)
             if self._stale:
-                self._renew_priors(self._require_model(), args, kwargs)
                 saved, self._stale = {}, False
         finally:
             self.__dict__.update(saved)

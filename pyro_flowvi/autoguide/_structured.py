@@ -1,6 +1,8 @@
 """A guide that may draw latents by the priors of its model."""
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,9 @@ MAX_ALL_NOISE = 32
 """Latents up to which the flow sees the noise of all of them, and not of the roots alone."""
 MAX_DEPTH = 128
 """Priors in a row, each given the last one, up to which they are run one after another unasked."""
-_MARK = ".log_weight"
-"""How the parameters of a message map end."""
+_MARK = re.compile(r"\.(log_weight|joint\.\d+\.slope)$")
+"""Parameters that every message map has one of."""
+_UNREADABLE = CannotCompile, ValueError, RuntimeError, KeyError
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class StructuredGuide(PrototypeGuide):
     :param structure: "auto", "program" or None.
     """
 
-    def __init__(self, model: Program, init_loc_fn: InitFn, name: str | None, structure: StructureKind) -> None:
+    def __init__(
+        self, model: Program, init_loc_fn: InitFn, name: str | None, structure: StructureKind
+    ) -> None:
         super().__init__(model, init_loc_fn, name)
         self._structure_kind = structure
         self._structure = GuideStructure(None, False, "the guide has not seen data yet")
@@ -79,7 +84,7 @@ class StructuredGuide(PrototypeGuide):
                 priors = record_priors(run, args, kwargs, self._packing, loc)
                 shapes = {name: latent.free_shape for name, latent in self._packing.latents.items()}
                 found = find_structure(shapes, priors.parents, self._packing.left_out)
-            except (CannotCompile, ValueError, RuntimeError, KeyError) as error:
+            except _UNREADABLE as error:
                 why = f"the model's priors could not be recorded: {error}"
             else:
                 if not found.messages:
@@ -95,16 +100,17 @@ class StructuredGuide(PrototypeGuide):
         self._structure = GuideStructure(found, self._priors is not None, why)
 
     def _renew_priors(self, run: Program, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Records the priors again, of a guide that was moved to another device or dtype."""
+        """Records the priors again, for other data or of a guide that was moved to another device or dtype."""
         layer = self._map
         if layer is not None:
             loc = self._init_loc().nan_to_num(0.0, 0.0, 0.0)
-            layer.renew(record_priors(run, args, kwargs, self._packing, loc))
+            with suppress(*_UNREADABLE):
+                layer.renew(record_priors(run, args, kwargs, self._packing, loc))
 
     def _restored_flat(self) -> bool:
         """Whether a state that was loaded, or a restored param store, is one of a guide without a map."""
         keys = list(self._pending_state) or restored(self.name, self._named)
-        return bool(keys) and not any(key.endswith(_MARK) for key in keys)
+        return bool(keys) and not any(_MARK.search(key) for key in keys)
 
     # -- the map among the layers --------------------------------------------------------------
 

@@ -88,6 +88,7 @@ class AutoFlow(FitAnswers):
 
     lower_bound: ClassVar[bool] = False
     """Whether :meth:`log_prob` is an estimate from below."""
+
     def __init__(
         self,
         model: Program,

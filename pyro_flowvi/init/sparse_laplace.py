@@ -202,9 +202,13 @@ class SparseHessian:
         columns = self._owner[rows, groups]
         later, earlier = np.maximum(rows, columns), np.minimum(rows, columns)
         pairs, place = np.unique(later * self.size + earlier, return_inverse=True)
-        coupled = np.bincount((pairs // self.size)[pairs // self.size != pairs % self.size], minlength=self.size)
+        coupled = np.bincount(
+            (pairs // self.size)[pairs // self.size != pairs % self.size], minlength=self.size
+        )
         # Latents with many couplings to earlier ones would fill the factor.
-        kept = (later == earlier) | (coupled[later] <= max(MOST_COUPLED, MAX_PROBED * (self.size <= MAX_PROBED)))
+        kept = (later == earlier) | (
+            coupled[later] <= max(MOST_COUPLED, MAX_PROBED * (self.size <= MAX_PROBED))
+        )
         weight = 1.0 / np.bincount(place)[place]
         self._entries = rows[kept], columns[kept], groups[kept], weight[kept]
         self.diagonal = bool((later[kept] == earlier[kept]).all())
@@ -253,7 +257,12 @@ class SparseHessian:
             return Elimination(diagonal + raised, None, None)
         for attempt in range(TRIES):
             if attempt == TRIES - 1:  # a dominant diagonal is positive definite
-                raised = np.asarray(abs(matrix).sum(1)).ravel() - np.abs(diagonal) - diagonal + np.maximum(prior, 1e-8)
+                raised = (
+                    np.asarray(abs(matrix).sum(1)).ravel()
+                    - np.abs(diagonal)
+                    - diagonal
+                    + np.maximum(prior, 1e-8)
+                )
                 raised = np.maximum(raised, 0.0)
             reverse = (matrix + coo_matrix((raised, (range(self.size),) * 2)).tocsr())[::-1, ::-1]
             try:

@@ -171,18 +171,11 @@ CASES = {
 }
 
 
-ORDER = pytest.mark.xfail(strict=True, reason="writes after a prior was read count as its parents")
-CONSTANTS = pytest.mark.xfail(
-    strict=True, reason="unpickling runs what the graph computes from constants alone"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=ORDER) if n == "buffer" else n for n in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_priors_at_many_points(name):
     check(*CASES[name]())
 
 
-@ORDER
 def test_parents_in_a_buffer():
     _, graph = record(buffer, torch.randn(3))
     assert graph.parents["x_0"] == {"scale"}
@@ -296,9 +289,7 @@ def test_recording_leaves_no_param_behind_that_the_model_did_not_make():
     assert not list(pyro.get_param_store())
 
 
-@pytest.mark.parametrize(
-    "name", ["schools", *(pytest.param(n, marks=CONSTANTS) for n in ("by_index", "buffer", "slopes"))]
-)
+@pytest.mark.parametrize("name", ["schools", "by_index", "buffer", "slopes"])
 def test_pickle_and_deepcopy(name):
     model, *args = CASES[name]()
     packing, graph = record(model, *args)

@@ -27,7 +27,6 @@ from tests.hierarchies import make_hierarchies, schools
 
 STRUCTURED = [kind for kind in GUIDES if kind != "mixture"]
 ALL = [kind if kind in KINDS else pytest.param(kind, marks=pytest.mark.long) for kind in STRUCTURED]
-JOINT = pytest.mark.xfail(strict=True, reason="a state with joint messages alone passes for a flat guide's")
 MODELS = ("schools", "slopes", "padded")
 QUICK = {("realnvp", "schools"), ("maf", "padded"), ("cif", "slopes")}
 PAIRS = [
@@ -227,7 +226,7 @@ class TestPickle:
             torch.testing.assert_close(twin.log_prob(values), guide.log_prob(values))
 
 
-@pytest.mark.parametrize("name", ["schools", pytest.param("slopes", marks=JOINT), "padded", "topics"])
+@pytest.mark.parametrize("name", ["schools", "slopes", "padded", "topics"])
 @pytest.mark.parametrize(
     "kind",
     ["realnvp", pytest.param("maf", marks=pytest.mark.long), pytest.param("cif", marks=pytest.mark.long)],

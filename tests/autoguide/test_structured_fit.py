@@ -49,7 +49,6 @@ def test_a_discrete_site_of_the_model():
     assert guide.structure.taken
 
 
-@pytest.mark.xfail(strict=True, reason="the search for messages takes no model that sees a part of its data")
 def test_rows_that_are_drawn_at_each_step():
     """The latents are global: groups of which a step sees some rows."""
 
@@ -64,10 +63,6 @@ def test_rows_that_are_drawn_at_each_step():
     quickly(model, torch.arange(40) % 8, torch.randn(40))
 
 
-NO_ROOTS = pytest.mark.xfail(strict=True, reason="the search for messages fails without roots")
-
-
-@NO_ROOTS
 def test_no_site_is_small():
     """Fields alone, and one given the other."""
 
@@ -85,7 +80,6 @@ def test_no_site_is_small():
     assert -result.best_loss == pytest.approx(float(evidence), abs=0.5)
 
 
-@NO_ROOTS
 def test_one_large_site():
     def model(y):
         w = pyro.sample("w", dist.Normal(torch.zeros(70), 1.0).to_event(1))
