@@ -22,6 +22,8 @@ FEWEST_SHAPED = 8
 """Elements of a level from which their noise gets a flow of its own."""
 SHAPED = "shaped"
 """Of a frame, whether the noise of latents goes through flows of its own."""
+MOST_NUMBERS = 1_000_000
+"""Numbers of all draws that go through the map at once."""
 MOST_APART = 12
 """Sites up to which each is a block of its own, and blocks are coupled."""
 STEP = 4.0
@@ -211,6 +213,10 @@ class MessageMap(Fixed, FlowTransform):
             module.set_fixed(module.as_fixed() if frame is None or not frame[i] else frame[i])
         self._spare(frame or ())
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.shaped = True
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _spare(self, frame: Sequence[Mapping[str, Tensor]]) -> None:
         """Leaves out what is the identity for as long as the map is in a frame."""
         for coupling in self.couplings:
@@ -236,7 +242,6 @@ class MessageMap(Fixed, FlowTransform):
             self.set_fixed({name: self.fixed_or(name) for name in self.names}, own=True)
         for module in self._others():
             module.leave()
-        self.shaped = True
 
     def _others(self) -> list[Any]:
         return [*self.joint, *self.couplings]
@@ -503,10 +508,18 @@ class MessageMap(Fixed, FlowTransform):
         noise, log_det = shape.inverse_and_log_det(standard, context)
         return noise, log_det - log_width
 
+    def _in_parts(self, rows: Tensor, forward: bool) -> tuple[Tensor, Tensor]:
+        """As :meth:`_run`, of many rows in parts: the flows of noise have networks with many units."""
+        most = max(1, MOST_NUMBERS // self.dim)
+        if len(rows) <= most:
+            return self._run(rows, forward)
+        images, log_dets = zip(*(self._run(part, forward) for part in rows.split(most)), strict=True)
+        return torch.cat(images), torch.cat(log_dets)
+
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = self._run(x.reshape(-1, self.dim), forward=True)
+        z, log_det = self._in_parts(x.reshape(-1, self.dim), forward=True)
         return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_det = self._run(y.reshape(-1, self.dim), forward=False)
+        x, log_det = self._in_parts(y.reshape(-1, self.dim), forward=False)
         return x.reshape(y.shape), log_det.reshape(y.shape[:-1])

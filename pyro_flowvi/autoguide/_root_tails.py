@@ -9,6 +9,9 @@ from ..transforms.heavy_tails import tail_index
 
 __all__ = ["RootTails"]
 
+STEP = 4.0
+"""Units of the raw parameters: a tail, which few draws see, is learned as fast as what they all do."""
+
 
 class RootTails(ParametricTransform):
     r"""A trainable exponential tail for each side of each coordinate, :math:`f(x) = x \sqrt{1 + c x^2}`.
@@ -25,7 +28,7 @@ class RootTails(ParametricTransform):
         self.tails = nn.Parameter(torch.zeros(2, dim))
 
     def _index(self, raw: Raw, side: Tensor) -> Tensor:
-        left, right = tail_index(raw["tails"]).unbind(-2)
+        left, right = tail_index(STEP * raw["tails"]).unbind(-2)
         return torch.where(side < 0, left, right)
 
     def forward_given(self, raw: Raw, x: Tensor) -> tuple[Tensor, Tensor]:

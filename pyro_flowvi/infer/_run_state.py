@@ -56,7 +56,7 @@ def _moved_by(z: Tensor, shares: Tensor) -> float:
     return max(0.0, float(moved.abs().nan_to_num(math.inf).max()) - NOISE * noise)
 
 
-WATCHED = 2.0
+WATCHED = 4.0
 """How much more a movement counts of the latents that are watched, whose weights stand for all others too."""
 
 
