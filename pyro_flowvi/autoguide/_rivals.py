@@ -31,12 +31,14 @@ def weights_of(guide: Any, density: UnconstrainedModel) -> Tensor:
 def trained_weights(guide: Any, density: UnconstrainedModel, effort: Effort, num_steps: int) -> Tensor:
     """Log weights after a search for a start and a number of steps; the guide keeps what it has learned."""
     guide.move_to_start(density, effort)
-    options, flow = guide.fit_options(), guide.get_transform()
-    params = [param for param in flow.parameters() if param.requires_grad]
+    options, flow = guide.fit_options(), guide.pushforward(guide._raw_model[0])
     try:
+        if flow is None:
+            raise CannotCompile("the guide is no flow of standard normal noise")
+        params = [param for param in flow.parameters() if param.requires_grad]
         step = FlowStep(flow, params, traced(density, options.num_particles))
     except CannotCompile:
-        num_steps = 0
+        num_steps = 0  # the starts alone are compared
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for i in range(num_steps):

@@ -181,7 +181,7 @@ def test_what_has_to_run_draw_by_draw_is_named_once():
 
 def test_memory_of_parameters_is_given_back():
     """A view that a user holds sees the trained values."""
-    guide = AutoRealNVP(broadcasting, num_layers=2).materialize(*data())
+    guide = AutoRealNVP(broadcasting, num_layers=2, structure=None).materialize(*data())
     held = guide.affine.loc.data.view(-1)
     fit(broadcasting, guide, *data(), num_steps=60, **OPTIONS)
     assert held.data_ptr() == guide.affine.loc.data_ptr()
