@@ -48,7 +48,7 @@ class PriorGraph:
                 node.name,
                 node.op,
                 _as_text(node.target),
-                *fx.node.map_arg((node.args, node.kwargs), _Reference),
+                *fx.node.map_arg((node.args, node.kwargs), _Reference.to),
             )
             for node in self.graph.graph.nodes
         ]
@@ -111,8 +111,9 @@ class _Reference:
 
     name: str
 
-    def __init__(self, node: fx.Node) -> None:
-        object.__setattr__(self, "name", node.name)
+    @classmethod
+    def to(cls, node: fx.Node) -> Any:
+        return cls(node.name)
 
 
 def _as_text(target: Any) -> Any:

@@ -11,12 +11,12 @@ MOST_SHIFT, MOST_LOG_SCALE, MOST_LOG_TAIL = 3.0, 2.0, 1.5
 
 
 class LocalShape(nn.Module):
-    """The sinh-arcsinh transform (Jones and Pewsey 2009) with parameters by a network of an element's context.
+    """The sinh-arcsinh transform (Jones and Pewsey 2009) with parameters by a network of a context.
 
-    e = a + exp(b) sinh(exp(d) asinh(x) + c): a shifts, b scales, c skews and d sets the tails.  The context is
-    what tells one latent from another: its conditional mean and scale, how much of its precision comes from
-    the data, and how far these move it from its prior.  All elements share the network, so that it is learned
-    from all of them.
+    e = a + exp(b) sinh(exp(d) asinh(x) + c): a shifts, b scales, c skews and d sets the tails.  The context
+    is what tells one latent from another: its conditional mean and scale, how much of its precision comes
+    from the data, and how far these move it from its prior.  All elements share the network, so that it is
+    learned from all of them.
     """
 
     def __init__(self) -> None:
@@ -27,6 +27,10 @@ class LocalShape(nn.Module):
         self.last = nn.Linear(HIDDEN, 4)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+
+    def is_identity(self) -> bool:
+        """Whether it is the identity in every context, as it is until it is trained."""
+        return not bool(self.last.weight.any() | self.last.bias.any())
 
     def coefficients(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """a, b, c and d for contexts ``(P, M, 4)``, each ``(P, M)``."""

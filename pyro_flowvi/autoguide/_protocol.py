@@ -13,8 +13,8 @@ from ..init import Effort
 __all__ = ["FitGuide", "FitOptions", "Frame", "as_fit_guide"]
 
 Frame = tuple[Any, ...]
-"""Location and scale of the fixed map behind a guide's affine one, or of those of its components, and whatever
-else a guide keeps fixed while it is trained."""
+"""Location and scale of the fixed map behind a guide's affine one, or of those of its components, and
+whatever else a guide keeps fixed while it is trained."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FitGuide(Protocol):
         """The defaults of a fit."""
 
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
-        """Chooses what of the model's structure the guide uses, for a run of so many steps, before it begins."""
+        """Chooses what of the model's structure the guide uses, before a run of so many steps."""
 
     def can_move(self) -> bool:
         """Whether the guide can be moved to a Gaussian before it is trained."""

@@ -16,9 +16,10 @@ STEP = 4.0
 class RootTails(ParametricTransform):
     r"""A trainable exponential tail for each side of each coordinate, :math:`f(x) = x \sqrt{1 + c x^2}`.
 
-    The logarithm of a scale has such a tail: near zero its prior alone holds it, and falls like a power of the
-    scale.  For standard normal x, f(x) grows like x², so that the tail falls like :math:`\exp(-|y| / 2 \sqrt c)`,
-    and never slower: unlike with a power law a few draws cannot carry the moments.  With c = 0 it is the identity.
+    The logarithm of a scale has such a tail: near zero its prior alone holds it, and falls like a power of
+    the scale.  For standard normal x, f(x) grows like x², so that the tail falls like
+    :math:`\exp(-|y| / 2 \sqrt c)`, and never slower: unlike with a power law a few draws cannot carry the
+    moments.  With c = 0 it is the identity.
 
     :param dim: the length D of the vectors.
     """

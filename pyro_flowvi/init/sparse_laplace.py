@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,12 @@ class Elimination:
     """The factor of a precision matrix from which later latents are eliminated first.
 
     :param pivots: the precision of each latent given all before it, ``(M,)``.
-    :param lower: unit lower factor of the matrix in reversed order.
+    :param lower: unit lower factor of the matrix in reversed order; None of a diagonal matrix.
+
+    Example::
+
+        >>> Elimination(np.array([1.0, 4.0]), None, None).solve(np.array([2.0, 2.0])).tolist()
+        [2.0, 0.5]
     """
 
     pivots: Array
@@ -75,10 +81,11 @@ class Elimination:
         rows, others = self._rows(start, width), self._rows(earlier, count)
         pivots = self.pivots[start : start + width][::-1]
         cross = self.lower[others, rows]
+        entries: Array
         if not dense:
-            return (cross.diagonal() * pivots)[::-1]
-        lower = self.lower[rows, rows].toarray()
-        entries: Array = (lower * pivots) @ cross.toarray().T
+            entries = cross.diagonal() * pivots
+            return entries[::-1]
+        entries = (self.lower[rows, rows].toarray() * pivots) @ cross.toarray().T
         return entries[::-1, ::-1]
 
 
@@ -95,6 +102,15 @@ class SparseHessian:
     :param point: where the pattern is looked for, ``(D,)``.
     :param places: the M coordinates, in the order in which later ones are eliminated first.
     :param sizes: of the sites that they belong to.
+
+    Example::
+
+        >>> def products(points, directions):  # of -(z0² + (z1 - z0)²) / 2
+        ...     return directions @ torch.tensor([[-2.0, 1.0], [1.0, -1.0]])
+        >>> hessian = SparseHessian(products, torch.zeros(2), torch.arange(2), [1, 1])
+        >>> (matrix,) = hessian.at(torch.zeros(1, 2))
+        >>> hessian.eliminate(matrix, np.ones(2)).pivots.tolist()
+        [1.0, 1.0]
     """
 
     def __init__(
@@ -134,8 +150,8 @@ class SparseHessian:
     def _group(self, pattern: NDArray[np.bool_]) -> None:
         """Groups of columns no two of which share a row, and which column each row sees of a group.
 
-        Where some latents are coupled with most others, as the items of a test with all persons, their columns
-        are taken one by one: by symmetry these tell their rows too, which others may then share.
+        Where some latents are coupled with most others, as the items of a test with all persons, their
+        columns are taken one by one: by symmetry these tell their rows too, which others may then share.
         """
         np.fill_diagonal(pattern, True)
         groups, hubs = _colour(pattern), np.zeros(self.size, dtype=bool)
@@ -156,7 +172,7 @@ class SparseHessian:
 
     def _by_site(self, point: Tensor, sizes: list[int]) -> None:
         bounds = np.concatenate([[0], np.cumsum(sizes)])
-        sites = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        sites = [np.arange(a, b) for a, b in pairwise(bounds)]
         small = [site for site in sites if len(site) <= SMALL_SITE]
         large = [site for site in sites if len(site) > SMALL_SITE]
         single = np.concatenate(small) if small else np.zeros(0, dtype=int)
@@ -284,7 +300,7 @@ class SparseHessian:
 
 
 def _colour(pattern: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-    """Groups of columns of which no two share a row, by taking each into the first group that it fits into."""
+    """Groups of columns of which no two share a row: each joins the first group that it fits into."""
     members: list[list[int]] = []
     covered = np.zeros((0, len(pattern)), dtype=bool)
     for column in range(len(pattern)):
