@@ -36,6 +36,9 @@ class Coupling(Fixed):
     :param earlier: the sizes of the blocks before, by their places.
     """
 
+    fixed_mix: Tensor | None
+    fixed_unit: Tensor
+
     def __init__(self, size: int, earlier: Mapping[int, int]) -> None:
         links = {j: n for j, n in earlier.items() if size * n <= MAX_LINKS or size == n}
         self.names = ("mix", "unit", *(f"{what}_{j}" for j in links for what in ("link", "unit")))
@@ -55,19 +58,25 @@ class Coupling(Fixed):
     # -- links ---------------------------------------------------------------------------------
 
     def _link(self, place: int) -> Tensor:
-        own, fixed = getattr(self, f"link_{place}"), getattr(self, f"fixed_link_{place}")
+        own: Tensor = getattr(self, f"link_{place}")
+        fixed: Tensor | None = getattr(self, f"fixed_link_{place}")
         if fixed is None:
-            return own  # type: ignore[no-any-return]
+            return own
         unit, other = self.fixed_unit, getattr(self, f"fixed_unit_{place}")
-        scale = unit.unsqueeze(-1) * other if own.dim() == 2 else unit * other
-        return fixed + scale * own  # type: ignore[no-any-return]
+        scale: Tensor = unit.unsqueeze(-1) * other if own.dim() == 2 else unit * other
+        return fixed + scale * own
+
+    def is_dense(self, place: int) -> bool:
+        """Whether each number is linked with all of an earlier block, and not with one."""
+        own: Tensor = getattr(self, f"link_{place}")
+        return own.dim() == 2
 
     def pull(self, offsets: Mapping[int, Tensor]) -> Tensor:
         """What is added to the slopes, of how far earlier blocks are from their centres, ``(P, n)`` each."""
         total = torch.zeros(())
         for place, offset in offsets.items():
             link = self._link(place)
-            total = total.to(offset) + (offset @ link.mT if link.dim() == 2 else offset * link)
+            total = total.to(offset) + (offset @ link.mT if self.is_dense(place) else offset * link)
         return total
 
     # -- mixing --------------------------------------------------------------------------------
@@ -77,22 +86,25 @@ class Coupling(Fixed):
         return own if self.fixed_mix is None else self.fixed_mix @ own
 
     def mixed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise ``(P, M)`` of independent numbers, mixed; the log-determinants of the numbers."""
+        """Noise ``(P, M)`` of independent numbers, mixed; the log-determinants of the numbers, ``(M,)``."""
         matrix = self._matrix()
         return x @ matrix.mT, matrix.diagonal().log()
 
-    def unmixed(self, e: Tensor) -> Tensor:
-        """The inverse of :meth:`mixed`."""
-        return torch.linalg.solve_triangular(self._matrix().mT, e, upper=True, left=False)
+    def unmixed(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`mixed`, and its log-determinants."""
+        matrix = self._matrix()
+        x = torch.linalg.solve_triangular(matrix.mT, e, upper=True, left=False)
+        return x, -matrix.diagonal().log()
 
     def push(self, score: Tensor) -> Tensor:
         """The score of mixed noise, of that of the noise."""
-        return torch.linalg.solve_triangular(self._matrix(), score, upper=False, left=False)
+        pushed: Tensor = torch.linalg.solve_triangular(self._matrix(), score, upper=False, left=False)
+        return pushed
 
     # -- frames --------------------------------------------------------------------------------
 
     def as_fixed(self) -> dict[str, Tensor]:
-        own = {name: param.detach().clone() for name, param in self._parameters.items() if param is not None}
+        own = self.own_numbers()
         if self.mixes:
             own["mix"] = lower_of(own["mix"])
         own["unit"] = torch.ones(self._size)
@@ -102,21 +114,16 @@ class Coupling(Fixed):
 
     @torch.no_grad()
     def leave(self) -> None:
-        """Makes the parameters what they and the fixed numbers are together."""
         own = {f"link_{j}": self._link(j) for j in self.links}
         if self.mixes:
             own["mix"] = raw_of(self._matrix())
         self.set_fixed(own, own=True)
         self.active = True
 
+    @torch.no_grad()
     def rest_if_idle(self) -> None:
         """Leaves out what does nothing, until :meth:`leave`."""
-        self.active = not self.is_idle()
-
-    @torch.no_grad()
-    def is_idle(self) -> bool:
-        """Whether the block is not coupled with anything."""
         parts = [self._link(j) for j in self.links]
         if self.mixes:
             parts.append(raw_of(self._matrix()))
-        return not any(bool(part.any()) for part in parts)
+        self.active = any(bool(part.any()) for part in parts)

@@ -1,4 +1,4 @@
-"""What fit asks of a guide whose posterior is a flow: where it starts, and the frame that it is trained in."""
+"""What fit asks of a guide whose posterior is a flow: where it starts, and in which frame it is trained."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,13 +26,13 @@ MAX_RIVAL = 1000
 DOUBT = 1.0
 """Standard deviation of log weights at the start, nats, from which they may be."""
 TOLERANCE, TOLERANCE_EACH = 0.01, 5e-4
-"""Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be off
-by a little, which adds up, and leaves the roots where they are."""
+"""Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be
+off by a little, which adds up, and leaves the roots where they are."""
 MAP_STEPS = 1500
 """Steps of a fit: it starts near its end."""
 MAP_PARTICLES, MAP_ELEMENTS = 16, 8_000
-"""Draws a step at least where the flow sees the roots alone, and numbers of all of them together.  What the flow
-does not see has messages that are nearly right."""
+"""Draws a step at least where the flow sees the roots alone, and numbers of all of them together.  What the
+flow does not see has messages that are nearly right."""
 
 
 class Place(NamedTuple):
@@ -81,11 +81,11 @@ class FitAnswers(StructuredGuide):
             self._data = None
 
     def fit_options(self) -> FitOptions:
-        """Learning rate and number of particles of a flow of the registry, by the number of latents it sees."""
+        """Learning rate and number of particles of a flow of the registry, by what latents it sees."""
         layer = self._map
         options = FitOptions(
             num_steps=None if layer is None else MAP_STEPS,
-            tolerance=None if layer is None else TOLERANCE + TOLERANCE_EACH * layer.num_messages,
+            tolerance=None if layer is None else TOLERANCE + TOLERANCE_EACH * layer.plan.num_messages,
             settings={"flow": repr(self._flow)},
         )
         if self.flow_name is None:
@@ -101,7 +101,7 @@ class FitAnswers(StructuredGuide):
     def watched(self) -> Tensor | None:
         """The roots of a structured guide: errors of single latents given the roots are small, and many."""
         layer = self._map
-        return None if layer is None or self._flow_places(layer) is None else self._root_places(layer)
+        return None if layer is None or self._flow_places(layer) is None else layer.plan.root_places()
 
     def can_move(self) -> bool:
         """Whether there is an affine map whose location and scale are trained."""
@@ -182,14 +182,14 @@ class FitAnswers(StructuredGuide):
         if layer is not None and self._place is not None:
             loc, scale = self._place.loc, self._place.scale
             if self._flow_places(layer) is None:
-                loc, scale = spread_over(self._root_places(layer), loc, scale, self.latent_dim)
+                loc, scale = spread_over(layer.plan.root_places(), loc, scale, self.latent_dim)
             return "program", loc, scale
         value_and_grad = traced(density, effort.starts)
         found = find_gaussian(value_and_grad, density.start, effort, cover=self.covers_modes)
         return found.kinds[0], found.loc[0], found.scale[0]
 
     def frame(self) -> Frame | None:
-        """Location and scale of the fixed map behind the affine one, and of messages; None outside of a fit."""
+        """The fixed map behind the affine one, and fixed numbers of messages; None outside of a fit."""
         frame, layer = frame_of(self.affine), self._map
         return frame if layer is None or frame is None else (*frame, *layer.frame())
 

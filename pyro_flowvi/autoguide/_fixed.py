@@ -20,8 +20,17 @@ class Fixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_fixed()
+
+    def register_fixed(self) -> None:
+        """Makes the buffers, of a module that is none by this class alone."""
         for name in self.names:
             self.register_buffer(f"fixed_{name}", None)
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether there are fixed numbers."""
+        return any(self._buffers[f"fixed_{name}"] is not None for name in self.names)
 
     def fixed_or(self, name: str) -> Any:
         """The fixed numbers, without a frame the parameter; None if the module has neither."""
@@ -46,6 +55,14 @@ class Fixed(nn.Module):
     def as_fixed(self) -> dict[str, Tensor]:
         """The fixed numbers of a frame in which the module is what it is now."""
         raise NotImplementedError(f"{type(self).__name__}.as_fixed")
+
+    def leave(self) -> None:
+        """Makes the parameters what they and the fixed numbers are together."""
+        raise NotImplementedError(f"{type(self).__name__}.leave")
+
+    def own_numbers(self) -> dict[str, Tensor]:
+        """Copies of the parameters by name."""
+        return {name: param.detach().clone() for name, param in self._parameters.items() if param is not None}
 
     def fixed_numbers(self) -> dict[str, Tensor]:
         """The fixed numbers by name; empty outside of a frame."""

@@ -11,13 +11,16 @@ from ._fixed import Fixed
 
 __all__ = ["JointMessages"]
 
+MOST_LOG_FACTOR = 4.0
+"""Bound of what the roots add to the logarithm of a factor."""
+
 
 class JointMessages(Fixed):
     """Factors exp(gᵀ(z - a) - (z - a)ᵀ W Wᵀ (z - a) / 2) for N latents of K numbers each.
 
     In the coordinates w = S⁻¹ (z - l) of the prior N(l, S Sᵀ) the product has the precision I + Sᵀ W Wᵀ S,
-    which is well conditioned for whatever prior.  W is kept in the latents' own coordinates, where it does not
-    turn with S.
+    which is well conditioned for whatever prior.  W is kept in the latents' own coordinates, where it does
+    not turn with S.
 
     :param shape: ``(*, K)``.
     :param num_roots: how many roots the messages move with, 0 for none.
@@ -25,6 +28,10 @@ class JointMessages(Fixed):
     """
 
     names = ("centre", "slope", "factor", "slope_by_root", "log_weight_by_root", "unit")
+    fixed_centre: Tensor | None
+    fixed_slope: Tensor
+    fixed_factor: Tensor
+    fixed_unit: Tensor
 
     def __init__(self, shape: Sequence[int], num_roots: int, scale: float) -> None:
         super().__init__()
@@ -43,18 +50,23 @@ class JointMessages(Fixed):
     def _given(self, moved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Centres, slopes and factors W for roots that have ``moved``, ``(P, R)``."""
         own = lower_of(self.factor)
+        centre: Tensor = self.fixed_or("centre")
+        slope: Tensor
         if self.fixed_centre is None:
-            centre, slope, factor = self.centre, self.slope, own
+            slope, factor = self.slope, own
         else:
-            centre = self.fixed_centre
             slope = self.fixed_slope + (self.fixed_unit @ self.slope.unsqueeze(-1)).squeeze(-1)
             factor = self.fixed_factor @ own
         by_root = self.fixed_or("slope_by_root"), self.fixed_or("log_weight_by_root")
         if moved is None or by_root[0] is None:
             return centre, slope.unsqueeze(0), factor.unsqueeze(0)
         slope = slope + (moved @ by_root[0]).reshape(-1, self.num, self.width)
-        weight = (0.5 * moved @ by_root[1]).clamp(-4.0, 4.0).exp()
+        weight = (0.5 * moved @ by_root[1]).clamp(-MOST_LOG_FACTOR, MOST_LOG_FACTOR).exp()
         return centre, slope, factor * weight.unsqueeze(-1).unsqueeze(-1)
+
+    def by_row(self, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """A site's priors by latent, ``(P, N, K)`` and ``(P, N, K, K)``."""
+        return loc.reshape(-1, *self.shape), scale.reshape(-1, *self.shape, self.width)
 
     def _place(self, loc: Tensor, scale: Tensor, moved: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and Cholesky factor of the precision, in the prior's coordinates."""
@@ -67,7 +79,8 @@ class JointMessages(Fixed):
         return torch.cholesky_solve(pull, precision), precision
 
     def _log_det(self, scale: Tensor, precision: Tensor) -> Tensor:
-        return (_log_diagonal(scale) - _log_diagonal(precision)).sum(-1)
+        log_det: Tensor = (_log_diagonal(scale) - _log_diagonal(precision)).sum(-1)
+        return log_det
 
     def forward_and_log_det(
         self, x: Tensor, loc: Tensor, scale: Tensor, moved: Tensor | None
@@ -82,7 +95,8 @@ class JointMessages(Fixed):
         """J⁻ᵀ score, with the Jacobian J of :meth:`forward_and_log_det` by the noise; ``(P, N, K)``."""
         precision = self._place(loc, scale, moved)[1]
         turned = precision @ score.unsqueeze(-1)
-        return torch.linalg.solve_triangular(scale.mT, turned, upper=True).squeeze(-1)
+        pushed: Tensor = torch.linalg.solve_triangular(scale.mT, turned, upper=True).squeeze(-1)
+        return pushed
 
     def inverse_and_log_det(
         self, z: Tensor, loc: Tensor, scale: Tensor, moved: Tensor | None
@@ -94,13 +108,12 @@ class JointMessages(Fixed):
         return x, -self._log_det(scale, precision).expand(z.shape[:-1])
 
     def as_fixed(self) -> dict[str, Tensor]:
-        own = {name: param.detach().clone() for name, param in self._parameters.items() if param is not None}
+        own = self.own_numbers()
         own["factor"] = own["unit"] = lower_of(own["factor"])
         return own
 
     @torch.no_grad()
     def leave(self) -> None:
-        """Makes the parameters what they and the fixed numbers are together."""
         if self.fixed_centre is None:
             return
         centre, slope, factor = self._given(None)

@@ -14,8 +14,8 @@ from .._compile.priors import PriorGraph, record_priors
 from .._program.param_store import restored
 from .._program.structure import LatentStructure, find_structure, is_subsampled
 from .._types import InitFn, Program, StructureKind
-
-from ._message_map import MessageMap, levels_of
+from ._message_map import MessageMap
+from ._message_plan import levels_of
 from ._prototype import PrototypeGuide
 
 __all__ = ["GuideStructure", "StructuredGuide"]
@@ -92,7 +92,7 @@ class StructuredGuide(PrototypeGuide):
                 elif self._structure_kind == "auto" and not found.hierarchical:
                     why = "no prior depends on a latent"
                 elif self._structure_kind == "auto" and len(levels_of(found)) > MAX_DEPTH:
-                    why = f"a chain of more than {MAX_DEPTH} priors, which takes long; structure='program' does so"
+                    why = f"a chain of more than {MAX_DEPTH} priors takes long; structure='program' takes it"
                 else:
                     self._priors = priors
                     if self._structure_kind == "auto":
@@ -100,7 +100,7 @@ class StructuredGuide(PrototypeGuide):
         self._structure = GuideStructure(found, self._priors is not None, why)
 
     def _renew_priors(self, run: Program, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Records the priors again, for other data or of a guide that was moved to another device or dtype."""
+        """Records the priors again, for other data or after a move to another device or dtype."""
         layer = self._map
         if layer is not None:
             loc = self._init_loc().nan_to_num(0.0, 0.0, 0.0)
@@ -128,19 +128,15 @@ class StructuredGuide(PrototypeGuide):
             return None
         return MessageMap(self._packing, found, self._priors, scale)
 
-    def _root_places(self, layer: MessageMap) -> Tensor:
-        places = layer.places()
-        parts = [places[site].flatten() for site in layer.structure.roots]
-        return torch.cat([torch.zeros(0, dtype=torch.long), *parts])
-
     def _flow_places(self, layer: MessageMap | None) -> Tensor | None:
         """The coordinates of the noise that the flow sees; None for all."""
         if layer is None or self.latent_dim <= MAX_ALL_NOISE:
             return None
-        roots = self._root_places(layer)
+        roots = layer.plan.root_places()
         return roots if len(roots) else None
 
     def _dim_of_flow(self) -> int:
+        """How many coordinates of the noise the flow sees."""
         places = self._flow_places(self._map)
         return self.latent_dim if places is None else len(places)
 

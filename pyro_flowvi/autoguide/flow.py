@@ -138,7 +138,7 @@ class AutoFlow(FitAnswers):
         parts = self._layers()
         if self._tails:
             parts.append(HeavyTails(self._flow_dim))
-        elif layer is not None and len(roots := self._root_places(layer)):
+        elif layer is not None and len(roots := layer.plan.root_places()):
             # Near zero the prior alone holds the logarithm of a scale: its tail falls no faster than exp(u).
             tails = RootTails(len(roots))
             parts.append(tails if len(roots) == self._flow_dim else Partial(tails, roots, self._flow_dim))
@@ -182,7 +182,7 @@ class AutoFlow(FitAnswers):
         if layer is None:
             return loc
         layer.centre_at(loc)
-        roots = self._root_places(layer)
+        roots = layer.plan.root_places()
         if self._flow_dim < self.latent_dim:
             return loc[roots]
         start = torch.zeros_like(loc)
