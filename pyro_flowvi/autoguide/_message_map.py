@@ -83,6 +83,15 @@ class MessageMap(BlockMessages, FlowTransform):
         """Takes priors that were recorded again, if they depend on the same latents."""
         self.plan = self.plan.renewed(priors)
 
+    @property
+    def structure(self) -> LatentStructure:
+        """Which latents are roots, and which have messages."""
+        return self.plan.structure
+
+    def places(self) -> dict[str, Tensor]:
+        """Where the numbers of each site are in the vector; -1 for what is left out."""
+        return self.plan.places()
+
     # -- parts ---------------------------------------------------------------------------------
 
     def joint_messages(self) -> list[JointMessages]:
