@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._compile.log_density import traced
 from .._program.log_density import UnconstrainedModel
@@ -43,8 +43,14 @@ class Place(NamedTuple):
     messages: tuple[dict[str, Tensor], ...]
 
 
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, as they are now."""
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
+
+
 @torch.no_grad()
-def _put(module: torch.nn.Module, values: Mapping[str, Tensor]) -> None:
+def _put(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Makes parameters what :func:`_copied` has found."""
     for name, param in module.named_parameters():
         param.copy_(values[name])
 
@@ -117,7 +123,7 @@ class FitAnswers(StructuredGuide):
         layer, self._place = self._map, None
         if layer is None or not self.can_move():
             return
-        kept = {name: param.detach().clone() for name, param in layer.named_parameters()}
+        kept = _copied(layer)
         graph = traced(density, self.fit_options().num_particles)
         found = place_messages(layer, graph) if graph.holds else None
         if found is not None:
@@ -132,7 +138,8 @@ class FitAnswers(StructuredGuide):
             self._hold_against_flat(density, num_steps // 10)
 
     def _hold_against_flat(self, density: UnconstrainedModel, num_steps: int) -> None:
-        before = {name: param.detach().clone() for name, param in self._flow.named_parameters()}
+        """Goes over to the flat guide if messages are doubtful and it is better after a short training."""
+        before = _copied(self._flow)
         _, move_back = self.move_to_start(density, Effort.small())
         doubtful = not bool(weights_of(self, density).std() < DOUBT)
         move_back()
@@ -159,7 +166,7 @@ class FitAnswers(StructuredGuide):
         :param effort: how much to spend on the search.
         :return: the kind of candidate that it came from; a function that moves back.
         """
-        kept = {name: param.detach().clone() for name, param in self._flow.named_parameters()}
+        kept = _copied(self._flow)
         layer = self._map
         kind, loc, scale = self._search(density, effort)
         if not enter_frame(self.affine, loc, scale):

@@ -1,6 +1,7 @@
 """A short training of a guide, to see which of two forms of it is the better one."""
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = ["falls_behind", "trained_weights", "weights_of"]
 
 NUM_DRAWS = 512
 WARM_UP, FINAL_RATE = 10, 0.05
+"""Steps over which the learning rate rises, and the share of it that is left in the end."""
 
 
 @torch.no_grad()
@@ -31,20 +33,17 @@ def weights_of(guide: Any, density: UnconstrainedModel) -> Tensor:
 def trained_weights(guide: Any, density: UnconstrainedModel, effort: Effort, num_steps: int) -> Tensor:
     """Log weights after a search for a start and a number of steps; the guide keeps what it has learned."""
     guide.move_to_start(density, effort)
-    options, flow = guide.fit_options(), guide.pushforward(guide._raw_model[0])
-    try:
-        if flow is None:
-            raise CannotCompile("the guide is no flow of standard normal noise")
-        params = [param for param in flow.parameters() if param.requires_grad]
+    options, flow = guide.fit_options(), guide.get_transform()
+    params = [param for param in flow.parameters() if param.requires_grad]
+    step = None  # without one the start alone is compared
+    with suppress(CannotCompile):
         step = FlowStep(flow, params, traced(density, options.num_particles))
-    except CannotCompile:
-        num_steps = 0  # the starts alone are compared
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        for i in range(num_steps):
-            fall = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * i / num_steps))
-            step(options.lr * fall * min(1.0, (i + 1) / WARM_UP))
-    if num_steps:
+    if step is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for i in range(num_steps):
+                fall = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * i / num_steps))
+                step(options.lr * fall * min(1.0, (i + 1) / WARM_UP))
         step.leave()
     guide.leave_frame()
     return weights_of(guide, density)

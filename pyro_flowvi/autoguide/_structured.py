@@ -72,40 +72,50 @@ class StructuredGuide(PrototypeGuide):
 
     def _read_structure(self, run: Program, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Finds the priors of the latents, once these are known."""
-        self._priors, found = None, None
-        why = "asked for"
-        if self._structure_kind is None:
-            why = "structure=None"
-        elif any(is_subsampled(frame) for stack in self._cond_indep_stacks.values() for frame in stack):
-            why = "latents under a subsampled plate"
-        else:
+        priors, found = None, None
+        why_not = self._why_not_read()
+        if why_not is None:
             try:
-                loc = self._init_loc().nan_to_num(0.0, 0.0, 0.0)
-                priors = record_priors(run, args, kwargs, self._packing, loc)
+                priors = self._record(run, args, kwargs)
                 shapes = {name: latent.free_shape for name, latent in self._packing.latents.items()}
                 found = find_structure(shapes, priors.parents, self._packing.left_out)
+                why_not = self._why_not_taken(found)
             except _UNREADABLE as error:
-                why = f"the model's priors could not be recorded: {error}"
-            else:
-                if not found.messages:
-                    why = "no latent has a prior that is known, beside the roots"
-                elif self._structure_kind == "auto" and not found.hierarchical:
-                    why = "no prior depends on a latent"
-                elif self._structure_kind == "auto" and len(levels_of(found)) > MAX_DEPTH:
-                    why = f"a chain of more than {MAX_DEPTH} priors takes long; structure='program' takes it"
-                else:
-                    self._priors = priors
-                    if self._structure_kind == "auto":
-                        why = "the priors of latents depend on others"
-        self._structure = GuideStructure(found, self._priors is not None, why)
+                why_not = f"the model's priors could not be recorded: {error}"
+        self._priors = priors if why_not is None else None
+        why = "the priors of latents depend on others" if self._structure_kind == "auto" else "asked for"
+        self._structure = GuideStructure(found, why_not is None, why_not or why)
+
+    def _why_not_read(self) -> str | None:
+        """Why the model's priors are not looked for; None if they are."""
+        if self._structure_kind is None:
+            return "structure=None"
+        if any(is_subsampled(frame) for stack in self._cond_indep_stacks.values() for frame in stack):
+            return "latents under a subsampled plate"
+        return None
+
+    def _why_not_taken(self, found: LatentStructure) -> str | None:
+        """Why the guide does not draw by priors that are known; None if it does."""
+        if not found.messages:
+            return "no latent has a prior that is known, beside the roots"
+        if self._structure_kind == "program":
+            return None
+        if not found.hierarchical:
+            return "no prior depends on a latent"
+        if len(levels_of(found)) > MAX_DEPTH:
+            return f"a chain of more than {MAX_DEPTH} priors, which takes long; structure='program' does so"
+        return None
+
+    def _record(self, run: Program, args: Any, kwargs: Mapping[str, Any]) -> PriorGraph:
+        loc = self._init_loc().nan_to_num(0.0, 0.0, 0.0)
+        return record_priors(run, args, kwargs, self._packing, loc)
 
     def _renew_priors(self, run: Program, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Records the priors again, for other data or after a move to another device or dtype."""
         layer = self._map
         if layer is not None:
-            loc = self._init_loc().nan_to_num(0.0, 0.0, 0.0)
             with suppress(*_UNREADABLE):
-                layer.renew(record_priors(run, args, kwargs, self._packing, loc))
+                layer.renew(self._record(run, args, kwargs))
 
     def _restored_flat(self) -> bool:
         """Whether a state that was loaded, or a restored param store, is one of a guide without a map."""

@@ -333,7 +333,6 @@ def fit(
     loss, optim = as_objective(loss), None if optim is None else as_pyro_optim(optim)
     options = dict(locals())
     _check_arguments(options)
-    asked = num_steps
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
     file = None if checkpoint is None else Checkpoint(checkpoint)
     started = time.perf_counter()
@@ -351,7 +350,7 @@ def fit(
         if density is not None:
             answers.choose(density, num_steps)
         default = answers.fit_options()
-        if asked is None and not changing and default.num_steps is not None:
+        if options["num_steps"] is None and not changing and default.num_steps is not None:
             num_steps = default.num_steps
             bar.expect(num_steps)
         nesting = getattr(loss, "max_plate_nesting", math.inf)
@@ -369,17 +368,8 @@ def fit(
         run = _new_run(pair, weights, objective, adam, ranked, held_out is not None)
         may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
         own_rate = rate if optim is None else None
-        loop = TrainingLoop(
-            run,
-            num_steps,
-            own_rate,
-            compile,
-            supply,
-            changing,
-            may_settle,
-            bar,
-            tolerance or default.tolerance or _default_tolerance(pair),
-        )
+        nats = tolerance or default.tolerance or _default_tolerance(pair)
+        loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar, nats)
         saved = save = None
         if file is not None:
             settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)

@@ -30,9 +30,10 @@ COMPARISON_DRAWS_APART = 16
 """The same where the model cannot run them together."""
 GAP_DRAWS = 8
 """Draws from which the distance to the posterior is estimated, as a multiple of those of a comparison."""
-
 NOISE = 2.0
 """Standard errors of a weighted mean that are taken for chance."""
+WATCHED = 2.0
+"""How much more a movement counts of the latents that are watched, whose weights stand for all others too."""
 
 
 class Distance(NamedTuple):
@@ -47,6 +48,7 @@ class Distance(NamedTuple):
 
 
 def _moved_by(z: Tensor, shares: Tensor) -> float:
+    """:attr:`Distance.moved` of draws with shares of the weight, beyond chance."""
     # Where few weights carry most, they move a mean by chance.
     noise = float((shares.square().sum() - 1.0 / len(shares)).clamp(min=0.0).sqrt())
     mean, sd = z.mean(0), z.std(0)
@@ -54,10 +56,6 @@ def _moved_by(z: Tensor, shares: Tensor) -> float:
     scale = (shares @ (z - weighted).square()).sqrt()
     moved = torch.stack([(weighted - mean) / sd, (scale / sd).log()])
     return max(0.0, float(moved.abs().nan_to_num(math.inf).max()) - NOISE * noise)
-
-
-WATCHED = 4.0
-"""How much more a movement counts of the latents that are watched, whose weights stand for all others too."""
 
 
 @dataclass
@@ -114,13 +112,13 @@ class Run:
         good = weights.isfinite()
         if int(good.sum()) < 2:
             return Distance(math.inf, None)
-        z, kept = getattr(self.judge, "last_draws", None), weights[good]
+        kept = weights[good]
         bound = kept.logsumexp(0) - math.log(len(kept)) - kept.mean()
         gap = max(0.5 * float(kept.var()), float(bound))
-        if z is None:
+        if not isinstance(self.judge, FlowWeights) or self.judge.last_draws is None:
             return Distance(gap, None)
-        factor = WATCHED if getattr(self.judge, "watches", False) else 1.0
-        return Distance(gap, factor * _moved_by(z[good].double(), kept.softmax(0)))
+        moved = _moved_by(self.judge.last_draws[good].double(), kept.softmax(0))
+        return Distance(gap, WATCHED * moved if self.judge.watches else moved)
 
     def keep_unless_worse(self) -> Tensor:
         """Keeps the present state as the best, unless an earlier one is better beyond its noise.
