@@ -15,6 +15,11 @@ from .sites import innermost, is_enumerated, latent_sites
 
 __all__ = ["LatentStructure", "ProgramStructure", "find_structure", "is_subsampled", "sample_sites"]
 
+MAX_ROOT_NUMBERS = 60
+"""Numbers of roots that a guide draws jointly."""
+MOST_LISTED = 6
+"""Sites up to which a line of text names all of them."""
+
 
 def sample_sites(trace: Trace, drawn: bool = False) -> dict[str, Site]:
     """The sample sites of a trace by name, subsamples included; ``drawn``: those that are not observed."""
@@ -154,10 +159,6 @@ def _has_path_gradient(site: Site) -> bool:
     return site_is_subsample(site) or (fn.has_rsample and tractable)
 
 
-MAX_ROOT_NUMBERS = 60
-"""Numbers of roots that a guide draws jointly."""
-
-
 @dataclass(frozen=True)
 class LatentStructure:
     """How a guide takes the latents of a program: jointly, or each by its own prior and a message.
@@ -198,7 +199,7 @@ class LatentStructure:
 
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    if len(names) > 6:
+    if len(names) > MOST_LISTED:
         names = [*names[:3], "...", names[-1]]
     return ", ".join(names) or "none"
 

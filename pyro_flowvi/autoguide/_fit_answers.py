@@ -148,12 +148,12 @@ class FitAnswers(StructuredGuide):
         if not doubtful:
             return
         weights = trained_weights(self, density, Effort.small(), num_steps)
-        own, structure, place = self._modules["flow"], self._structure, self._place
+        own, structure, place, dim = self._modules["flow"], self._structure, self._place, self._flow_dim
         self._take_flat("the flat guide had the better ELBO after a tenth of the steps")
         effort = Effort.within(self.latent_dim, self.latent_dim)
         if not falls_behind(weights, trained_weights(self, density, effort, num_steps)):
             self._modules["flow"] = own
-            self._structure, self._place, self._flow_dim = structure, place, self._dim_of_flow()
+            self._structure, self._place, self._flow_dim = structure, place, dim
 
     def _take_flat(self, why: str) -> None:
         forget(self, self.name)

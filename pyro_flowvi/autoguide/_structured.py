@@ -57,6 +57,9 @@ class StructuredGuide(PrototypeGuide):
     :param structure: "auto", "program" or None.
     """
 
+    _flow_dim: int
+    """How many coordinates of the noise the flow sees."""
+
     def __init__(
         self, model: Program, init_loc_fn: InitFn, name: str | None, structure: StructureKind
     ) -> None:
@@ -144,11 +147,6 @@ class StructuredGuide(PrototypeGuide):
             return None
         roots = layer.plan.root_places()
         return roots if len(roots) else None
-
-    def _dim_of_flow(self) -> int:
-        """How many coordinates of the noise the flow sees."""
-        places = self._flow_places(self._map)
-        return self.latent_dim if places is None else len(places)
 
     def _take_flat(self, why: str) -> None:
         """Goes over to a guide without a map."""

@@ -31,6 +31,7 @@ LEAST = 1e-10
 LEAST_PIVOT = 0.05
 """Of a prior's precision, below which a pivot is taken for one where the density is not concave."""
 TRIES = 4
+"""Factorizations of a matrix, each with more on its diagonal; in the last it is dominant."""
 
 
 @dataclass
@@ -121,14 +122,10 @@ class SparseHessian:
         self.usable = True
         """Whether the pattern is one that can be used."""
         if self.size <= MAX_PROBED:
-            eye = np.arange(self.size)
-            columns = self._columns(point, [np.array([i]) for i in eye])
-            pattern = self._large(columns)
-            pattern |= pattern.T
-        else:
-            pattern = None
-        if pattern is not None:
-            self._group(pattern)
+            columns = self._columns(point, [np.array([i]) for i in range(self.size)])
+            size = np.sqrt(np.abs(np.diag(columns)) + 1e-300)
+            pattern = np.abs(columns) > LEAST * np.outer(size, size)
+            self._group(pattern | pattern.T)
         else:
             self._by_site(point, list(sizes))
         if self.usable:
@@ -142,10 +139,6 @@ class SparseHessian:
             directions[row, at] = 1.0 if weights is None else torch.from_numpy(weights[members]).to(point)
         found = self._products(point.expand(len(groups), -1), directions)[:, self.places]
         return -found.T.double().cpu().numpy()
-
-    def _large(self, columns: Array) -> NDArray[np.bool_]:
-        size = np.sqrt(np.abs(np.diag(columns)) + 1e-300)
-        return np.abs(columns) > LEAST * np.outer(size, size)
 
     def _group(self, pattern: NDArray[np.bool_]) -> None:
         """Groups of columns no two of which share a row, and which column each row sees of a group.
@@ -171,6 +164,10 @@ class SparseHessian:
                 self._owner[rows, place] = column
 
     def _by_site(self, point: Tensor, sizes: list[int]) -> None:
+        """The same with every large site as a group, and every number of a small one.
+
+        Of a column that a row sees in a large site two weighted sums tell which it is, if it is one.
+        """
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         sites = [np.arange(a, b) for a, b in pairwise(bounds)]
         small = [site for site in sites if len(site) <= SMALL_SITE]
@@ -185,10 +182,8 @@ class SparseHessian:
         sums = self._columns(point, self.groups)
         one, two = (self._columns(point, large, weights) for weights in (first, second))
         diagonal = np.zeros(self.size)
-        for i, site in enumerate(large):
-            diagonal[site] = sums[site, i]
-        for i, column in enumerate(single):
-            diagonal[column] = sums[column, len(large) + i]
+        for i, group in enumerate(self.groups):
+            diagonal[group] = sums[group, i]
         size = np.sqrt(np.abs(diagonal) + 1e-300)
         self._owner = np.full((self.size, len(self.groups)), -1)
         for i, site in enumerate(large):
@@ -207,10 +202,10 @@ class SparseHessian:
                 return
             self._owner[:, i] = np.where(coupled & ~wrong, found, -1)
             self._owner[site, i] = site
-        for i, column in enumerate(single):
-            coupled = np.abs(sums[:, len(large) + i]) > LEAST * size * size[column]
-            self._owner[coupled, len(large) + i] = column
-            self._owner[column, len(large) + i] = column
+        for i, column in enumerate(single, start=len(large)):
+            coupled = np.abs(sums[:, i]) > LEAST * size * size[column]
+            self._owner[coupled, i] = column
+            self._owner[column, i] = column
 
     def _list_entries(self) -> None:
         """Which product tells which entry.  Where both of a pair are told, each is their mean."""
@@ -229,12 +224,17 @@ class SparseHessian:
         self._entries = rows[kept], columns[kept], groups[kept], weight[kept]
         self.diagonal = bool((later[kept] == earlier[kept]).all())
 
+    def _directions(self) -> Tensor:
+        """The sum of each group's coordinates, ``(G, D)``."""
+        directions = torch.zeros(len(self.groups), self._dim, dtype=torch.float64)
+        for row, members in enumerate(self.groups):
+            directions[row, self.places[torch.from_numpy(members)]] = 1.0
+        return directions
+
     def at(self, points: Tensor) -> list[Any]:
         """The matrices at points ``(P, D)``, sparse, in the order of the coordinates."""
         num, count = len(points), len(self.groups)
-        directions = torch.zeros(count, points.shape[1], dtype=points.dtype, device=points.device)
-        for row, members in enumerate(self.groups):
-            directions[row, self.places[torch.from_numpy(members)]] = 1.0
+        directions = self._directions().to(points)
         repeated = points.repeat_interleave(count, 0)
         found = self._products(repeated, directions.repeat(num, 1))[:, self.places]
         values = -found.double().cpu().numpy().reshape(num, count, self.size)
@@ -253,10 +253,7 @@ class SparseHessian:
 
         :param derivative: directions ``(G, D)`` to products ``(G, D)``.
         """
-        directions = torch.zeros(len(self.groups), self._dim, dtype=torch.float64)
-        for row, members in enumerate(self.groups):
-            directions[row, self.places[torch.from_numpy(members)]] = 1.0
-        found = derivative(directions)[:, self.places].double().cpu().numpy()
+        found = derivative(self._directions())[:, self.places].double().cpu().numpy()
         rows, columns, groups, _ = self._entries
         shape = self.size, self.size
         return coo_matrix((found[groups, rows], (rows, columns)), shape=shape).tocsr()
