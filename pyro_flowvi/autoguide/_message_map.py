@@ -21,6 +21,8 @@ __all__ = ["MessageMap"]
 
 FEWEST_SHAPED = 8
 """Elements of a level from which their noise gets a flow of its own."""
+MOST_NUMBERS = 1_000_000
+"""Numbers of all draws that go through the map at once."""
 SHAPED = "shaped"
 """Of a frame, whether the noise of latents goes through flows of its own."""
 MOST_BY_ROOT = 1_000_000
@@ -168,7 +170,10 @@ class MessageMap(BlockMessages, FlowTransform):
         """Makes the parameters what they and the fixed numbers are together."""
         for module in self._framed():
             module.leave()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.shaped = True
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _framed(self) -> list[Fixed]:
         return [self, *self.joint_messages(), *self.all_couplings()]
@@ -207,12 +212,20 @@ class MessageMap(BlockMessages, FlowTransform):
 
     # -- the map -------------------------------------------------------------------------------
 
+    def _in_parts(self, rows: Tensor, forward: bool) -> tuple[Tensor, Tensor]:
+        """As :meth:`_run`, of many rows in parts: the flows of noise have networks with many units."""
+        most = max(1, MOST_NUMBERS // self.dim)
+        if len(rows) <= most:
+            return self._run(rows, forward)
+        images, log_dets = zip(*(self._run(part, forward) for part in rows.split(most)), strict=True)
+        return torch.cat(images), torch.cat(log_dets)
+
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = self._run(x.reshape(-1, self.dim), forward=True)
+        z, log_det = self._in_parts(x.reshape(-1, self.dim), forward=True)
         return z.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_det = self._run(y.reshape(-1, self.dim), forward=False)
+        x, log_det = self._in_parts(y.reshape(-1, self.dim), forward=False)
         return x.reshape(y.shape), log_det.reshape(y.shape[:-1])
 
     def _run(self, rows: Tensor, forward: bool) -> tuple[Tensor, Tensor]:

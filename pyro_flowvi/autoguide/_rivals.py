@@ -33,11 +33,11 @@ def weights_of(guide: Any, density: UnconstrainedModel) -> Tensor:
 def trained_weights(guide: Any, density: UnconstrainedModel, effort: Effort, num_steps: int) -> Tensor:
     """Log weights after a search for a start and a number of steps; the guide keeps what it has learned."""
     guide.move_to_start(density, effort)
-    options, flow = guide.fit_options(), guide.get_transform()
-    params = [param for param in flow.parameters() if param.requires_grad]
+    options, flow = guide.fit_options(), guide.pushforward(guide._raw_model[0])
+    params = [] if flow is None else [param for param in flow.parameters() if param.requires_grad]
     step = None  # without one the start alone is compared
     with suppress(CannotCompile):
-        step = FlowStep(flow, params, traced(density, options.num_particles))
+        step = None if flow is None else FlowStep(flow, params, traced(density, options.num_particles))
     if step is not None:
         with torch.random.fork_rng():
             torch.manual_seed(1)

@@ -27,7 +27,7 @@ from ._affine import AFFINES, affine_layer
 from ._fit_answers import FitAnswers
 from ._latent_site import CallPosterior
 from ._message_map import MessageMap
-from ._partial import Partial
+from ._on_roots import OnRoots
 from ._root_tails import RootTails
 from ._summaries import marginal_quantiles, reference_normal
 from .resample import importance_resample
@@ -58,6 +58,9 @@ class AutoFlow(FitAnswers):
         "elementwise", None for no affine map, or "auto": "lower" up to 200 latents, "low_rank" above.
     :param tails: adds a trainable tail index for each latent (:class:`pyro_flowvi.transforms.HeavyTails`)
         before the affine map, for posteriors with tails heavier than a Gaussian's.
+    :param structure: "auto" draws latents by the model's own priors where these depend on other latents, and
+        ``fit`` may go back to a flow over one flat vector; "program" always does so; None never.
+        :attr:`structure` says what was found and taken.
     :raises ValueError: if an argument is not of the described kind; at set-up as
         :func:`pyro_flowvi._program.start_trace.prototype`.
     :raises RuntimeError: at a call of a guide whose name another has taken over.
@@ -141,7 +144,7 @@ class AutoFlow(FitAnswers):
         elif layer is not None and len(roots := layer.plan.root_places()):
             # Near zero the prior alone holds the logarithm of a scale: its tail falls no faster than exp(u).
             tails = RootTails(len(roots))
-            parts.append(tails if len(roots) == self._flow_dim else Partial(tails, roots, self._flow_dim))
+            parts.append(tails if len(roots) == self._flow_dim else OnRoots(tails, roots, self._flow_dim))
         if self._affine is not None:
             parts.append(affine_layer(self._affine, self._flow_dim, self._init_scale))
         return parts
@@ -167,7 +170,7 @@ class AutoFlow(FitAnswers):
         if self._affine is not None:
             self._start_at(parts[-1], self._noise_start(layer, parts[-1], loc))
         if places is not None:
-            parts = [Partial(part, places, self.latent_dim) for part in parts]
+            parts = [OnRoots(part, places, self.latent_dim) for part in parts]
         flow = self._compose(parts if layer is None else [*parts, layer])
         flow = flow.to(device=loc.device, dtype=loc.dtype)
         for param in flow.parameters():
@@ -226,7 +229,7 @@ class AutoFlow(FitAnswers):
         if self._affine is None:
             return None
         layer = self._flow[-1 if self._map is None else -2]
-        return layer.inner if isinstance(layer, Partial) else layer
+        return layer.inner if isinstance(layer, OnRoots) else layer
 
     def get_base_dist(self) -> Any:
         """The standard normal over the latents."""

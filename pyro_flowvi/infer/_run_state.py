@@ -32,7 +32,7 @@ GAP_DRAWS = 8
 """Draws from which the distance to the posterior is estimated, as a multiple of those of a comparison."""
 NOISE = 2.0
 """Standard errors of a weighted mean that are taken for chance."""
-WATCHED = 2.0
+WATCHED = 4.0
 """How much more a movement counts of the latents that are watched, whose weights stand for all others too."""
 
 

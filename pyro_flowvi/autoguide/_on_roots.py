@@ -9,11 +9,14 @@ from ..transforms import FlowTransform
 from ..transforms._fused import Pass, form_of, pass_through
 from ..transforms.base import forward_and_log_det, forward_with_score, inverse_and_log_det
 
-__all__ = ["Partial"]
+__all__ = ["OnRoots"]
 
 
-class Partial(FlowTransform):
+class OnRoots(FlowTransform):
     """A transform of some coordinates of a vector, which leaves the others.
+
+    Unlike :class:`pyro_flowvi.transforms.Partial` it takes any transform, a user's composition as well, and
+    carries its score and its pass for training.
 
     :param inner: a transform of as many coordinates as there are ``places``.
     :param places: which coordinates, in increasing order.
@@ -22,7 +25,7 @@ class Partial(FlowTransform):
     Example::
 
         >>> from pyro_flowvi.transforms import ElementwiseAffine
-        >>> Partial(ElementwiseAffine(1, scale=2.0), torch.tensor([1]), 3)(torch.ones(3)).tolist()
+        >>> OnRoots(ElementwiseAffine(1, scale=2.0), torch.tensor([1]), 3)(torch.ones(3)).tolist()
         [1.0, 2.0, 1.0]
     """
 
@@ -64,8 +67,8 @@ class Partial(FlowTransform):
         return self._join(moved, rest), log_det
 
 
-@form_of(Partial)
-def _pass_partial(layer: Any, x: Tensor, score: Tensor) -> Pass:
+@form_of(OnRoots)
+def _pass_on_roots(layer: Any, x: Tensor, score: Tensor) -> Pass:
     """That of the inner transform."""
     inside, rest = layer._split(x)
     own, others = layer._split(score)
