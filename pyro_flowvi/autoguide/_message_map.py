@@ -106,14 +106,15 @@ class MessageMap(BlockMessages, FlowTransform):
 
     def joint_of(self, piece: Piece) -> JointMessages:
         """The messages of a piece without a block."""
-        return self.joint_messages()[self.plan.joint_sites.index(piece.sites[0])]
+        found: Any = self.joint[self.plan.joint_sites.index(piece.sites[0])]
+        messages: JointMessages = found
+        return messages
 
     def coupling_of(self, piece: Piece) -> Coupling | None:
         """What couples a piece with others, or its numbers with each other, if there is anything."""
-        couplings = self.all_couplings()
-        if piece.place is None or not couplings:
+        if piece.place is None or not len(self.couplings):
             return None
-        found = couplings[piece.place]
+        found: Any = self.couplings[piece.place]
         return found if found.active and (found.mixes or found.links) else None
 
     def _shape_of(self, piece: Piece) -> LocalShape | None:
