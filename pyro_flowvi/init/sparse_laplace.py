@@ -148,9 +148,9 @@ class SparseHessian:
         """
         np.fill_diagonal(pattern, True)
         groups, hubs = _colour(pattern), np.zeros(self.size, dtype=bool)
-        degree = pattern.sum(0)
-        crowded = degree > max(LEAST_HUB, 3 * np.median(degree))
-        if len(groups) > LEAST_HUB and crowded.any():
+        if len(groups) > LEAST_HUB:
+            degree = pattern.sum(0)
+            crowded = degree > max(LEAST_HUB, 3 * np.median(degree))
             others = np.flatnonzero(~crowded)
             inner = [others[group] for group in _colour(pattern[np.ix_(others, others)])]
             if crowded.sum() + len(inner) < len(groups):
