@@ -24,6 +24,9 @@ from ..autoguide._protocol import FitGuide
 
 __all__ = ["FlowSteps", "FlowWeights", "objects_in", "steady_graph"]
 
+MANY_LATENTS = 500
+"""Latents from which roots are nearly normal, and steps cost more."""
+
 
 def _sources() -> tuple[Any, ...]:
     """The states of all generators that a program may draw from."""
@@ -70,6 +73,9 @@ class FlowWeights:
         self._guide, self._density = guide, density
         self.watches = guide.watched() is not None
         """Whether these are some of the latents only."""
+        self.patient = self.watches and density.density.dim < MANY_LATENTS
+        """Whether a run ends with a round only, when rates are low: few groups leave the roots long tails, of
+        which weights say little."""
 
     @torch.no_grad()
     def log_weights(self, num_samples: int) -> Tensor:

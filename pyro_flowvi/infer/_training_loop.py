@@ -19,7 +19,7 @@ from .._types import CompileMode
 from ._averaging import WeightAverage
 from ._batches import Call, Supply
 from ._fit_bar import Bar
-from ._flow_steps import FlowSteps
+from ._flow_steps import FlowSteps, FlowWeights
 from ._guarded_optim import NotFinite
 from ._progress import Progress
 from ._result import FitDiverged
@@ -265,8 +265,13 @@ class TrainingLoop:
             return False
         return not self._is_rising() and self._meet_plateau()
 
+    def _is_patient(self) -> bool:
+        return isinstance(self.run.judge, FlowWeights) and self.run.judge.patient
+
     def _has_arrived(self, weights: Tensor) -> bool:
         """Whether the averaged or the best state cannot be told from the posterior."""
+        if self._is_patient() and self.progress.step < self._round_end:
+            return False
         if bool(weights.std() < min(SETTLED_SD, math.sqrt(2.0 * self.tolerance))):
             return True
         # A few weights underestimate the distance: they only say when to look closely.
