@@ -17,6 +17,7 @@ from ._affine import enter_frame, frame_of, leave_frame, set_affine
 from ._message_start import place_messages
 from ._protocol import FitOptions, Frame
 from ._rivals import falls_behind, trained_weights, weights_of
+from ._root_tails import RootTails
 from ._structured import StructuredGuide, spread_over
 
 __all__ = ["FitAnswers"]
@@ -25,6 +26,8 @@ MAX_RIVAL = 1000
 """Latents up to which the flat guide is tried beside messages that may be far off."""
 DOUBT = 1.0
 """Standard deviation of log weights at the start, nats, from which they may be."""
+LONG_TAIL = 0.05
+"""c of a root's tail from which it takes many steps to be learned."""
 TOLERANCE, TOLERANCE_EACH = 0.01, 5e-4
 """Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be
 off by a little, which adds up, and leaves the roots where they are."""
@@ -108,6 +111,11 @@ class FitAnswers(StructuredGuide):
         """The roots of a structured guide: errors of single latents given the roots are small, and many."""
         layer = self._map
         return None if layer is None or self._flow_places(layer) is None else layer.plan.root_places()
+
+    def has_long_tails(self) -> bool:
+        """Whether a root has a tail that few draws reach, as the logarithm of a scale near zero."""
+        tails = (module.longest() for module in self._flow.modules() if isinstance(module, RootTails))
+        return any(longest > LONG_TAIL for longest in tails)
 
     def can_move(self) -> bool:
         """Whether there is an affine map whose location and scale are trained."""

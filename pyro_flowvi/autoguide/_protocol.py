@@ -74,6 +74,9 @@ class FitGuide(Protocol):
     def watched(self) -> Tensor | None:
         """The latents whose moments have to settle before a fit ends; None for all."""
 
+    def has_long_tails(self) -> bool:
+        """Whether draws see little of what is still to be learned."""
+
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
         """Packed unconstrained latents, ``(size, D)``, and their log densities; None if it has none."""
 
@@ -116,6 +119,9 @@ class _PyroGuide:
 
     def watched(self) -> Tensor | None:
         return None
+
+    def has_long_tails(self) -> bool:
+        return False
 
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:
         return None

@@ -42,3 +42,8 @@ class RootTails(ParametricTransform):
         x = y * (2.0 / (1.0 + (1.0 + 4.0 * index * y.square()).sqrt())).sqrt()
         bend = index * x.square()
         return x, (0.5 * torch.log1p(bend) - torch.log1p(2.0 * bend)).sum(-1)
+
+    @torch.no_grad()
+    def longest(self) -> float:
+        """The largest c."""
+        return float(tail_index(STEP * self.tails).max())

@@ -73,9 +73,12 @@ class FlowWeights:
         self._guide, self._density = guide, density
         self.watches = guide.watched() is not None
         """Whether these are some of the latents only."""
-        self.patient = self.watches and density.density.dim < MANY_LATENTS
-        """Whether a run ends with a round only, when rates are low: few groups leave the roots long tails, of
-        which weights say little."""
+
+    @property
+    def patient(self) -> bool:
+        """Whether a run has to take its last round: roots have long tails, of which weights say little."""
+        few = self.watches and self._density.density.dim < MANY_LATENTS
+        return few and self._guide.has_long_tails()
 
     @torch.no_grad()
     def log_weights(self, num_samples: int) -> Tensor:

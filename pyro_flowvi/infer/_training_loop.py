@@ -270,7 +270,7 @@ class TrainingLoop:
 
     def _has_arrived(self, weights: Tensor) -> bool:
         """Whether the averaged or the best state cannot be told from the posterior."""
-        if self._is_patient() and self.progress.step < self._round_end:
+        if self._is_patient():
             return False
         if bool(weights.std() < min(SETTLED_SD, math.sqrt(2.0 * self.tolerance))):
             return True
@@ -287,7 +287,7 @@ class TrainingLoop:
         """Begins the next round at the best state, unless the run is over."""
         progress, elbo = self.progress, -self.run.best_loss
         gain, progress.round_elbo = elbo - progress.round_elbo, elbo
-        if progress.round > 0 and gain < LEAST_GAIN:
+        if progress.round > 0 and gain < LEAST_GAIN and not self._is_patient():
             with self.run.best_in_place():
                 moved = self.run.distance().moved
             if moved is None or moved < MOST_MOVED:
