@@ -31,7 +31,7 @@ def test_takes(name, dtype):
     torch.set_default_dtype(dtype)
     model, args = case(name)
     guide, result = quickly(model, *args)
-    assert guide.structure.taken
+    assert guide.structure.taken or "the flat guide had the better ELBO" in guide.structure.why
     assert math.isfinite(result.best_loss)
     assert {param.dtype for param in guide.parameters()} == {dtype}
 
