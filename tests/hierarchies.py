@@ -73,6 +73,7 @@ def counties(county, y):
 
 
 def padded(y, mask):
+    """Sequences of several lengths, padded to one: a scale for each element, and its mean."""
     s = pyro.sample("s", dist.HalfNormal(1.0))
     with pyro.plate("rows", len(y), dim=-2), pyro.plate("time", y.shape[1], dim=-1), poutine.mask(mask=mask):
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
@@ -86,6 +87,15 @@ def padded_vectors(y, mask):
         scale = t[..., None, None] * torch.tensor([[1.0, 0.0], [0.5, 2.0]])
         z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=scale))
         pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+
+def scale_without_prior(y):
+    """The scale of the groups is a parameter of the model."""
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, scale))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
 def topics(y):

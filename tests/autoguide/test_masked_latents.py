@@ -24,21 +24,13 @@ from pyro_flowvi import AutoFlowMixture, AutoPlanar, AutoRealNVP, CompiledSVI, d
 from pyro_flowvi.infer import CannotCompile, TraceSTL_ELBO
 
 from ..guides import GUIDES, KINDS
+from ..hierarchies import padded
 
 LENGTHS = torch.tensor([2, 4, 1])
 
 
 def mask_of(lengths, size=4):
     return torch.arange(size) < lengths.unsqueeze(-1)
-
-
-def padded(y, mask):
-    """Sequences of several lengths, padded to one: a scale for each element, and its mean."""
-    s = pyro.sample("s", dist.HalfNormal(1.0))
-    with pyro.plate("rows", len(y), dim=-2), pyro.plate("time", y.shape[1], dim=-1), poutine.mask(mask=mask):
-        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
-        z = pyro.sample("z", dist.Normal(0.0, s))
-        pyro.sample("y", dist.Normal(z, scale), obs=y)
 
 
 def ragged(y, mask):

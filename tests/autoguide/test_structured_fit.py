@@ -13,7 +13,7 @@ from pyro.nn import PyroModule, PyroSample
 
 from pyro_flowvi import AutoRealNVP, diagnose, fit
 from tests.autoguide.test_structured_contract import case, step
-from tests.hierarchies import NAMES
+from tests.hierarchies import NAMES, scale_without_prior
 
 
 def quickly(model, *args, num_steps=20, **options):
@@ -91,16 +91,8 @@ def test_one_large_site():
 @pytest.mark.long
 def test_a_parameter_of_the_model_reaches_its_maximum():
     """The scale of the groups has no prior: it goes to the maximum of the evidence."""
-
-    def model(y):
-        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
-        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
-        with pyro.plate("groups", len(y)):
-            theta = pyro.sample("theta", dist.Normal(mu, scale))
-            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
-
     y = 1.0 + 2.0 * torch.randn(20)
-    quickly(model, y, num_steps=1500)
+    quickly(scale_without_prior, y, num_steps=1500)
     scales = torch.linspace(0.5, 5.0, 901)
     covariance = torch.eye(20) * (1.0 + scales[:, None, None] ** 2) + 9.0
     evidence = dist.MultivariateNormal(torch.zeros(20), covariance).log_prob(y)

@@ -23,7 +23,7 @@ from pyro.optim import Adam
 from pyro_flowvi import AutoFlow, AutoPlanar, CompiledSVI
 from tests import zoo
 from tests.autoguide.test_structured_contract import ALL, OBJECTIVES, case, made, same_state, step
-from tests.hierarchies import schools
+from tests.hierarchies import scale_without_prior, schools
 
 
 class TestStore:
@@ -278,17 +278,9 @@ class TestOtherData:
 
 def test_parameters_of_the_model():
     """Scales that are trained with the guide, which sees them as they are."""
-
-    def model(y):
-        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
-        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
-        with pyro.plate("groups", len(y)):
-            theta = pyro.sample("theta", dist.Normal(mu, scale))
-            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
-
     y = 3.0 * torch.randn(6)
-    guide = AutoPlanar(model).materialize(y)
-    svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO())
+    guide = AutoPlanar(scale_without_prior).materialize(y)
+    svi = SVI(scale_without_prior, guide, Adam({"lr": 0.05}), Trace_ELBO())
     assert all(torch.tensor(svi.step(y)).isfinite() for _ in range(5))
     assert pyro.param("scale") != 1.0
     with torch.no_grad():
