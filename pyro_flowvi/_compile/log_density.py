@@ -61,19 +61,20 @@ def _record_many(density: UnconstrainedModel, points: Tensor) -> Traced:
 
     :raises CannotCompile: naming the operation that has no batched form, and its line.
     """
-    one = trace(_unguarded(density), [], [density.start])
+    changing = density.changing
+    one = trace(_unguarded(density), changing, [density.start])
     if one.pinned_args:
         raise CannotCompile("what the model does depends on the values of its latents", one.read_at)
     run = _Blame(batch_memory(one.graph)).run
 
     def many(z: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = torch.vmap(functools.partial(run, *one.constants))(z)
+        value, gradient = torch.vmap(functools.partial(run, *changing, *one.constants))(z)
         return value, gradient
 
     warn = private("_set_vmap_fallback_warning_enabled")
     try:
         warn(False)
-        batch = trace(many, [], [points])
+        batch = trace(many, changing, [points])
     except CannotCompile as error:
         failed: fx.Node | None = run.__self__.failed  # type: ignore[attr-defined]
         if failed is None:
@@ -128,6 +129,7 @@ class TracedDensity:
 
     Before a graph is used it is compared with the model on points that it has not seen.  It holds for the
     very constants that the model reached then: where one was changed in place, the model itself is run.
+    ``density.changing`` are none of them: the graph reads them at every call.
 
     :param density: the model.
     :param width: points that the graph takes at once.
@@ -171,11 +173,13 @@ class TracedDensity:
     def _record(self, points: Tensor) -> None:
         density = self.density
         many = _unguarded(density)
-        graph = trace(many, [], [points]) if density.batched else _record_many(density, points)
+        changing = density.changing
+        graph = trace(many, changing, [points]) if density.batched else _record_many(density, points)
         if graph.pinned_args:
             raise CannotCompile("what the model does depends on the values of its latents", graph.read_at)
         constants = graph.constants
-        self._graph = by_operation(graph.graph, constants, [points], frozen=len(constants))
+        static = [*changing, *constants]
+        self._graph = by_operation(graph.graph, static, [points], frozen=len(constants))
         self.size = graph.size
         self._pinned = [*graph.pinned, *((value, value._version) for value in constants)]
 

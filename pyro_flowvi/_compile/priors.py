@@ -1,6 +1,6 @@
 """The priors of a model's latents given those before them, as recorded graphs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +17,7 @@ from .log_density import batch_memory
 from .simplify import shared_memory, written
 from .trace import trace
 
-__all__ = ["PriorGraph", "record_priors"]
+__all__ = ["PriorGraph", "no_priors", "record_priors"]
 
 Located = tuple[Tensor, Tensor]
 """Location and scale of a site's prior for each of P points."""
@@ -188,6 +188,15 @@ def _is_random(node: fx.Node) -> bool:
         isinstance(node.target, torch._ops.OpOverload)
         and torch.Tag.nondeterministic_seeded in node.target.tags
     )
+
+
+def no_priors(latents: Iterable[str], start: Tensor) -> PriorGraph:
+    """The graph of a model of which no prior is known."""
+    nodes, names = fx.Graph(), list(latents)
+    for name in names:
+        nodes.placeholder(f"latent_{names.index(name)}")
+    nodes.output(())
+    return PriorGraph(fx.GraphModule(torch.nn.Module(), nodes), [], names, {}, start.detach()[:0])
 
 
 def record_priors(

@@ -1,7 +1,7 @@
 """The model as a density over one packed vector of unconstrained latents, for many vectors at once."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -43,6 +43,7 @@ class UnconstrainedModel:
     :param init_loc_fn: where each latent site starts.
     :param left_out: by site, the unconstrained numbers that are no part of the vector; by default those that
         no density touches.
+    :param changing: tensors that the model reaches whose numbers are replaced in place between calls.
     :raises ValueError: as :func:`prototype`, or if a density touches what is to be left out.
 
     Example::
@@ -61,12 +62,20 @@ class UnconstrainedModel:
         kwargs: Mapping[str, Any] | None = None,
         init_loc_fn: Callable[[Site], Tensor] = init_to_median,
         left_out: Mapping[str, Tensor] | None = None,
+        changing: Sequence[Tensor] = (),
     ) -> None:
         self._model, self._args, self._kwargs = model, args, dict(kwargs or {})
+        self.changing: list[Tensor] = list(changing)
+        self.weigh: Callable[[str, Tensor], Tensor] | None = None
+        """What makes log-determinants of a site count as much as its density, where that has weights."""
         trace = prototype(model, args, kwargs, init_loc_fn)
         sites = dict(latent_sites(trace))
         self.packing: Packing = Packing(sites)
         """The sites' places in the vector."""
+        self.stacks: dict[str, tuple[Any, ...]] = {
+            name: site["cond_indep_stack"] for name, site in sites.items()
+        }
+        """The plates that each stands in."""
         structure = ProgramStructure.of(trace)
         self._nesting = structure.max_plate_nesting
         self._enumerated = bool(structure.discrete)
@@ -139,6 +148,8 @@ class UnconstrainedModel:
                 event = free.dim() - 1 - (len(latent.shape) - latent.fn.event_dim)
                 free = align(free, event, self._nesting)
             value, log_det = latent.constrain(free)
+            if self.weigh is not None:
+                log_det = self.weigh(name, log_det)
             yield name, value, log_det.reshape(z.shape[:-1] + (-1,)).sum(-1)
 
     def log_density(self, z: Tensor) -> Tensor:

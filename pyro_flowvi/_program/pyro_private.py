@@ -6,6 +6,7 @@ and ``_pyro_context`` of guides, ``_get_optim`` of optimizers, and the marks ``_
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from pyro.infer.traceenum_elbo import _compute_model_factors as compute_model_fa
 from pyro.nn.module import _is_module_local_param_enabled as is_module_local_param_enabled
 from pyro.optim.optim import _load_state_dict as load_optimizer_state
 from pyro.poutine.runtime import _PYRO_STACK as PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
 from .._types import Program, Trace
@@ -28,6 +30,7 @@ __all__ = [
     "load_optimizer_state",
     "replace_stored",
     "stored_params",
+    "subsampling_replaced",
 ]
 
 
@@ -59,3 +62,26 @@ def drop_stored(full_name: str) -> None:
     store._constraints.pop(full_name, None)
     if store._param_to_name.get(param) == full_name:
         del store._param_to_name[param]
+
+
+@contextmanager
+def subsampling_replaced(name: str, rows: Tensor | None) -> Iterator[None]:
+    """Within it a plate consists of ``rows`` alone, or of those that its ``subsample=`` says.
+
+    A handler cannot do this: a plate holds what handlers answer against the size that it was written with.
+    """
+    own = SubsampleMessenger._subsample
+
+    def replaced(
+        plate: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any
+    ) -> Any:
+        if plate != name:
+            return own(plate, size, subsample_size, subsample, *rest)
+        shown = subsample if rows is None else rows
+        return len(shown), len(shown), shown
+
+    SubsampleMessenger._subsample = staticmethod(replaced)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(own)  # type: ignore[assignment]

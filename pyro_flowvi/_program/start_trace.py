@@ -21,7 +21,11 @@ from .feasible import find_values, has_density, is_refusal, no_start
 from .sites import _bounds, latent_sites
 from .structure import is_subsampled
 
-__all__ = ["SafeInit", "prototype"]
+__all__ = ["LocalLatents", "SafeInit", "prototype"]
+
+
+class LocalLatents(ValueError):
+    """A latent stands under a subsampled plate."""
 
 
 class SafeInit:
@@ -148,7 +152,7 @@ def _check_latents(latents: Mapping[str, Site]) -> None:
             )
         for frame in site["cond_indep_stack"]:
             if frame.vectorized and is_subsampled(frame):
-                raise ValueError(
+                raise LocalLatents(
                     f"site {name!r}: local latents under the subsampled plate {frame.name!r} "
                     f"({frame.size} of {frame.full_size}) have no fixed dimension, which a flow over "
                     "all latents needs; use AutoGuideList with a flow for the global sites and "

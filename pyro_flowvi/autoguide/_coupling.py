@@ -34,17 +34,19 @@ class Coupling(Fixed):
 
     :param size: of the block.
     :param earlier: the sizes of the blocks before, by their places.
+    :param by_number: links numbers one by one only, those of one row, and mixes none.
     """
 
     fixed_mix: Tensor | None
     fixed_unit: Tensor
 
-    def __init__(self, size: int, earlier: Mapping[int, int]) -> None:
-        links = {j: n for j, n in earlier.items() if size * n <= MAX_LINKS or size == n}
+    def __init__(self, size: int, earlier: Mapping[int, int], by_number: bool = False) -> None:
+        most = 0 if by_number else MAX_LINKS
+        links = {j: n for j, n in earlier.items() if size * n <= most or size == n}
         self.names = ("mix", "unit", *(f"{what}_{j}" for j in links for what in ("link", "unit")))
         super().__init__()
         self._size, self._earlier = size, dict(earlier)
-        self.mixes = 1 < size <= MAX_MIXED
+        self.mixes = not by_number and 1 < size <= MAX_MIXED
         self.links = tuple(links)
         """Places of the blocks before that this one is linked with."""
         self.active = True
@@ -52,7 +54,7 @@ class Coupling(Fixed):
         if self.mixes:
             self.mix = nn.Parameter(torch.zeros(size, size))
         for j, n in links.items():
-            shape = (size, n) if size * n <= MAX_LINKS else (size,)
+            shape = (size, n) if size * n <= most else (size,)
             self.register_parameter(f"link_{j}", nn.Parameter(torch.zeros(shape)))
 
     # -- links ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ._fixed import Fixed
 from ._joint_messages import JointMessages
 from ._local_shape import LocalShape
 from ._message_plan import MessagePlan, Piece, Prior, joined, taken
+from ._row_layout import RowLayout
 
 __all__ = ["MessageMap"]
 
@@ -25,6 +26,8 @@ MOST_NUMBERS = 1_000_000
 """Numbers of all draws that go through the map at once."""
 SHAPED = "shaped"
 """Of a frame, whether the noise of latents goes through flows of its own."""
+MOST_ROOTS_OF_ROWS = 20
+"""Roots up to which the messages of rows move with them."""
 MOST_BY_ROOT = 1_000_000
 """Numbers that say how messages move with the roots, above which they stay where they are."""
 
@@ -49,16 +52,27 @@ class MessageMap(BlockMessages, FlowTransform):
     :param structure: which of them are roots, and which have messages.
     :param priors: their priors.
     :param scale: standard deviation that a message alone has at first.
+    :param rows: the rows that all but the roots belong to, and whose log-determinants have weights; None
+        without any.
     """
 
     def __init__(
-        self, packing: Packing, structure: LatentStructure, priors: PriorGraph, scale: float
+        self,
+        packing: Packing,
+        structure: LatentStructure,
+        priors: PriorGraph,
+        scale: float,
+        rows: RowLayout | None = None,
     ) -> None:
         FlowTransform.__init__(self, packing.dim)
         self.register_fixed()
         self.plan = plan = MessagePlan(packing, structure, priors)
+        self.rows = rows
         num_roots = plan.count(structure.roots)
-        following = num_roots if 0 < num_roots * plan.num_messages <= MOST_BY_ROOT else 0
+        if rows is not None:
+            following = num_roots if num_roots <= MOST_ROOTS_OF_ROWS else 0
+        else:
+            following = num_roots if num_roots * plan.num_messages <= MOST_BY_ROOT else 0
         self._add_messages(plan.block_sizes, following, scale)
         self.joint = nn.ModuleList(
             JointMessages(plan.joint_shape(site), following, scale) for site in plan.joint_sites
@@ -79,7 +93,12 @@ class MessageMap(BlockMessages, FlowTransform):
         sizes, coupled = self.plan.block_sizes, self.plan.coupled
         if place not in coupled:
             return Coupling(1, {})
-        return Coupling(sizes[place], {j: sizes[j] for j in coupled if j < place})
+        earlier = {j: sizes[j] for j in coupled if j < place}
+        return Coupling(sizes[place], earlier, by_number=self.rows is not None)
+
+    def weighted(self, log_det: Tensor, piece: Piece) -> Tensor:
+        """Log-determinants of a piece's numbers, times the weights of their rows."""
+        return log_det if self.rows is None else log_det * self.rows.weights_of(piece.sites, log_det.shape[-1])
 
     def renew(self, priors: PriorGraph) -> None:
         """Takes priors that were recorded again, if they depend on the same latents."""
@@ -229,8 +248,19 @@ class MessageMap(BlockMessages, FlowTransform):
         x, log_det = self._in_parts(y.reshape(-1, self.dim), forward=False)
         return x.reshape(y.shape), log_det.reshape(y.shape[:-1])
 
-    def _run(self, rows: Tensor, forward: bool) -> tuple[Tensor, Tensor]:
-        """Images of noise, or noise of images, and log-determinants of that direction."""
+    def run_by_site(self, x: Tensor, forward: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images of noise ``(P, D)``, or noise of images; by site the log-determinants of its numbers, or of
+        its joint latents."""
+        parts = dict[str, Tensor]()
+        return self._run(x, forward, parts)[0], parts
+
+    def _run(
+        self, rows: Tensor, forward: bool, parts: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images of noise, or noise of images, and log-determinants of that direction.
+
+        :param parts: is given the log-determinants by site.
+        """
         plan = self.plan
         given = plan.split(rows)
         found = {site: given[site] for site in plan.structure.roots}
@@ -260,7 +290,9 @@ class MessageMap(BlockMessages, FlowTransform):
             found |= plan.scatter(block, piece)
             if mix_det is not None:
                 log_det = log_det + plan.counted(mix_det.expand_as(log_det), piece)
-            total = total + log_det.sum(-1)
+            if parts is not None:
+                parts |= plan.spread(log_det, piece)
+            total = total + self.weighted(log_det, piece).sum(-1)
         return plan.join(found), total
 
     def move(

@@ -45,9 +45,11 @@ class _Step:
             self.inner = _leaf(self.mixed)
         offsets = layer.offsets(coupling, values, centres)
         self.image, self.log_det = layer.move(piece, self.inner, self.priors, given, True, offsets)
-        self.total = self.log_det.detach().sum(-1)
+        self.weight = layer.weighted(torch.ones_like(self.log_det), piece)
+        self.total = (self.weight * self.log_det.detach()).sum(-1)
         if mix_det is not None:
-            self.total = self.total + plan.counted(mix_det.detach().expand_as(self.log_det), piece).sum(-1)
+            mixed = plan.counted(mix_det.detach().expand_as(self.log_det), piece)
+            self.total = self.total + (self.weight * mixed).sum(-1)
         self.params = list(layer.params_of(piece))
 
     def local_score(self, layer: MessageMap, score: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class _Step:
         if self.mixing is not None:
             with torch.no_grad():
                 score = self.mixing.push(score)
-        (slope,) = vector_jacobian([self.log_det], [torch.ones_like(self.log_det)], [self.inner], keep=True)
+        (slope,) = vector_jacobian([self.log_det], [self.weight], [self.inner], keep=True)
         own = score if slope is None else score - slope
         if self.piece.place is not None:
             return own * (-self.log_det.detach()).exp()
@@ -161,9 +163,7 @@ class _Run:
         for step in self.steps:
             own = step.local_score(self.layer, self.plan.gather(self.scores, step.piece))
             local |= self.plan.scatter(own, step.piece)
-            self.collect(
-                step, [step.image, step.log_det], [own, torch.ones_like(step.log_det)], [], total, -1.0
-            )
+            self.collect(step, [step.image, step.log_det], [own, step.weight], [], total, -1.0)
         through = self.to_roots(total, [])
         final = {}
         for site, value in self.values.items():

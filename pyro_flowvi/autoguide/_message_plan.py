@@ -178,6 +178,13 @@ class MessagePlan:
             for site, part in zip(piece.sites, parts, strict=True)
         }
 
+    def spread(self, log_det: Tensor, piece: Piece) -> dict[str, Tensor]:
+        """Log-determinants of a piece by site, for each number or joint latent, ``(P, *)``."""
+        if piece.place is not None:
+            return self.scatter(log_det, piece)
+        (site,) = piece.sites
+        return {site: log_det.reshape(len(log_det), *self.packing.latents[site].free_shape[:-1])}
+
     def counted(self, log_det: Tensor, piece: Piece) -> Tensor:
         """Log-determinants of a piece without those of numbers that are no part of the vector."""
         out = self.packing.left_out

@@ -16,7 +16,7 @@ from .._program.log_density import UnconstrainedModel
 from .._program.packing import Packing
 from .._program.pyro_private import PYRO_STACK
 from .._program.sites import is_enumerated, latent_sites
-from .._program.start_trace import SafeInit, prototype
+from .._program.start_trace import LocalLatents, SafeInit, prototype
 from .._shapes import broadcast_shapes
 from ._lifecycle import PROTOTYPE_STATE, NamedGuide
 
@@ -97,7 +97,12 @@ class PrototypeGuide(NamedGuide):
                 clear()
                 return model(*args, **kwargs)
 
-            trace = prototype(model, args, kwargs, self._init_fn, before_run=clear)
+            try:
+                trace = prototype(model, args, kwargs, self._init_fn, before_run=clear)
+            except LocalLatents:
+                if self._serve_rows(run, args, kwargs):
+                    return
+                raise
             masked = any(uncounted(site) is not None for _, site in latent_sites(trace))
             left_out = self._density_of(run, args, kwargs).packing.left_out if masked else {}
             try:
@@ -112,6 +117,10 @@ class PrototypeGuide(NamedGuide):
             except BaseException:
                 self.prototype_trace = None
                 raise
+
+    def _serve_rows(self, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        """Sets the guide up for latents under a subsampled plate, if it is one for such."""
+        return False
 
     def _pack(self, left_out: Mapping[str, Tensor]) -> None:
         """Finds the latents' places, once they are known."""

@@ -1,7 +1,7 @@
 """AutoFlow: a normalizing flow over all continuous latents of an unmodified Pyro model."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral
 from typing import Any, ClassVar
@@ -24,18 +24,18 @@ from ..flows import FLOWS, recipe_name
 from ..transforms import Compose, HeavyTails
 from ..transforms.compose import Chain
 from ._affine import AFFINES, affine_layer
-from ._fit_answers import FitAnswers
 from ._latent_site import CallPosterior
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
 from ._root_tails import RootTails
+from ._row_guide import RowGuide
 from ._summaries import marginal_quantiles, reference_normal
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
 
 
-class AutoFlow(FitAnswers):
+class AutoFlow(RowGuide):
     """A guide whose posterior is a normalizing flow over all continuous latents of the model.
 
     Posterior = flow(standard normal) followed by a trainable affine map that starts from
@@ -214,6 +214,8 @@ class AutoFlow(FitAnswers):
 
     def pushforward(self, model: Program) -> Chain | None:
         """The flow, if the posterior is its image of a standard normal, and the model the guide's own."""
+        if self._rows is not None:
+            return None
         own = type(self)
         as_written = own.forward is AutoFlow.forward and own.sample_latent is AutoFlow.sample_latent
         posterior = self.get_posterior()
@@ -226,7 +228,7 @@ class AutoFlow(FitAnswers):
     @property
     def affine(self) -> Any:
         """The trainable affine map after the flow, with ``loc`` and ``log_scale``; None without one."""
-        if self._affine is None:
+        if self._affine is None or not self.latent_dim:
             return None
         layer = self._flow[-1 if self._map is None else -2]
         return layer.inner if isinstance(layer, OnRoots) else layer
@@ -245,7 +247,10 @@ class AutoFlow(FitAnswers):
         return FlowDistribution(None, self._flow, dim=self.latent_dim)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws the packed unconstrained latents as an auxiliary site."""
+        """Draws the packed unconstrained latents as an auxiliary site; of rows those that all share."""
+        if not self.latent_dim:  # all latents are those of rows: the site tells the shape of a draw
+            nothing = dist.Normal(torch.zeros(1), 1.0).to_event(1).mask(False)
+            return pyro.sample(f"_{self._pyro_name}_latent", nothing, infer={"is_auxiliary": True})
         posterior = CallPosterior(None, self._flow, dim=self.latent_dim)
         posterior.dtype = self._call_dtype()
         latent: Tensor = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
@@ -264,6 +269,8 @@ class AutoFlow(FitAnswers):
         check_name(self, self.name)
         self._ready(args, kwargs)
         self._announce_params()
+        if self._rows is not None:
+            return self._rows.call(self, args, kwargs)
         packing = self._packing
         latent = packing.complete(self.sample_latent(*args, **kwargs), self._sample_left_out)
         plates, drawn = self._create_plates(*args, **kwargs), {}
@@ -287,18 +294,36 @@ class AutoFlow(FitAnswers):
         return rest
 
     @torch.no_grad()
-    def sample_posterior(self, num_samples: int | Shape = (), resample: bool = False) -> dict[str, Tensor]:
+    def sample_posterior(
+        self,
+        num_samples: int | Shape = (),
+        resample: bool = False,
+        *,
+        sites: Sequence[str] | None = None,
+        rows: Any = None,
+    ) -> dict[str, Tensor]:
         """Independent draws of every latent site, in its constrained space.
 
         :param num_samples: number of draws, or a sample shape.
         :param resample: whether to correct the draws by Pareto-smoothed importance weights, with the model
             and the data that the guide was last materialized or fitted with: four times as many draws are
             scored, and of them these are kept, some more than once.
-        :return: site name -> tensor of shape ``sample shape + site shape``.
+        :param sites: names of the sites that are wanted; None for all.
+        :param rows: indices of rows of a subsampled plate, in whose latents the draws are to be; None for
+            all.  They are drawn in pages as long as the model's, so that a few rows of many cost little.
+        :return: site name -> tensor of shape ``sample shape + site shape``, of a site under a subsampled
+            plate with as many rows as there are, or as are wanted.
         :raises RuntimeError: with ``resample``, if the guide does not know all of its data.
+        :raises ValueError: for unknown sites or rows, or for rows where no plate is subsampled.
         """
         single = isinstance(num_samples, Integral)
         shape: Any = (int(num_samples),) if single else tuple(num_samples)  # type: ignore[arg-type]
+        if self._rows is not None:
+            if resample:
+                raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
+            return self._rows.sample(self, shape, sites, rows)
+        if rows is not None:
+            raise ValueError(f"rows: expected None, as no latent is under a subsampled plate, got {rows!r}")
         if resample:
             if self._data is None:
                 raise RuntimeError(
@@ -311,7 +336,13 @@ class AutoFlow(FitAnswers):
             latent = latent.reshape(*shape, self.latent_dim)
         else:
             latent = self.get_posterior().sample(shape)
-        return self._packing.constrain(latent)
+        drawn = self._packing.constrain(latent)
+        if sites is None:
+            return drawn
+        wanted = [sites] if isinstance(sites, str) else list(sites)
+        if unknown := sorted(set(wanted) - set(drawn)):
+            raise ValueError(f"sites: expected some of {list(drawn)}, got {unknown}")
+        return {site: value for site, value in drawn.items() if site in wanted}
 
     def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
         """Log density of values of all latent sites, in their constrained space.
@@ -320,6 +351,8 @@ class AutoFlow(FitAnswers):
         :return: shape ``S``; -inf outside the support.
         :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
         """
+        if self._rows is not None:
+            return self._rows.log_prob(self, samples)
         like = next(self._flow.parameters(), torch.zeros(()))
         latent, log_det, inside = self._packing.pack(samples, like)
         log_prob = self.get_posterior().log_prob(latent) - log_det
@@ -328,6 +361,8 @@ class AutoFlow(FitAnswers):
     # -- summaries -----------------------------------------------------------------------------
 
     def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
+        if self._rows is not None:
+            return self._rows.quantile(self, probs)
         def split(latent: Tensor) -> dict[str, Tensor]:
             return self._split_points(latent[..., : self.latent_dim])
 

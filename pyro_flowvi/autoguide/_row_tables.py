@@ -1,0 +1,220 @@
+"""The messages of all rows of a subsampled plate, and those of a page of them in a map."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._coupling import Coupling
+from ._fixed import Fixed
+from ._joint_messages import JointMessages
+from ._message_map import MessageMap
+from ._row_layout import Order
+
+__all__ = ["RowTables", "pages_of"]
+
+
+class _Place(NamedTuple):
+    """Where a page's part of a table stands in a map."""
+
+    module: Fixed
+    name: str
+    dim: int
+    order: Order
+
+
+def _places(layer: MessageMap) -> dict[str, _Place]:
+    """The numbers of a page's map that belong to rows, by the names of their tables."""
+    rows, plan = layer.rows, layer.plan
+    assert rows is not None
+    found: dict[str, _Place] = {}
+
+    def enter(prefix: str, module: Fixed, name: str, dim: int, order: Order) -> None:
+        found[f"{prefix}_{name}"] = _Place(module, name, dim, order)
+
+    blocks = [site for block in plan.blocks for site in block]
+    if blocks:
+        order = Order(rows.row_of_numbers(blocks))
+        for name in ("centre", "slope", "log_weight", "unit"):
+            enter("block", layer, name, 0, order)
+        for name in ("slope_by_root", "log_weight_by_root"):
+            enter("block", layer, name, 1, order)
+    for i, (site, joint) in enumerate(zip(plan.joint_sites, layer.joint_messages(), strict=True)):
+        numbers = rows.row_of_numbers([site])
+        each, latents = Order(numbers), Order(numbers[:: joint.width])
+        for name in ("centre", "slope", "factor", "unit"):
+            enter(f"joint_{i}", joint, name, 0, latents)
+        enter(f"joint_{i}", joint, "slope_by_root", 1, each)
+        enter(f"joint_{i}", joint, "log_weight_by_root", 1, latents)
+    for place, coupling in enumerate(layer.all_couplings()):
+        for j in coupling.links:
+            enter(f"coupling_{place}", coupling, f"link_{j}", 0, Order(rows.row_of_numbers(plan.blocks[place])))
+            enter(f"coupling_{place}", coupling, f"unit_{j}", 0, Order(rows.row_of_numbers(plan.blocks[j])))
+        if coupling.links:
+            enter(f"coupling_{place}", coupling, "unit", 0, Order(rows.row_of_numbers(plan.blocks[place])))
+    return found
+
+
+def pages_of(size: int, page: int) -> Iterator[tuple[Tensor, int]]:
+    """Pages of exactly ``page`` rows, the last ones twice if need be; how many of each are new, its last."""
+    for first in range(0, size, page):
+        last = min(first + page, size)
+        yield torch.arange(last - page, last), last - first
+
+
+class RowTables(nn.Module):
+    """The messages of N rows: of each tensor of a page's map that has rows a table with a row for each.
+
+    :param layer: the map of a page; its messages are those that the rows start with, again and again.
+    :param size: N.
+    """
+
+    def __init__(self, layer: MessageMap, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.shapes = layer.shapes
+        """The flows of the rows' noise, which all pages share."""
+        for key, place in _places(layer).items():
+            param = place.module._parameters.get(place.name)
+            if param is not None:
+                page = place.order.by_row(param.detach(), place.dim)
+                again = torch.arange(size) % place.order.num
+                self.register_parameter(key, nn.Parameter(page[again].contiguous()))
+        for name, param in _shared(layer).items():
+            self.register_parameter(name, param)
+        self.fixed: dict[str, Tensor] = {}
+        """The fixed numbers of a frame; empty outside of one."""
+        self.fixed_shared: dict[str, Tensor] = {}
+
+    def table(self, key: str) -> nn.Parameter:
+        """One of the tables, ``(N, *)``."""
+        found: nn.Parameter = getattr(self, key)
+        return found
+
+    # -- a page --------------------------------------------------------------------------------
+
+    @contextmanager
+    def given(self, layer: MessageMap, rows: Tensor) -> Iterator[None]:
+        """A map with the messages of some rows, with gradients that go to the tables."""
+        with gathered(layer, {key: self.table(key)[rows] for key in self._keys(layer)}):
+            self._share(layer)
+            self._fix(layer, rows)
+            yield
+
+    def _keys(self, layer: MessageMap) -> list[str]:
+        return [key for key in _places(layer) if key in self._parameters]
+
+    def _share(self, layer: MessageMap) -> None:
+        """Gives a map what all pages have in common."""
+        layer.shapes = self.shapes
+        for name in _shared(layer):
+            layer._parameters[name] = self.table(name)
+
+    def _fix(self, layer: MessageMap, rows: Tensor) -> None:
+        for key, (module, name, dim, order) in _places(layer).items():
+            known = self.fixed.get(key)
+            put_buffer(module, name, None if known is None else order.as_page(known[rows], dim))
+        for name in SHARED:
+            put_buffer(layer, name, self.fixed_shared.get(name))
+
+    @torch.no_grad()
+    def load(self, layer: MessageMap, rows: Tensor) -> None:
+        """Puts the messages of some rows into a map, whose tensors stay where they are."""
+        self._share(layer)
+        for key, (module, name, dim, order) in _places(layer).items():
+            if key in self._parameters:
+                page = order.as_page(self.table(key)[rows], dim)
+                module._parameters[name].copy_(page)  # type: ignore[union-attr]
+        self._fix(layer, rows)
+
+    @torch.no_grad()
+    def store(self, layer: MessageMap, rows: Tensor, new: int) -> None:
+        """Takes over a map's fixed numbers, of the last ``new`` rows of the page."""
+        for key, (module, name, dim, order) in _places(layer).items():
+            value = module._buffers.get(f"fixed_{name}")
+            if value is None:
+                continue
+            page = order.by_row(value, dim)
+            if key not in self.fixed:
+                self.fixed[key] = page.new_zeros(self.size, *page.shape[1:])
+            self.fixed[key][rows[-new:]] = page[-new:]
+        for name in SHARED:
+            value = layer._buffers.get(f"fixed_{name}")
+            if value is not None:
+                self.fixed_shared[name] = value.clone()
+
+    # -- frames --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def zero(self, layer: MessageMap) -> None:
+        """Makes the tables corrections that do nothing yet."""
+        for key in self._keys(layer):
+            self.table(key).zero_()
+        for name in _shared(layer):
+            self.table(name).zero_()
+
+    @torch.no_grad()
+    def leave_frame(self, layer: MessageMap) -> None:
+        """Makes the tables what they and the fixed numbers are together."""
+        if not self.fixed:
+            return
+        places = {key: place for key, place in _places(layer).items() if key in self._parameters}
+        found = {key: torch.empty_like(self.table(key)) for key in places}
+        shared = {name: param.clone() for name, param in _shared(layer).items()}
+        for rows, _ in pages_of(self.size, layer.rows.num if layer.rows else self.size):
+            for name, value in shared.items():
+                self.table(name).copy_(value)
+            self.load(layer, rows)
+            layer.leave_frame()
+            for key, (module, name, dim, order) in places.items():
+                param = module._parameters[name]
+                assert param is not None
+                found[key][rows] = order.by_row(param, dim)
+        for key, value in found.items():
+            self.table(key).copy_(value)
+        self.fixed, self.fixed_shared = {}, {}
+
+
+SHARED = ("root_loc", "log_root_width")
+"""Of the map's own numbers those that all rows share."""
+
+
+def _shared(layer: MessageMap) -> dict[str, nn.Parameter]:
+    return {name: param for name in SHARED if (param := layer._parameters.get(name)) is not None}
+
+
+def put_buffer(module: Fixed, name: str, value: Tensor | None) -> None:
+    """Sets fixed numbers, in the memory that they have already."""
+    known = module._buffers[f"fixed_{name}"]
+    if known is None or value is None or known.shape != value.shape:
+        module._buffers[f"fixed_{name}"] = None if value is None else value.clone()
+    else:
+        known.copy_(value)
+
+
+@contextmanager
+def gathered(layer: MessageMap, values: dict[str, Tensor]) -> Iterator[None]:
+    """A map with values ``(B, *)`` by row in place of its parameters."""
+    places = _places(layer)
+    for key, value in values.items():
+        module, name, dim, order = places[key]
+        module.__dict__[name] = order.as_page(value, dim)  # found before the parameter of the name
+    try:
+        yield
+    finally:
+        for key in values:
+            del places[key].module.__dict__[places[key].name]
+
+
+def trained_in_frame(layer: MessageMap) -> list[str]:
+    """The tables that are trained while their map is in a frame."""
+    return [
+        key
+        for key, (module, name, *_) in _places(layer).items()
+        if isinstance(module, (Coupling, JointMessages, MessageMap))
+        and name in module._parameters
+        and name != "centre"
+        and not name.endswith("_by_root")
+    ]

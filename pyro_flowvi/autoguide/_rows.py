@@ -1,0 +1,342 @@
+"""What a guide draws where its model has latents under a subsampled plate: messages of rows, by their indices."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._program.log_density import UnconstrainedModel
+from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in
+from .._shapes import broadcast_shapes
+from .._types import Program
+from ._pages import Call, Page, View, rows_that_see_others, same_shapes
+from ._row_tables import RowTables
+from ._summaries import reference_normal, sample_quantiles
+
+__all__ = ["Rows", "find_rows"]
+
+MOST_NUMBERS = 1_000_000
+"""Numbers of all draws of a page at once."""
+QUANTILE_DRAWS = 2048
+
+
+def find_rows(model: Program, call: Call, init: Any) -> tuple[RowPlate, Tensor] | None:
+    """The subsampled plate under which a model has latents, and rows of it; None if there is none.
+
+    :raises ValueError: where no guide can serve it, with the way out.
+    """
+
+    def run() -> tuple[Any, dict[str, bool]]:
+        with noting_plates() as told:
+            return poutine.trace(InitMessenger(init)(model)).get_trace(*call[0], **call[1]), told
+
+    with torch.random.fork_rng(), poutine.block(), torch.no_grad():
+        trace, told = run()
+        plate = find_row_plate(trace, told)
+        if plate is None:
+            return None
+        shown = rows_in(trace, plate)
+        if not plate.given:
+            return plate, shown
+        torch.manual_seed(1)
+        again, _ = run()
+    if torch.equal(shown, rows_in(again, plate)):
+        return plate, shown
+    raise ValueError(
+        f"plate {plate.name!r}: expected the indices of `subsample=` from the model's arguments, got other "
+        "ones at each run, which the guide cannot know; let the plate draw them, with `with pyro.plate("
+        f"{plate.name!r}, {plate.size}, subsample_size={plate.shown}) as rows`"
+    )
+
+
+class Rows:
+    """The rows of a guide's subsampled plate.
+
+    :param plate: the plate.
+    :param by_prior: whether rows are drawn by the model's priors.
+    :param scale: standard deviation that a message alone has at first.
+    """
+
+    def __init__(self, plate: RowPlate, by_prior: bool, scale: float) -> None:
+        self.plate, self._by_prior, self._scale = plate, by_prior, scale
+        self._views: list[View] = []
+        self._leaves: list[list[Any]] = []
+        """The arguments that each view was made with."""
+        self._last: Tensor | None = None
+        """The rows of the last call."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": self._views[:1], "_leaves": [[]]}
+
+    # -- pages ---------------------------------------------------------------------------------
+
+    def forget_views(self) -> None:
+        """Drops what is known of the model at the arguments so far."""
+        self._views, self._leaves = [], []
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Moves the maps to another device or dtype."""
+        for view in self._views:
+            view.layer._apply(fn)
+
+    def set_shaped(self, shaped: bool) -> None:
+        """Whether the rows' noise goes through flows of its own."""
+        for view in self._views:
+            view.layer.shaped = shaped
+
+    def first_view(self) -> View:
+        """That of set-up, by which rows are drawn later."""
+        return self._views[0]
+
+    def view(self, guide: Any, call: Call, rows: Tensor) -> View:
+        """That of pages of so many rows and such arguments, which is made where there is none yet."""
+        leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
+        for known, view in zip(self._leaves, self._views, strict=True):
+            if view.size == len(rows) and (not self.plate.given or same_shapes(known, leaves)):
+                return view
+        made = self._make(guide, call, rows)
+        self._views.append(made)
+        self._leaves.append(leaves)
+        return made
+
+    def _make(self, guide: Any, call: Call, rows: Tensor) -> View:
+        dtype = guide._placement[1] or torch.get_default_dtype()
+        model, plate = guide._require_model(), self.plate
+        page = Page(model, plate, call, rows, dtype, own_data=plate.given)
+        assert page.program is not None
+        density = UnconstrainedModel(page.program, *page.call, guide._init_fn, changing=page.tensors)
+        if density.packing.left_out:
+            site = next(iter(density.packing.left_out))
+            raise ValueError(
+                f"site {site!r}: expected latents that a density touches under the subsampled plate "
+                f"{plate.name!r}, got masked ones; mask the observations alone"
+            )
+        view = View(page, plate, density, self._by_prior, self._scale, guide._placement)
+        if rows_that_see_others(view):
+            raise ValueError(
+                f"plate {plate.name!r}: expected rows that are independent given the latents outside, got "
+                "latents or data that depend on other rows of the plate, which a part of them does not "
+                "show; write the plate without subsampling, or with whole groups as its rows"
+            )
+        return view
+
+    def rows_of(self, guide: Any, call: Call) -> Tensor:
+        """The rows that the model says itself, or those of the last call where it cannot run."""
+        try:
+            with guide._apart():
+                init = InitMessenger(guide._init_fn)(guide._require_model())
+                found = rows_in(poutine.trace(init).get_trace(*call[0], **call[1]), self.plate)
+        except Exception:
+            if self._last is None or call[0] or call[1]:
+                raise
+            return self._last
+        return found
+
+    # -- a call of the guide -------------------------------------------------------------------
+
+    def plates_of(self, guide: Any, args: Any, kwargs: Any) -> Any:
+        """The guide's plates, with the rows that the model shows in this step."""
+        ours = guide.master is None and self.plate.given and guide.create_plates is None
+        if not ours:
+            return guide._create_plates(*args, **kwargs)
+        rows = self.rows_of(guide, (args, kwargs))
+        guide.create_plates = lambda *_, **__: pyro.plate(
+            self.plate.name, self.plate.size, subsample=rows, dim=self.plate.dim
+        )
+        try:
+            return guide._create_plates(*args, **kwargs)
+        finally:
+            guide.create_plates = None
+
+    def call(self, guide: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Draws the latents outside and those of the rows of this step, as sites of Pyro."""
+        plates = self.plates_of(guide, args, kwargs)
+        rows = torch.as_tensor(plates[self.plate.name].indices).long()
+        self._last = rows
+        call: Call = (args, kwargs)
+        if not self.plate.given and self._views and self._views[0].size == len(rows):
+            view = self._views[0]
+        else:
+            view = self.view(guide, call, rows)
+        view.page.turn_to(rows, call)
+        latent = guide.sample_latent(*args, **kwargs)
+        batch = latent.shape[:-1]
+        roots = latent[..., : len(view.root_places)].reshape(math.prod(batch), -1)
+        with self.tables(guide).given(view.layer, rows):
+            x = torch.randn(len(roots), view.packing.dim).to(roots)
+            local = view.draw_rows(roots, x)
+        outside = view.split_roots(roots)
+        drawn = {}
+        mask = poutine.get_mask()
+        for site, known in view.packing.latents.items():
+            free, log_q = local[site] if site in local else (outside[site], None)
+            batch_dim = len(known.shape) - known.fn.event_dim
+            shape = known.free_shape
+            event = [1] * (len(shape) - batch_dim)
+            free = free.reshape(broadcast_shapes(shape, (*batch, *event)))
+            value, log_det = known.constrain(free)
+            density = -log_det
+            if log_q is not None:
+                density = density + log_q.reshape(broadcast_shapes(shape[:batch_dim], batch))
+            with ExitStack() as stack:
+                for frame in guide._cond_indep_stacks[site]:
+                    stack.enter_context(plates[frame.name])
+                density = 0.0 if mask is False else density
+                drawn[site] = pyro.sample(
+                    site, dist.Delta(value, log_density=density, event_dim=known.fn.event_dim)
+                )
+        return drawn
+
+    def tables(self, guide: Any) -> RowTables:
+        """The messages of all rows."""
+        found: RowTables = guide._flow.rows
+        return found
+
+    # -- draws ---------------------------------------------------------------------------------
+
+    def check_rows(self, rows: Any) -> Tensor:
+        """Indices of rows as a tensor, all of them with None.
+
+        :raises ValueError: if they are no whole numbers from 0 to N - 1.
+        """
+        if rows is None:
+            return torch.arange(self.plate.size)
+        found = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
+        whole = not found.is_floating_point() and found.dtype != torch.bool and found.dim() <= 1
+        found = found.long().reshape(-1)
+        if not whole or bool(((found < 0) | (found >= self.plate.size)).any()):
+            raise ValueError(
+                f"rows: expected whole numbers from 0 to {self.plate.size - 1}, the rows of the plate "
+                f"{self.plate.name!r}, got {rows!r}; for rows that the guide has not seen, sample_new_rows"
+            )
+        return found
+
+    def check_sites(self, sites: Sequence[str] | None) -> list[str]:
+        """Names of latent sites, all of them with None.
+
+        :raises ValueError: if one is unknown.
+        """
+        known = list(self.first_view().packing.latents)
+        wanted = known if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        if unknown := sorted(set(wanted) - set(known)):
+            raise ValueError(f"sites: expected some of {known}, got {unknown}")
+        return [site for site in known if site in wanted]
+
+    def parts(self, guide: Any, rows: Tensor) -> Iterator[tuple[View, int, Tensor]]:
+        """Pages of rows with their messages in the view's map; how many of each are wanted, its first."""
+        view, tables = self.first_view(), self.tables(guide)
+        if self.plate.given and view.depends_on_data:
+            raise RuntimeError(
+                f"plate {self.plate.name!r}: the priors of its latents depend on data that come with each "
+                "batch, which are not known here; draw with the batch, `guide(*batch)`"
+            )
+        for some in rows.split(view.size):
+            page = torch.cat([some, some[:1].expand(view.size - len(some))])
+            view.page.turn_to(page)
+            with tables.given(view.layer, page):
+                yield view, len(some), page
+
+    @torch.no_grad()
+    def sample(
+        self,
+        guide: Any,
+        shape: tuple[int, ...],
+        sites: Sequence[str] | None = None,
+        rows: Any = None,
+    ) -> dict[str, Tensor]:
+        """Draws of sites in their constrained spaces, of some rows or all, page by page."""
+        wanted, indices = self.check_sites(sites), self.check_rows(rows)
+        num = math.prod(shape)
+        view = self.first_view()
+        roots = guide.draw_roots(num)
+        values = {site: [value] for site, value in view.constrained_roots(roots).items()}
+        local = [site for site in wanted if site not in values]
+        for page, count, _ in self.parts(guide, indices) if local else ():
+            found: dict[str, list[Tensor]] = {site: [] for site in local}
+            for some in roots.split(max(1, MOST_NUMBERS // page.packing.dim)):
+                drawn = page.draw_rows(some, torch.randn(len(some), page.packing.dim).to(some))
+                for site in local:
+                    found[site].append(page.packing.latents[site].constrain(drawn[site][0])[0])
+            for site in local:
+                whole = torch.cat(found[site])
+                values.setdefault(site, []).append(whole.narrow(1 + page.axis[site], 0, count))
+        return {
+            site: torch.cat(values[site], 1 + view.axis.get(site, -1)).unflatten(0, shape)
+            if shape
+            else torch.cat(values[site], 1 + view.axis.get(site, -1))[0]
+            for site in wanted
+        }
+
+    @torch.no_grad()
+    def quantile(self, guide: Any, probs: Tensor) -> dict[str, Tensor]:
+        """Marginal quantiles of every site, of all rows, ``probs.shape + site shape``."""
+        view = self.first_view()
+        roots = guide.draw_roots(QUANTILE_DRAWS, fixed=True)
+        probs = probs.to(roots)
+
+        def bijection(site: str) -> Any:
+            return view.packing.latents[site].bijection
+
+        found = {
+            site: [value] for site, value in sample_quantiles(view.split_roots(roots), probs, bijection).items()
+        }
+        x = reference_normal(QUANTILE_DRAWS, view.packing.dim).to(roots)
+        for page, count, _ in self.parts(guide, torch.arange(self.plate.size)):
+            points = {site: free for site, (free, _) in page.draw_rows(roots, x).items()}
+            for site, value in sample_quantiles(points, probs, bijection).items():
+                part = value.narrow(probs.dim() + page.axis[site], 0, count)
+                found.setdefault(site, []).append(part)
+        return {
+            site: torch.cat(found[site], probs.dim() + view.axis.get(site, -1)) if site in view.axis else value[0]
+            for site, value in ((site, found[site]) for site in view.packing.latents)
+        }
+
+    def log_prob(self, guide: Any, samples: Mapping[str, Tensor]) -> Tensor:
+        """Log density of values of all sites, of all rows, shape ``S``; -inf outside the support.
+
+        :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
+        """
+        view, like = self.first_view(), next(guide._flow.parameters())
+        for site in view.axis:
+            value, latent = samples.get(site), view.packing.latents[site]
+            axis = view.axis[site] - len(latent.shape)
+            if value is not None and (value.dim() < -axis or value.shape[axis] != self.plate.size):
+                shape = list(latent.shape)
+                shape[axis] = self.plate.size
+                raise ValueError(
+                    f"samples[{site!r}]: expected shape (*, {', '.join(map(str, shape))}), got "
+                    f"{tuple(value.shape)}"
+                )
+        total: Any = 0.0
+        inside: Any = True
+        for page, count, rows in self.parts(guide, torch.arange(self.plate.size)):
+            shown = {
+                site: value.index_select(page.axis[site] - len(page.packing.latents[site].shape), rows)
+                if site in page.axis
+                else value
+                for site, value in samples.items()
+            }
+            z, _, valid = page.packing.pack(shown, like)
+            flat = z.reshape(-1, z.shape[-1])
+            values, densities = page.packing.split(flat), page.log_q_of_rows(flat)
+            for site in densities:
+                densities[site] = densities[site] - page.packing.latents[site].constrain(values[site])[1]
+            total = total + page.by_row(densities)[:, :count].sum(-1).reshape(z.shape[:-1])
+            inside = inside & valid
+            outside = z
+        roots = outside[..., view.root_places]
+        free = view.split_roots(roots.reshape(-1, roots.shape[-1]))
+        for site, value in free.items():
+            log_det = view.packing.latents[site].constrain(value)[1].reshape(len(value), -1).sum(-1)
+            total = total - log_det.reshape(roots.shape[:-1])
+        if len(view.root_places):
+            total = total + guide.get_posterior().log_prob(roots)
+        return torch.where(inside, total, -torch.inf)
