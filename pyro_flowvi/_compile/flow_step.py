@@ -4,7 +4,7 @@ Draws with their score, the model's graph at the draws, the flow's path gradient
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,25 +25,45 @@ __all__ = ["FlowStep"]
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 """How far the graph's results may be from the modules', relative to their norm."""
 PERTURBATION = 1e-2
+LOG_2_PI = math.log(2.0 * math.pi)
 _ADAM = Rule()
 
 
+Weights = Callable[[], Tensor | None]
+"""How much the density of each number of the noise counts, ``(D,)``; None for all alike."""
+
+
+def _alike() -> None:
+    """The weights of numbers that count alike."""
+
+
+def _log_prob_and_score(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The log density of noise, and its gradient."""
+    if weights is None:
+        return standard_normal_log_prob(x), -x
+    return -0.5 * ((x.square() + LOG_2_PI) * weights).sum(-1), -x * weights
+
+
 def _draw_and_pull_back(
-    transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor
+    transform: Any, params: Sequence[Tensor], weights: Weights, x: Tensor, slope: Tensor
 ) -> tuple[Tensor, ...]:
     """Images of noise, their log densities and scores, and the gradient of ``(slope * z).sum()``."""
-    flow = pass_through(transform, x, -x)
-    log_q = standard_normal_log_prob(x) - flow.log_det
+    log_prob, score = _log_prob_and_score(x, weights())
+    flow = pass_through(transform, x, score)
+    log_q = log_prob - flow.log_det
     grads = flow.pull(slope)[1]
     return flow.image, log_q, flow.score, flatten(grads.get(p, torch.zeros_like(p)) for p in params)
 
 
-def _by_autograd(transform: Any, params: Sequence[Tensor], x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+def _by_autograd(
+    transform: Any, params: Sequence[Tensor], weights: Weights, x: Tensor, slope: Tensor
+) -> tuple[Tensor, ...]:
     """The same as the modules have it."""
+    log_prob, score = _log_prob_and_score(x, weights())
     with torch.enable_grad():
         rows = x.detach().requires_grad_()
-        z, log_det, score = forward_with_score(transform, rows, -rows.detach())
-        log_q = standard_normal_log_prob(x) - log_det
+        z, log_det, score = forward_with_score(transform, rows, score)
+        log_q = log_prob - log_det
         grads = vector_jacobian([z], [slope], params)
     known = (torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
     return z.detach(), log_q.detach(), score.detach(), flatten(known)
@@ -60,13 +80,22 @@ class FlowStep:
     :param density: the model, whose width is the number of particles.
     :param limits: two norms: a gradient above the first is scaled down to it, one above the second, or not
         finite, moves nothing.
+    :param changing: tensors that flow and model reach whose numbers are replaced in place between steps.
+    :param noise_weights: how much the density of each number of the noise counts.
     :raises CannotCompile: if the flow does what a graph cannot hold, or the graph differs from it.
     """
 
     def __init__(
-        self, transform: Any, params: list[Tensor], density: TracedDensity, limits: Tensor | None = None
+        self,
+        transform: Any,
+        params: list[Tensor],
+        density: TracedDensity,
+        limits: Tensor | None = None,
+        changing: Sequence[Tensor] = (),
+        noise_weights: Weights = _alike,
     ) -> None:
         self._transform, self.params, self._density = transform, params, density
+        self._changing, self._weights = list(changing), noise_weights
         self._limits = torch.full((2,), math.inf, dtype=torch.float64) if limits is None else limits
         self._homes = [param.data for param in params]
         self._values = flatten(params).detach().clone()
@@ -108,12 +137,12 @@ class FlowStep:
         x, slope = torch.randn(**self._noise), torch.randn(**self._noise)
 
         def run(x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
-            return _draw_and_pull_back(self._transform, self.params, x, slope)
+            return _draw_and_pull_back(self._transform, self.params, self._weights, x, slope)
 
-        graph = trace(run, self.params, [x, slope])
+        graph = trace(run, [*self.params, *self._changing], [x, slope])
         if graph.pinned_args:
             raise CannotCompile("what the flow does depends on the values of its noise")
-        static = [*(p.detach() for p in self.params), *graph.constants]
+        static = [*(p.detach() for p in self.params), *self._changing, *graph.constants]
         nodes, held = without_repetition(graph.graph, static, [x, slope], frozen=len(graph.constants))
         _call_between(nodes, len(static), self._weigh)
         self.size = sum(node.op == "call_function" for node in nodes.nodes)
@@ -147,9 +176,9 @@ class FlowStep:
             self._values += PERTURBATION * (1.0 + kept.abs()) * torch.randn_like(kept)
             try:
                 found = self._run(x)[0].clone()
-                z, log_q, score, _ = _by_autograd(self._transform, self.params, x, torch.zeros_like(x))
+                z, log_q, score, _ = _by_autograd(self._transform, self.params, self._weights, x, 0.0 * x)
                 slope = self._weigh(z, log_q, score)
-                expected = _by_autograd(self._transform, self.params, x, slope)[-1]
+                expected = _by_autograd(self._transform, self.params, self._weights, x, slope)[-1]
             finally:
                 self._values.copy_(kept)
         finite = expected.isfinite()
@@ -168,9 +197,12 @@ class FlowStep:
             return StepStats(math.nan, self._dropped, norm)
         if math.isfinite(self._loss) and norm <= skip:
             self.count += 1
-            grad = grad.mul_(clip / norm) if norm > clip else grad
-            self._values += _ADAM.change(grad, *self.moments, self.count, lr)
+            self._move(grad.mul_(clip / norm) if norm > clip else grad, lr)
         return StepStats(self._loss, self._dropped, norm)
+
+    def _move(self, grad: Tensor, lr: float) -> None:
+        """Changes the values by a gradient."""
+        self._values += _ADAM.change(grad, *self.moments, self.count, lr)
 
 
 def _call_between(nodes: fx.Graph, num_static: int, weigh: Any) -> None:

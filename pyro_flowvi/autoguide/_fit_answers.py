@@ -1,6 +1,6 @@
 """What fit asks of a guide whose posterior is a flow: where it starts, and in which frame it is trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -222,6 +222,10 @@ class FitAnswers(StructuredGuide):
         layer = self._map
         if layer is not None:
             layer.leave_frame()
+
+    def sweep(self, calls: Sequence[Any]) -> Any:
+        """Passes over rows, of which the guide has none."""
+        return None
 
     @torch.no_grad()
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ..init.sparse_laplace import Elimination
 from ._given_roots import GivenRoots, LaplaceMessages
 from ._message_map import MessageMap
 
-__all__ = ["place_messages"]
+__all__ = ["Starter", "place_messages"]
 
 NEWTON_STEPS, RENEWED_STEPS = 12, 4
 """Newton steps from a start that is far, and from one that is near."""
@@ -38,7 +38,7 @@ EXACT = 0.02
 """Standard deviation of log weights of latents given the roots, nats, below which these are Gaussian."""
 
 
-class _Starter:
+class Starter:
     """The search for the roots, with messages that are renewed where they are.
 
     :param layer: the map, whose fixed numbers are set.
@@ -221,7 +221,7 @@ def place_messages(layer: MessageMap, density: TracedDensity) -> tuple[Tensor, T
     :return: location of the roots, ``(R,)``, and lower factor of their covariance; None where the latents'
         Hessian has no pattern that can be used, or is singular.
     """
-    starter = _Starter(layer, density)
+    starter = Starter(layer, density)
     if not starter.given.usable:
         return None
     z = starter.start.clone()

@@ -1,5 +1,6 @@
 """Pages of rows of a subsampled plate: each a plain model, with a map of its own from noise to its latents."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from ._message_map import MessageMap
 from ._message_plan import MessagePlan, joined
 from ._row_layout import RowLayout
 
-__all__ = ["Call", "Page", "View"]
+__all__ = ["Call", "Page", "View", "padded", "rows_that_see_others", "same_shapes"]
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword arguments of a model."""
@@ -229,7 +230,7 @@ class View:
         return joined([values[site] for site in self.structure.roots])
 
 
-LOG_2_PI = 1.8378770664093453
+LOG_2_PI = math.log(2.0 * math.pi)
 
 
 def _weigh(
@@ -255,6 +256,18 @@ def rows_that_see_others(view: View) -> bool:
         page.weights.copy_(kept)
     parts = density.packing.split(gradient[0])
     return any(bool(parts[site][~seen[rows.row_of[site]]].abs().max() > 0) for site in rows.sites)
+
+
+def padded(call: Call, count: int, size: int) -> Call:
+    """The arguments of ``count`` rows as those of more: tensors with one entry for each repeat their first."""
+
+    def longer(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count:
+            return leaf
+        return torch.cat([leaf, leaf[:1].expand(size - count, *leaf.shape[1:])])
+
+    args, kwargs = pytree.tree_map(longer, (tuple(call[0]), dict(call[1])))
+    return args, kwargs
 
 
 def same_shapes(one: Sequence[Any], other: Sequence[Any]) -> bool:

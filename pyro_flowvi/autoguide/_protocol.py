@@ -1,6 +1,6 @@
 """What fit and the diagnostics ask of a guide, so that they need not know its class."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,6 +83,9 @@ class FitGuide(Protocol):
     def pushforward(self, model: Program) -> Any:
         """The map from standard normal noise to the latents of ``model``; None if it is no such guide."""
 
+    def sweep(self, calls: Sequence[Any]) -> Any:
+        """Passes over the rows of a subsampled plate, in the model's arguments; None without latents there."""
+
 
 class _PyroGuide:
     """The answers for a guide that knows of none of this: Pyro's own, a list of guides, a function."""
@@ -127,6 +130,9 @@ class _PyroGuide:
         return None
 
     def pushforward(self, model: Program) -> Any:
+        return None
+
+    def sweep(self, calls: Sequence[Any]) -> Any:
         return None
 
 

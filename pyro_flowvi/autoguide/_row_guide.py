@@ -1,22 +1,27 @@
 """Guides that serve latents under a subsampled plate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
+import torch
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 
 from .._checks import check_dtype
 from .._types import AffineKind, InitFn, Program, StructureKind
 from ..transforms import Compose
-from ._affine import FramedAffine, frame_of, leave_frame
+from ._affine import FramedAffine, enter_frame, frame_of, leave_frame, set_affine
 from ._fit_answers import FitAnswers
 from ._message_map import MessageMap
+from ._on_roots import OnRoots
+from ._pages import Call, View
 from ._protocol import FitOptions, Frame
+from ._row_start import place_rows
 from ._row_tables import RowTables
 from ._rows import Rows, find_rows
 from ._structured import GuideStructure
 from ._summaries import reference_normal
+from ._sweep import Sweep
 
 __all__ = ["RowGuide"]
 
@@ -143,6 +148,14 @@ class RowGuide(FitAnswers):
             drawn = self.get_posterior().sample((num,))
         return drawn
 
+    def draw_roots_and_log_prob(self, num: int) -> tuple[Tensor, Tensor]:
+        """Draws of the same, and their log densities, ``(num,)``."""
+        if not self.latent_dim:
+            roots = self.draw_roots(num)
+            return roots, roots.new_zeros(num)
+        drawn: tuple[Tensor, Tensor] = self.get_posterior().rsample_and_log_prob((num,))
+        return drawn
+
     # -- what fit asks -------------------------------------------------------------------------
 
     def can_move(self) -> bool:
@@ -151,8 +164,7 @@ class RowGuide(FitAnswers):
     def fit_options(self) -> FitOptions:
         if self._rows is None:
             return super().fit_options()
-        options = FitOptions(settings={"flow": repr(self._flow)}, num_particles=PARTICLES, lr=RATE)
-        return options
+        return FitOptions(lr=RATE, num_particles=PARTICLES, settings={"flow": repr(self._flow)})
 
     def frame(self) -> Frame | None:
         if self._rows is None:
@@ -181,3 +193,39 @@ class RowGuide(FitAnswers):
         if self.affine is not None:
             leave_frame(self.affine)
         self._rows.tables(self).leave_frame(self._rows.first_view().layer)
+
+    def sweep(self, calls: Sequence[Call]) -> Sweep | None:
+        """Passes over all rows of data; None where there are none."""
+        return None if self._rows is None else Sweep(self, self._rows, calls)
+
+    def start_rows(self, sweep: Sweep, width: int) -> str | None:
+        """Moves roots and rows to where they start, into a frame; None if no such place was found.
+
+        :param width: points of the model at once.
+        """
+        tables, layer = sweep.tables, sweep.rows.first_view().layer
+        kept = {name: param.detach().clone() for name, param in tables.named_parameters()}
+        tables.zero(layer)
+        found = place_rows(sweep, width)
+        if found is None:
+            tables.fixed, tables.fixed_shared = {}, {}
+            with torch.no_grad():
+                for name, param in tables.named_parameters():
+                    param.copy_(kept[name])
+            return None
+        if self.affine is not None and not enter_frame(self.affine, *found):
+            set_affine(self.affine, *found)
+        return "program"
+
+    def page_flow(self, view: View) -> Compose:
+        """The map from noise to all latents of a page."""
+        dim, places = view.packing.dim, view.root_places
+        on_roots = [OnRoots(part, places, dim) for part in self._flow] if self.latent_dim else []
+        return Compose([*on_roots, view.layer], dim=dim)
+
+    def params_of_page(self, view: View) -> list[Tensor]:
+        """What is trained of that map but the messages of rows."""
+        own = [p for part in self._flow for p in part.parameters()] if self.latent_dim else []
+        if view.layer.shaped:
+            own += list(view.layer.shapes.parameters())
+        return [param for param in own if param.requires_grad]

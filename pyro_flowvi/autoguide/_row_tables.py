@@ -1,5 +1,6 @@
 """The messages of all rows of a subsampled plate, and those of a page of them in a map."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from ._message_map import MessageMap
 from ._row_layout import Order
 
 __all__ = ["RowTables", "pages_of"]
+
+NOTHING = 1e-6
+"""Root of the weight of a message that says nothing."""
 
 
 class _Place(NamedTuple):
@@ -130,8 +134,9 @@ class RowTables(nn.Module):
         self._fix(layer, rows)
 
     @torch.no_grad()
-    def store(self, layer: MessageMap, rows: Tensor, new: int) -> None:
-        """Takes over a map's fixed numbers, of the last ``new`` rows of the page."""
+    def store(self, layer: MessageMap, rows: Tensor, fresh: Tensor) -> None:
+        """Takes over a map's fixed numbers, of those rows of the page that are ``fresh``."""
+        kept = fresh.bool()
         for key, (module, name, dim, order) in _places(layer).items():
             value = module._buffers.get(f"fixed_{name}")
             if value is None:
@@ -139,11 +144,29 @@ class RowTables(nn.Module):
             page = order.by_row(value, dim)
             if key not in self.fixed:
                 self.fixed[key] = page.new_zeros(self.size, *page.shape[1:])
-            self.fixed[key][rows[-new:]] = page[-new:]
+            self.fixed[key][rows[kept]] = page[kept]
         for name in SHARED:
             value = layer._buffers.get(f"fixed_{name}")
             if value is not None:
                 self.fixed_shared[name] = value.clone()
+
+    @torch.no_grad()
+    def know_nothing_of_others(self, layer: MessageMap, rows: Tensor) -> None:
+        """Gives all other rows messages that say nothing, at the mean of the centres of some."""
+        others = torch.ones(self.size, dtype=torch.bool)
+        others[rows] = False
+        for key, (_, name, *_) in _places(layer).items():
+            known = self.fixed.get(key)
+            if known is None:
+                continue
+            if name == "centre":
+                known[others] = known[rows].mean(0)
+            elif name == "factor":
+                known[others] = NOTHING * torch.eye(known.shape[-1]).to(known)
+            elif name == "log_weight":
+                known[others] = 2.0 * math.log(NOTHING)
+            elif not name.startswith("unit"):
+                known[others] = 0.0
 
     # -- frames --------------------------------------------------------------------------------
 
@@ -206,6 +229,26 @@ def gathered(layer: MessageMap, values: dict[str, Tensor]) -> Iterator[None]:
     finally:
         for key in values:
             del places[key].module.__dict__[places[key].name]
+
+
+def moving_param(layer: MessageMap, key: str) -> nn.Parameter:
+    """A page's part of a table, in its map."""
+    module, name, *_ = _places(layer)[key]
+    found = module._parameters[name]
+    assert found is not None
+    return found
+
+
+def order_of(layer: MessageMap, key: str) -> tuple[int, Order]:
+    """Along which dimension of :func:`moving_param` rows stand, and how."""
+    place = _places(layer)[key]
+    return place.dim, place.order
+
+
+def fixed_of_rows(layer: MessageMap) -> list[Tensor]:
+    """The fixed numbers of a page in its map."""
+    found = (module._buffers.get(f"fixed_{name}") for module, name, *_ in _places(layer).values())
+    return [value for value in found if value is not None]
 
 
 def trained_in_frame(layer: MessageMap) -> list[str]:

@@ -107,6 +107,11 @@ class Rows:
         self._leaves.append(leaves)
         return made
 
+    def fits(self, call: Call) -> bool:
+        """Whether the view of set-up can show a batch."""
+        leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
+        return same_shapes(self._leaves[0], leaves)
+
     def _make(self, guide: Any, call: Call, rows: Tensor) -> View:
         dtype = guide._placement[1] or torch.get_default_dtype()
         model, plate = guide._require_model(), self.plate

@@ -114,6 +114,8 @@ class AutoCIF(AutoFlow):
     lower_bound: ClassVar[bool] = True
     covers_modes: ClassVar[bool] = True
 
+    serves_rows: ClassVar[bool] = False
+
     def __init__(
         self,
         model: Program,

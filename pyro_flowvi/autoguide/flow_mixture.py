@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pyro
 import torch
@@ -110,6 +110,8 @@ class AutoFlowMixture(AutoFlow):
         >>> guide.weights.tolist(), guide.sample_posterior(100)["x"].sign().sum().abs() < 2
         ([0.5, 0.5], tensor(True))
     """
+
+    serves_rows: ClassVar[bool] = False
 
     def __init__(
         self,

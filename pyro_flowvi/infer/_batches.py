@@ -81,3 +81,11 @@ class Supply:
         if call is None:
             raise ValueError("batches: expected at least one batch, got none")
         return call
+
+    def epoch(self) -> list[Call]:
+        """The arguments of one pass over the data, as far as that can be told; nothing is used up."""
+        if self.batches is None or callable(self.batches) or iter(self.batches) is self.batches:
+            return [self.first()]
+        with torch.random.fork_rng():
+            torch.set_rng_state(self.start)
+            return [as_call_with(self.kwargs, batch) for batch in self.batches]

@@ -27,14 +27,19 @@ from .._program.log_weights import LogWeights
 from .._program.scoring import Scoring
 from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, as_fit_guide
+from ..autoguide._sweep import Sweep
 from ..init import Effort
 from ..objectives._choice import as_objective, objective_for
 from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
 from ._fit_bar import Bar
-from ._flow_steps import FlowWeights, objects_in, steady_graph
+from ._flow_steps import FlowSteps, FlowWeights, objects_in, steady_graph
 from ._guarded_optim import GuardedOptim
 from ._result import FitResult
+from ._row_steps import CHECKS as ROW_CHECKS
+from ._row_steps import COMPARISON_DRAWS as ROW_DRAWS
+from ._row_steps import NUM_STEPS as ROW_STEPS
+from ._row_steps import RowStep, RowSteps, RowWeights, row_sweep
 from ._run_state import Run
 from ._start import locate
 from ._training_loop import TOLERANCE, TOLERANCE_EACH, TrainingLoop
@@ -182,14 +187,18 @@ def _recorded(
     return steady_graph(density, particles, [model, *objects_in(pair.args, pair.kwargs)])
 
 
-def _step(graph: TracedDensity | None, answers: FitGuide, run: Run) -> FlowStep | None:
-    """The step of a flow in the place where it is now."""
+def _steps(
+    graph: TracedDensity | None, sweep: Sweep | None, answers: FitGuide, run: Run, width: int
+) -> FlowSteps | None:
+    """The steps of a flow in the place where it is now."""
+    if sweep is not None:
+        return RowSteps(RowStep(sweep, width, run.optim.limits))
     if graph is None:
         return None
     flow = answers.pushforward(run.model)
     params = [param for param in flow.parameters() if param.requires_grad]
     try:
-        return FlowStep(flow, params, graph, run.optim.limits) if params else None
+        return FlowSteps(FlowStep(flow, params, graph, run.optim.limits)) if params else None
     except CannotCompile:
         return None
 
@@ -359,17 +368,29 @@ def fit(
             judge = LogWeights(model, guide, *held_out, nesting)
         graph = _recorded({**options, "num_steps": num_steps}, pair, answers, density)
         together = pair.vectorized or graph is not None
+        sweep = row_sweep(options, pair, answers, supply, num_particles or default.num_particles)
+        if sweep is not None:
+            together = True
+            if options["num_steps"] is None:
+                num_steps = ROW_STEPS
+                bar.expect(num_steps)
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)
         rate = default.lr if lr is None else float(lr)
-        ranked = validation is not None or (loss is None and not changing and not pair.structure.subsampled)
+        ranked = sweep is not None or validation is not None or (loss is None and not changing and not pair.structure.subsampled)
         adam = PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim
-        weights = judge if graph is None else FlowWeights(pair, answers, graph)
+        weights: Any = judge if graph is None else FlowWeights(pair, answers, graph)
+        if sweep is not None:
+            weights = RowWeights(pair, sweep, particles)
         run = _new_run(pair, weights, objective, adam, ranked, held_out is not None)
         may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
         own_rate = rate if optim is None else None
         nats = tolerance or default.tolerance or _default_tolerance(pair)
+        if sweep is not None:
+            run.comparison_draws = ROW_DRAWS
         loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar, nats)
+        if sweep is not None:
+            loop.every = max(1, num_steps // ROW_CHECKS)
         saved = save = None
         if file is not None:
             settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
@@ -379,9 +400,12 @@ def fit(
             with _threads_for(pair.structure.largest * particles):
                 if saved is None:
                     _move(loop, pair, answers, density)
+                    if sweep is not None:
+                        loop.bar.tell(f"passes over {sweep.size} rows")
+                        loop.start = sweep.guide.start_rows(sweep, particles)
                 else:
                     answers.set_frame(saved["frame"])
-                loop.prepare(_step(graph, answers, run))
+                loop.prepare(_steps(graph, sweep, answers, run, particles))
                 if saved is not None:
                     restore(loop, saved)
                 stop_reason = loop.train(save, CHECKPOINT_SECONDS)

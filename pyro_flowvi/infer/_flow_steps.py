@@ -105,6 +105,11 @@ class FlowSteps:
         self.rate = math.nan
         """The learning rate of the next steps."""
 
+    @property
+    def compared(self) -> list[Tensor]:
+        """The parameters by which states differ that are compared and averaged."""
+        return self._step.params
+
     def resume(self, mode: Mode | None) -> None:
         """Goes on from a checkpoint.
 

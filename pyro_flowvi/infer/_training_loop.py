@@ -11,7 +11,6 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from .._compile.flow_step import FlowStep
 from .._compile.stepper import Stepper
 from .._program.feasible import is_refusal
 from .._program.log_density import REFUSALS
@@ -131,14 +130,14 @@ class TrainingLoop:
     def _round_end(self) -> int:
         return self.progress.round_start + self.rounds[self.progress.round]
 
-    def prepare(self, step: FlowStep | None = None) -> None:
+    def prepare(self, steps: FlowSteps | None = None) -> None:
         """Keeps the start as the first candidate.
 
-        :param step: takes the steps, in place of Pyro.
+        :param steps: takes the steps, in place of Pyro.
         """
-        if step is not None:
-            self.stepper = FlowSteps(step)
-        self.run.keep_start(None if step is None else step.params)
+        if steps is not None:
+            self.stepper = steps
+        self.run.keep_start(None if steps is None else steps.compared)
         self.progress.round_elbo = -self.run.best_loss
 
     # -- steps --------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""Where a guide of rows starts: the roots by full passes over the rows, the messages at their modes."""
+
+import torch
+from torch import Tensor
+
+from ..init.gaussians import normal_noise
+from ._message_start import ARRIVED, NODES, RENEWED_STEPS, Starter, place_messages
+from ._row_tables import RowTables
+from ._sweep import Sweep
+
+__all__ = ["place_rows"]
+
+ROUNDS = 4
+"""Full passes in which the messages are renewed."""
+NEWTON_STEPS = 4
+"""Newton steps of the roots in each, at most."""
+FIRST_STEPS = 12
+"""Newton steps of rows from where their priors are."""
+FAR = 6.0
+"""Standard deviations that a root may move in a step."""
+MANY_ROWS = 100_000
+"""Rows from which one draw of each tells as much as several of fewer."""
+
+
+class _Paged:
+    """The search for the roots over all pages.
+
+    :param sweep: the pages.
+    :param width: points of the model at once.
+    """
+
+    def __init__(self, sweep: Sweep, width: int) -> None:
+        self.sweep, self.width = sweep, width
+        self.num = max(1, min(NODES, MANY_ROWS // max(1, sweep.size)))
+        self._starters: dict[int, Starter] = {}
+
+    def starter(self, view: object) -> Starter:
+        """The search for messages in the pages of a view."""
+        known = self._starters.get(id(view))
+        if known is None:
+            known = self._starters[id(view)] = Starter(view.layer, view.graph(self.width))  # type: ignore[attr-defined]
+        return known
+
+    def renew(self, u: Tensor, sds: Tensor, steps: int) -> bool:
+        """Messages of all rows at roots, and how they move with these; False where one has none."""
+        tables = self.sweep.tables
+        for view, rows, fresh in self.sweep.pages(weighted=False):
+            starter = self.starter(view)
+            z = starter.follow(u.unsqueeze(0))
+            modes, factors = starter.given.newton(z, steps)
+            if factors[0] is None:
+                return False
+            starter.put(modes[0], factors[0], sds)
+            tables.store(view.layer, rows, fresh)
+        return True
+
+    def locate(self, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
+        """The mode of the roots, a lower factor of their covariance, and how far they moved, in sds.
+
+        By Newton's method on the total over all rows, with differences of its slope.
+        """
+        start = u
+        for _ in range(NEWTON_STEPS):
+            eye = torch.cat([torch.zeros_like(scale[:1]), scale.mT, -scale.mT])
+            slopes = self.sweep.total(u + 0.1 * eye, self.width, seed=11, num=self.num)[1] @ scale
+            num = len(u)
+            hessian = (slopes[1 + num :] - slopes[1 : 1 + num]) / 0.2
+            hessian = 0.5 * (hessian + hessian.mT).nan_to_num(0.0, 0.0, 0.0)
+            values, vectors = torch.linalg.eigh(hessian)
+            spread = vectors * values.clamp(min=0.05).rsqrt()
+            move = spread @ (spread.mT @ slopes[0].nan_to_num(0.0, 0.0, 0.0))
+            inside = (spread.mT @ slopes[0]).norm()
+            move = move * min(1.0, FAR / max(float(inside), 1e-12))
+            u = u + scale @ move
+            scale = scale @ torch.linalg.cholesky(spread @ spread.mT)
+            if float(inside) < ARRIVED:
+                break
+        moved = torch.linalg.solve_triangular(scale, (u - start).unsqueeze(-1), upper=False)
+        return u, scale, float(moved.abs().max()) if len(u) else 0.0
+
+    def is_gaussian(self, u: Tensor) -> bool:
+        """Whether the latents of rows are what their messages say, as with conjugate priors."""
+        shown = self.sweep.first()
+        starter = self.starter(shown.view)
+        z = starter.follow(u.unsqueeze(0))[0]
+        return starter.is_gaussian(z, normal_noise(NODES, len(z), z, seed=1))
+
+
+@torch.no_grad()
+def place_rows(sweep: Sweep, width: int) -> tuple[Tensor, Tensor] | None:
+    """Gives all rows the messages to start with, and says where the roots are.
+
+    :param sweep: the pages.
+    :param width: points of the model at once.
+    :return: location of the roots, ``(R,)``, and lower factor of their covariance; None where the model
+        cannot be recorded, or the latents have no modes that can be found.
+    """
+    tables: RowTables = sweep.tables
+    if not all(view.graph(width).holds for view in sweep.views()):
+        return None
+    shown = sweep.first()
+    view = shown.view
+    found = place_messages(view.layer, view.graph(width))
+    if found is None:
+        return None
+    u, scale = found
+    tables.store(view.layer, shown.rows, shown.fresh)
+    if sweep.num_pages == 1:
+        return u, scale
+    tables.know_nothing_of_others(view.layer, shown.rows)
+    paged = _Paged(sweep, width)
+    share = (len(shown.rows) / sweep.size) ** 0.5
+    sds = scale.norm(dim=-1)
+    for step in range(ROUNDS):
+        if not paged.renew(u, sds, RENEWED_STEPS if step else FIRST_STEPS):
+            return None
+        u, scale, moved = paged.locate(u, scale if step else share * scale)
+        sds = scale.norm(dim=-1)
+        if step and moved < EXACT_ENOUGH:
+            break
+    if not paged.renew(u, sds, RENEWED_STEPS):
+        return None
+    for each in sweep.views():
+        each.layer.shaped = True
+    if paged.is_gaussian(u):
+        for each in sweep.views():
+            each.layer.leave_shapes_out()
+    return u, scale
+
+
+EXACT_ENOUGH = 0.3
+"""Standard deviations of a root within which messages that move with the roots need not be renewed."""

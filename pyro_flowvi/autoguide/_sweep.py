@@ -1,0 +1,150 @@
+"""Passes over all rows of a subsampled plate, page by page, and what is summed over them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..init.gaussians import normal_noise
+from ._pages import Call, View, padded
+from ._row_tables import RowTables, pages_of
+from ._rows import Rows
+
+__all__ = ["Shown", "Sweep"]
+
+PAGE_NUMBERS = 20_000
+"""Latents of a page, where it may be longer than the model's own."""
+
+
+class Shown(NamedTuple):
+    """A page that a view shows."""
+
+    view: View
+    rows: Tensor
+    fresh: Tensor
+    """Which of them the pass has not shown before, 1 or 0, ``(B,)``."""
+
+
+class Sweep:
+    """All rows, in pages: longer ones than the model's where it lets the guide choose rows.
+
+    :param guide: a guide that is set up.
+    :param rows: its rows.
+    :param calls: the model's arguments: one, or those of an epoch of batches.
+    """
+
+    def __init__(self, guide: Any, rows: Rows, calls: Sequence[Call]) -> None:
+        self.guide, self.rows, self.calls = guide, rows, calls
+        self.size = rows.plate.size
+        self._pages: list[tuple[View, Tensor, Tensor, Call]] = []
+        if rows.plate.given:
+            self._by_batch()
+        else:
+            self._by_choice()
+
+    def _by_choice(self) -> None:
+        call, own = self.calls[0], self.rows.first_view()
+        local = (own.packing.dim - len(own.root_places)) // own.size
+        length = min(self.size, max(own.size, PAGE_NUMBERS // max(1, local)))
+        view = own
+        if length > own.size:
+            try:
+                view = self.rows.view(self.guide, call, torch.arange(length))
+            except (ValueError, RuntimeError, IndexError):  # a model that is written for its own length
+                pass
+        for page, new in pages_of(self.size, view.size):
+            fresh = torch.zeros_like(view.page.weights)
+            fresh[-new:] = 1.0
+            self._pages.append((view, page, fresh, call))
+
+    def _by_batch(self) -> None:
+        seen, view = torch.zeros(self.size, dtype=torch.bool), self.rows.first_view()
+        for call in self.calls:
+            page, call, real = self.filled(call)
+            fresh = (~seen[page] & real).to(view.page.weights)
+            seen[page] = True
+            self._pages.append((view, page, fresh, call))
+        self.size = int(seen.sum())
+
+    def filled(self, call: Call) -> tuple[Tensor, Call, Tensor]:
+        """The rows of a batch, filled up to the length of a page; its arguments so; which rows are real.
+
+        :raises ValueError: if the batch is longer, or of another form.
+        """
+        page, view = self.rows.rows_of(self.guide, call), self.rows.first_view()
+        count, real = len(page), torch.arange(view.size) < len(page)
+        if count < view.size:
+            call = padded(call, count, view.size)
+            page = torch.cat([page, page[:1].expand(view.size - count)])
+        if not self.rows.fits(call):
+            raise ValueError(
+                "batches: expected as many rows in each as in the first, or fewer, and data of the same "
+                f"form, got {count} after {view.size}"
+            )
+        return page, call, real
+
+    @property
+    def tables(self) -> RowTables:
+        """The messages of all rows."""
+        return self.rows.tables(self.guide)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._pages)
+
+    def views(self) -> list[View]:
+        """The views of the pages, each once."""
+        return list({id(view): view for view, *_ in self._pages}.values())
+
+    def first(self) -> Shown:
+        """The first page, alone."""
+        return next(self.pages(weighted=False))
+
+    def pages(self, weighted: bool) -> Iterator[Shown]:
+        """All pages, each with its messages in the map, until the next one.
+
+        :param weighted: whether rows that the pass has shown before count nothing.
+        """
+        for view, page, fresh, call in self._pages:
+            view.page.turn_to(page, call, fresh if weighted else 1.0)
+            self.tables.load(view.layer, page)
+            yield Shown(view, page, fresh)
+
+    def nothing(self) -> View:
+        """The first page with rows that count nothing: what the latents outside have of their own."""
+        view, page, fresh, call = self._pages[0]
+        view.page.turn_to(page, call, 0.0 * fresh)
+        return view
+
+    # -- sums ----------------------------------------------------------------------------------
+
+    def total(self, roots: Tensor, width: int, seed: int, num: int = 1) -> tuple[Tensor, Tensor]:
+        """Mean over draws of the rows' latents of log p(roots, z, data) - log q(z | roots), and its slope.
+
+        :param roots: ``(P, R)``.
+        :param width: points at once.
+        :param seed: of the draws, which are the same for all points.
+        :param num: draws.
+        """
+        points = roots.repeat_interleave(num, 0)
+        value, slope = _pull_back(self.nothing(), points, None, width)
+        outside = value, slope
+        for i, (view, *_) in enumerate(self.pages(weighted=True)):
+            noise = normal_noise(num, view.packing.dim, points, seed=seed + i).repeat(len(roots), 1)
+            more = _pull_back(view, points, noise, width)
+            value = value + more[0] - outside[0]
+            slope = slope + more[1] - outside[1]
+        return value.reshape(len(roots), num).mean(1), slope.reshape(len(roots), num, -1).mean(1)
+
+
+def _pull_back(view: View, roots: Tensor, noise: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+    """log p + log |det| of a page's latents of given noise, and the gradient by the roots."""
+    graph = view.graph(width)
+    with torch.enable_grad():
+        at = roots.detach().requires_grad_()
+        x = at.new_zeros(len(at), view.packing.dim) if noise is None else noise
+        z, log_det = view.layer.forward_and_log_det(view.with_roots(at, x))
+        value, gradient = graph(z.detach())
+        (slope,) = torch.autograd.grad((z * gradient).sum() + log_det.sum(), at)
+    return value + log_det.detach(), slope
