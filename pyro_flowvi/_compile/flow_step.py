@@ -148,9 +148,13 @@ class FlowStep:
         self.size = sum(node.op == "call_function" for node in nodes.nodes)
         return as_function(nodes, static, held)
 
+    def _model_at(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's log densities of draws, and their gradients."""
+        return self._density.exactly(z) if self._density.holds else self._density(z)
+
     def _weigh(self, z: Tensor, log_q: Tensor, score: Tensor) -> Tensor:
         """The model at draws: keeps loss and number of dropped draws; the slope of the loss at each."""
-        value, gradient = self._density.exactly(z) if self._density.holds else self._density(z)
+        value, gradient = self._model_at(z)
         weights = value - log_q
         slope = (score - gradient).mul_(1.0 / len(z))
         loss = -weights.mean().item()

@@ -11,7 +11,7 @@ from ._pages import Call, View, padded
 from ._row_tables import RowTables, pages_of
 from ._rows import Rows
 
-__all__ = ["Shown", "Sweep"]
+__all__ = ["Shown", "Sweep", "pull_back"]
 
 PAGE_NUMBERS = 20_000
 """Latents of a page, where it may be longer than the model's own."""
@@ -128,17 +128,17 @@ class Sweep:
         :param num: draws.
         """
         points = roots.repeat_interleave(num, 0)
-        value, slope = _pull_back(self.nothing(), points, None, width)
+        value, slope = pull_back(self.nothing(), points, None, width)
         outside = value, slope
         for i, (view, *_) in enumerate(self.pages(weighted=True)):
             noise = normal_noise(num, view.packing.dim, points, seed=seed + i).repeat(len(roots), 1)
-            more = _pull_back(view, points, noise, width)
+            more = pull_back(view, points, noise, width)
             value = value + more[0] - outside[0]
             slope = slope + more[1] - outside[1]
         return value.reshape(len(roots), num).mean(1), slope.reshape(len(roots), num, -1).mean(1)
 
 
-def _pull_back(view: View, roots: Tensor, noise: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+def pull_back(view: View, roots: Tensor, noise: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """log p + log |det| of a page's latents of given noise, and the gradient by the roots."""
     graph = view.graph(width)
     with torch.enable_grad():

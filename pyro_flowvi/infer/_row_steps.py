@@ -13,7 +13,8 @@ from .._compile.step import StepStats
 from .._program.log_weights import LogWeights
 from ..autoguide._pages import Call
 from ..autoguide._row_tables import fixed_of_rows, moving_param, order_of, trained_in_frame
-from ..autoguide._sweep import Sweep
+from ..autoguide._sweep import Sweep, pull_back
+from ..init.gaussians import normal_noise
 from ..autoguide._protocol import FitGuide
 from ._batches import Supply
 from ._flow_steps import FlowSteps
@@ -22,6 +23,8 @@ __all__ = ["RowStep", "RowSteps", "RowWeights", "row_sweep"]
 
 NUM_STEPS, CHECKS = 500, 4
 """Steps of a fit by default, which only correct what the start missed; full passes on the way."""
+CONTROL_DRAWS = 8
+"""Draws of a page's rows on which its slope at the start is taken."""
 COMPARISON_DRAWS = 32
 """Draws of all rows on which states are compared."""
 
@@ -91,6 +94,11 @@ class RowStep(FlowStep):
     Rows move by an Adam of their own that knows how often each was drawn; one that is not drawn does not
     move.
 
+    Where the plate draws its rows, they are dealt into pages once, and an epoch shows these in a shuffled
+    order.  The slope of a page at the roots' start, less the mean of all pages, is then a control variate: a
+    page alone locates the roots to the root of N / B of their standard deviations, and it takes most of that
+    noise away (Johnson and Zhang 2013, at one point).
+
     :param sweep: the pages.
     :param width: draws a step.
     :param limits: as of :class:`FlowStep`.
@@ -100,14 +108,17 @@ class RowStep(FlowStep):
         self._sweep, self._rows = sweep, sweep.rows
         self._view = view = self._rows.first_view()
         self._tables, layer = sweep.tables, view.layer
-        self._turn(view.page.rows.clone(), None)
+        self._turn(view.page.rows.clone(), None, 1.0)
+        self._shown, self._real, self._weight = view.page.rows, slice(None), view.page.weights
         self._keys = [key for key in trained_in_frame(layer) if key in dict(self._tables.named_parameters())]
         self._own = [moving_param(layer, key) for key in self._keys]
         self._orders = [order_of(layer, key) for key in self._keys]
         self._first = [torch.zeros_like(self._tables.table(key)) for key in self._keys]
         self._second = [torch.zeros_like(self._tables.table(key)) for key in self._keys]
         self._drawn = torch.zeros(self._tables.size, dtype=torch.long)
-        self._epoch, self._position = torch.zeros(0, dtype=torch.long), 0
+        self._page: Tensor | None = None
+        self._pages = [] if self._rows.plate.given else self._deal()
+        self._order, self._position = torch.zeros(0, dtype=torch.long), 0
         self.shared: list[Tensor] = sweep.guide.params_of_page(view)
         """What is compared and averaged: all that is trained but the rows."""
         self._count_shared = sum(param.numel() for param in self.shared)
@@ -121,30 +132,63 @@ class RowStep(FlowStep):
             [*view.page.tensors, *fixed_of_rows(layer)],
             lambda: rows.noise_weights(view.packing),
         )
+        self._centre, self._control = self._slopes(width)
 
-    def _turn(self, rows: Tensor, call: Call | None, real: Tensor | None = None) -> None:
-        size = self._rows.plate.size
-        weights: float | Tensor = size / len(rows)
-        if real is not None and not bool(real.all()):
-            weights = torch.where(real, size / float(real.sum()), 0.0)
+    def _deal(self) -> list[tuple[Tensor, Tensor]]:
+        """Pages of rows, and how much each row counts there: those that fill the last page count half."""
+        size, count = self._rows.plate.size, self._view.size
+        with torch.random.fork_rng():
+            torch.manual_seed(size)
+            order = torch.randperm(size)
+        num = -(-size // count)
+        extra = num * count - size
+        dealt = torch.cat([order, order[:extra]])
+        weights = self._view.page.weights.new_full((num * count,), float(num))
+        if extra:
+            weights[:extra] = weights[-extra:] = 0.5 * num
+        return list(zip(dealt.split(count), weights.split(count), strict=True))
+
+    def _slopes(self, width: int) -> tuple[Tensor, Tensor]:
+        """Where the roots are, and of each page what its slope there lacks to the mean of all."""
+        centre = self._sweep.guide.draw_roots(64, fixed=True).mean(0)
+        if not len(centre) or not self._pages:
+            return centre, centre.new_zeros(0, len(centre))
+        view, found = self._view, []
+        noise = normal_noise(CONTROL_DRAWS, view.packing.dim, centre, seed=3)
+        points = centre.expand(CONTROL_DRAWS, -1)
+        for rows, weights in self._pages:
+            self._turn(rows, None, weights)
+            found.append(pull_back(view, points, noise, width)[1].mean(0))
+        slopes = torch.stack(found)
+        return centre, slopes.mean(0) - slopes
+
+    def _model_at(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = super()._model_at(z)
+        if self._page is None:
+            return value, gradient
+        lacking, places = self._control[self._page], self._view.root_places
+        value = value + (z[:, places] - self._centre) @ lacking
+        return value, gradient.index_add(1, places, lacking.expand(len(z), -1))
+
+    def _turn(self, rows: Tensor, call: Call | None, weights: float | Tensor) -> None:
         self._view.page.turn_to(rows, call, weights)
         self._tables.load(self._view.layer, rows)
 
     def turn(self, args: Any, kwargs: Any) -> None:
-        """Shows the rows of the next step: those of a batch, or the next ones of a shuffled epoch."""
-        if self._rows.plate.given:
-            page, call, real = self._sweep.filled((args, kwargs))
-            self._turn(page, call, real)
-            self._shown = page[real]
-            self._real = real
+        """Shows the rows of the next step: those of a batch, or the next page of a shuffled epoch."""
+        if self._pages:
+            if self._position == len(self._order):
+                self._order, self._position = torch.randperm(len(self._pages)), 0
+            self._page = self._order[self._position]
+            self._position += 1
+            page, weights = self._pages[self._page]
+            self._turn(page, None, weights)
+            self._shown, self._real, self._weight = page, slice(None), weights
             return
-        size, count = self._rows.plate.size, self._view.size
-        if self._position + count > len(self._epoch):
-            self._epoch, self._position = torch.randperm(size), 0
-        self._shown = self._epoch[self._position : self._position + count]
-        self._real = torch.ones(count, dtype=torch.bool)
-        self._position += count
-        self._turn(self._shown, None)
+        page, call, real = self._sweep.filled((args, kwargs))
+        each = self._rows.plate.size / int(real.sum())
+        self._turn(page, call, torch.where(real, each, 0.0).to(self._view.page.weights))
+        self._shown, self._real, self._weight = page[real], real, self._view.page.weights[real]
 
     def _move(self, grad: Tensor, lr: float) -> None:
         shared, *own = grad.split([self._count_shared, *(param.numel() for param in self._own)])
@@ -155,11 +199,12 @@ class RowStep(FlowStep):
         self._values[self._count_shared :] = kept
         rows, real = self._shown, self._real
         self._drawn[rows] += 1
-        weight = self._rows.plate.size / len(rows)
         for i, (key, part, param) in enumerate(zip(self._keys, own, self._own, strict=True)):
             dim, order = self._orders[i]
-            slope = order.by_row(part.view(param.shape), dim)[real] / weight
-            times = self._drawn[rows].to(slope).reshape(-1, *[1] * (slope.dim() - 1))
+            slope = order.by_row(part.view(param.shape), dim)[real]
+            one_each = (-1, *[1] * (slope.dim() - 1))
+            slope = slope / self._weight.to(slope).reshape(one_each)
+            times = self._drawn[rows].to(slope).reshape(one_each)
             first = self._first[i][rows].lerp_(slope, 1.0 - BETAS[0])
             second = self._second[i][rows].lerp_(slope.square(), 1.0 - BETAS[1])
             self._first[i][rows], self._second[i][rows] = first, second
@@ -180,7 +225,7 @@ class RowStep(FlowStep):
             "first": self._first,
             "second": self._second,
             "drawn": self._drawn,
-            "epoch": self._epoch,
+            "order": self._order,
             "position": self._position,
         }
 
@@ -192,7 +237,7 @@ class RowStep(FlowStep):
         for own, saved in zip((*self._first, *self._second), (*state["first"], *state["second"]), strict=True):
             own.copy_(saved)
         self._drawn.copy_(state["drawn"])
-        self._epoch, self._position = state["epoch"], state["position"]
+        self._order, self._position = state["order"], state["position"]
 
 
 class RowSteps(FlowSteps):
