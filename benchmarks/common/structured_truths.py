@@ -41,12 +41,14 @@ class Marginal:
     :param names: of the coordinates of u, each as :class:`Problem` names the roots.
     :param given: from points u, ``(n, D)``.
     :param width: of the grid, in standard deviations of the Gaussian at the mode.
+    :param num_weighted: draws in place of a grid.
     """
 
     names: tuple[str, ...]
     given: Callable[[Tensor], Given]
     width: float = 8.0
     start: float = 0.0
+    num_weighted: int = NUM_WEIGHTED
 
     def mode(self) -> tuple[Tensor, Tensor]:
         """And a Cholesky factor of the covariance there."""
@@ -75,7 +77,7 @@ class Marginal:
             log_volumes = (log_det + dim * math.log(SPACING)).expand(len(steps))
             return mode + steps @ factor.T, log_volumes, steps.abs().amax(-1) >= self.width
         rng = np.random.default_rng(0)
-        for size in (NUM_WEIGHTED // 10, NUM_WEIGHTED // 5, NUM_WEIGHTED):
+        for size in (self.num_weighted // 10, self.num_weighted // 5, self.num_weighted):
             normal, chi2 = rng.standard_normal((size, dim)), rng.chisquare(FREEDOM, (size, 1))
             steps = torch.from_numpy(normal * np.sqrt(FREEDOM / chi2))
             kernel = -0.5 * (FREEDOM + dim) * (steps.square().sum(-1) / FREEDOM).log1p()
@@ -83,7 +85,7 @@ class Marginal:
             log_det = factor.diagonal().log().sum()
             log_density = kernel + constant - 0.5 * dim * math.log(FREEDOM * math.pi) - log_det
             points, log_volumes = mode + steps @ factor.T, -log_density - math.log(size)
-            if size < NUM_WEIGHTED:
+            if size < self.num_weighted:
                 # Scales near 0 have long tails, which the curvature at the mode does not see.
                 with torch.no_grad():
                     log_joint = torch.cat([self.given(u)[0] for u in points.split(CHUNK)])

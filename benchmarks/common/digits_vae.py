@@ -1,0 +1,58 @@
+"""A VAE as in Pyro's tutorial: a decoder in the model, an encoder, and the guide that is written by hand.
+
+https://pyro.ai/examples/vae.html, with one hidden layer of softplus units on either side, a diagonal normal
+posterior and Adam at 1e-3.  The digits are scikit-learn's, 8 x 8 pixels, or the 10,000 test images of MNIST
+in a folder, of which a seed makes parts of 8,000, 1,000 and 1,000.  Pixels are binarised once.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_flowvi.datasets import digits, read_idx
+from pyro_flowvi.models import binarize
+
+RATE, BATCH = 1e-3, 100
+SIZES = {"digits": (8, 128), "MNIST": (50, 400)}
+"""Latents and hidden units."""
+MNIST_SPLIT = (8000, 9000)
+
+
+def images(name: str, folder: Path | None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images of zeros and ones, by rows, to train with and to test with."""
+    if name == "digits":
+        train, _, test = (torch.from_numpy(part.images / 16).float().flatten(1) for part in digits())
+    else:
+        if folder is None:
+            raise ValueError("expected --data to name a folder with MNIST's test images, got nothing")
+        means = torch.from_numpy(read_idx(folder / "t10k-images-idx3-ubyte.gz") / 255.0).float().flatten(1)
+        order = np.random.default_rng(seed).permutation(len(means))
+        train, _, test = (means[rows] for rows in np.split(order, MNIST_SPLIT))
+    return binarize(train, 12345), binarize(test, 54321)
+
+
+class VAE(nn.Module):
+    """The tutorial's networks; ``encoder`` gives the loc and the logarithm of the scale."""
+
+    def __init__(self, pixels: int, latents: int, hidden: int) -> None:
+        super().__init__()
+        self.latents = latents
+        self.encoder = nn.Sequential(nn.Linear(pixels, hidden), nn.Softplus(), nn.Linear(hidden, 2 * latents))
+        self.decoder = nn.Sequential(nn.Linear(latents, hidden), nn.Softplus(), nn.Linear(hidden, pixels))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            zero = x.new_zeros(self.latents)
+            z = pyro.sample("z", dist.Normal(zero, 1.0 + zero).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
