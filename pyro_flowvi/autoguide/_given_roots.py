@@ -67,7 +67,10 @@ class GivenRoots:
         self._rank = torch.zeros(density.density.dim, dtype=torch.long)
         self._rank[self.inner] = torch.arange(len(self.inner))
         near = normal_noise(1, density.density.dim, start, seed=5)[0]
-        self._hessian = SparseHessian(self._products, start + 0.1 * near, self.inner, list(sizes.values()))
+        rows = None if layer.rows is None else layer.rows.row_of_numbers(sites).numpy()
+        self._hessian = SparseHessian(
+            self._products, start + 0.1 * near, self.inner, list(sizes.values()), rows
+        )
 
     @property
     def usable(self) -> bool:
@@ -199,8 +202,7 @@ class GivenRoots:
         num, width = places.shape
         loc, scale = given.loc[0].reshape(num, width), given.scale[0].reshape(num, width, width)
         prior = torch.cholesky_inverse(scale)
-        starts = self._rank[places[:, 0].clamp(min=0)]
-        blocks = np.stack([factor.block(int(start), width) for start in starts])
+        blocks = factor.blocks(self._rank[places[:, 0].clamp(min=0)].numpy(), width)
         added = torch.from_numpy(blocks).to(z) - prior
         values, vectors = torch.linalg.eigh(0.5 * (added + added.mT))
         least = LEAST_SHARE * prior.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)

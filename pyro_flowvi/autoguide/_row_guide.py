@@ -67,6 +67,8 @@ class RowGuide(FitAnswers):
         rows = Rows(plate, self._structure_kind is not None, self._init_scale)
         try:
             view = rows.view(self, (args, kwargs), shown)
+            if plate.given:
+                rows.find_place((args, kwargs), shown)
             AutoContinuous._setup_prototype(self, *args, **kwargs)
             if self.master is None:
                 rows.plates_of(self, args, kwargs)
@@ -225,7 +227,10 @@ class RowGuide(FitAnswers):
 
     def params_of_page(self, view: View) -> list[Tensor]:
         """What is trained of that map but the messages of rows."""
-        own = [p for part in self._flow for p in part.parameters()] if self.latent_dim else []
-        if view.layer.shaped:
-            own += list(view.layer.shapes.parameters())
+        shapes = list(view.layer.shapes.parameters()) if view.layer.shaped else []
+        return [*self.params_of_roots(), *(param for param in shapes if param.requires_grad)]
+
+    def params_of_roots(self) -> list[Tensor]:
+        """What is trained of the flow of the latents outside of the plate."""
+        own = [param for part in self._flow for param in part.parameters()] if self.latent_dim else []
         return [param for param in own if param.requires_grad]

@@ -70,6 +70,8 @@ class Rows:
         self._views: list[View] = []
         self._leaves: list[list[Any]] = []
         """The arguments that each view was made with."""
+        self._place: int | None = None
+        """Which of the arguments' leaves is the rows, if one is."""
         self._last: Tensor | None = None
         """The rows of the last call."""
 
@@ -133,8 +135,39 @@ class Rows:
             )
         return view
 
+    def chooses(self, call: Call) -> bool:
+        """Whether all rows can be shown, of any order: the arguments tell which, and hold the data of all."""
+        if not self.plate.given:
+            return True
+        if self._place is None:
+            return False
+        leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
+        others = (leaf for i, leaf in enumerate(leaves) if i != self._place)
+        return all(not isinstance(leaf, Tensor) or self.plate.shown not in leaf.shape[:1] for leaf in others)
+
+    def call_with(self, call: Call, rows: Tensor) -> Call:
+        """The arguments that tell other rows."""
+        if not self.plate.given or self._place is None:
+            return call
+        leaves, spec = pytree.tree_flatten((tuple(call[0]), dict(call[1])))
+        leaves[self._place] = rows.to(leaves[self._place])
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return args, kwargs
+
+    def find_place(self, call: Call, rows: Tensor) -> None:
+        """Finds the argument that is the rows."""
+        for i, leaf in enumerate(pytree.tree_leaves((tuple(call[0]), dict(call[1])))):
+            if isinstance(leaf, Tensor) and leaf.shape == rows.shape and torch.equal(leaf.long(), rows):
+                self._place = i
+                return
+
     def rows_of(self, guide: Any, call: Call) -> Tensor:
         """The rows that the model says itself, or those of the last call where it cannot run."""
+        if self._place is not None:
+            leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
+            if len(leaves) > self._place and isinstance(leaves[self._place], Tensor):
+                told: Tensor = leaves[self._place].long()
+                return told
         try:
             with guide._apart():
                 init = InitMessenger(guide._init_fn)(guide._require_model())

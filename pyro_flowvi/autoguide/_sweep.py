@@ -13,7 +13,9 @@ from ._rows import Rows
 
 __all__ = ["Shown", "Sweep", "pull_back"]
 
-PAGE_NUMBERS = 20_000
+FIRST_NUMBERS = 500
+"""Latents of a page from which the search for the roots can begin."""
+PAGE_NUMBERS = 10_000
 """Latents of a page, where it may be longer than the model's own."""
 
 
@@ -38,10 +40,10 @@ class Sweep:
         self.guide, self.rows, self.calls = guide, rows, calls
         self.size = rows.plate.size
         self._pages: list[tuple[View, Tensor, Tensor, Call]] = []
-        if rows.plate.given:
-            self._by_batch()
-        else:
+        if rows.chooses(calls[0]):
             self._by_choice()
+        else:
+            self._by_batch()
 
     def _by_choice(self) -> None:
         call, own = self.calls[0], self.rows.first_view()
@@ -50,13 +52,14 @@ class Sweep:
         view = own
         if length > own.size:
             try:
-                view = self.rows.view(self.guide, call, torch.arange(length))
+                rows = torch.arange(length)
+                view = self.rows.view(self.guide, self.rows.call_with(call, rows), rows)
             except (ValueError, RuntimeError, IndexError):  # a model that is written for its own length
                 pass
         for page, new in pages_of(self.size, view.size):
             fresh = torch.zeros_like(view.page.weights)
             fresh[-new:] = 1.0
-            self._pages.append((view, page, fresh, call))
+            self._pages.append((view, page, fresh, self.rows.call_with(call, page)))
 
     def _by_batch(self) -> None:
         seen, view = torch.zeros(self.size, dtype=torch.bool), self.rows.first_view()
@@ -98,8 +101,15 @@ class Sweep:
         return list({id(view): view for view, *_ in self._pages}.values())
 
     def first(self) -> Shown:
-        """The first page, alone."""
-        return next(self.pages(weighted=False))
+        """The only page, or one that is long enough to begin with."""
+        own = self.rows.first_view()
+        count = own.packing.dim - len(own.root_places)
+        if self.num_pages == 1 or count < FIRST_NUMBERS or not self.rows.chooses(self.calls[0]):
+            return next(self.pages(weighted=False))
+        rows = torch.arange(own.size)
+        own.page.turn_to(rows, self.rows.call_with(self.calls[0], rows))
+        self.tables.load(own.layer, rows)
+        return Shown(own, rows, torch.ones_like(own.page.weights))
 
     def pages(self, weighted: bool) -> Iterator[Shown]:
         """All pages, each with its messages in the map, until the next one.

@@ -23,6 +23,8 @@ __all__ = ["RowStep", "RowSteps", "RowWeights", "row_sweep"]
 
 NUM_STEPS, CHECKS = 500, 4
 """Steps of a fit by default, which only correct what the start missed; full passes on the way."""
+WITHOUT_CONTROL = 0.3
+"""Factor on the rate of the roots where no control variate takes the minibatches' noise away."""
 CONTROL_DRAWS = 8
 """Draws of a page's rows on which its slope at the start is taken."""
 COMPARISON_DRAWS = 32
@@ -122,6 +124,7 @@ class RowStep(FlowStep):
         self.shared: list[Tensor] = sweep.guide.params_of_page(view)
         """What is compared and averaged: all that is trained but the rows."""
         self._count_shared = sum(param.numel() for param in self.shared)
+        self._count_roots = sum(param.numel() for param in sweep.guide.params_of_roots())
         rows = layer.rows
         assert rows is not None
         super().__init__(
@@ -195,7 +198,11 @@ class RowStep(FlowStep):
         kept = self._values[self._count_shared :].clone()
         moved = torch.zeros_like(grad)
         moved[: self._count_shared] = shared
+        roots = self._values[: self._count_roots]
+        before = roots.clone()
         super()._move(moved, lr)
+        if not self._pages:  # each minibatch pulls them to a place of its own
+            roots.lerp_(before, 1.0 - WITHOUT_CONTROL)
         self._values[self._count_shared :] = kept
         rows, real = self._shown, self._real
         self._drawn[rows] += 1

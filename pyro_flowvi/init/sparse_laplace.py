@@ -72,6 +72,24 @@ class Elimination:
         inner: Array = (lower * pivots[::-1]) @ lower.T
         return inner[::-1, ::-1]
 
+    def blocks(self, starts: NDArray[np.int64], width: int) -> Array:
+        """The same of many places, ``(N, K, K)``."""
+        pivots = self.pivots[starts[:, None] + np.arange(width)]
+        if self.lower is None:
+            return pivots[:, :, None] * np.eye(width)
+        own = np.full(len(self.pivots), -1)
+        own[(starts[:, None] + np.arange(width)).ravel()] = np.repeat(np.arange(len(starts)), width)
+        entries = self.lower.tocoo()
+        later, earlier = (len(self.pivots) - 1 - each for each in (entries.col, entries.row))
+        inside = (own[later] >= 0) & (own[later] == own[earlier])
+        later, earlier, values = later[inside], earlier[inside], entries.data[inside]
+        place = own[later]
+        # Rows are the latents, columns those that are eliminated, later ones first.
+        lower = np.zeros((len(starts), width, width))
+        lower[place, earlier - starts[place], later - starts[place]] = values
+        found: Array = (lower * pivots[:, None, :]) @ lower.transpose(0, 2, 1)
+        return found
+
     def between(self, start: int, width: int, earlier: int, count: int, dense: bool) -> Array:
         """Entries of neighbouring latents with others before them, once all after them are eliminated.
 
@@ -103,6 +121,8 @@ class SparseHessian:
     :param point: where the pattern is looked for, ``(D,)``.
     :param places: the M coordinates, in the order in which later ones are eliminated first.
     :param sizes: of the sites that they belong to.
+    :param rows: where each belongs to one of many independent rows of equal lengths, to which; one product
+        for each number of a row then gives all entries.
 
     Example::
 
@@ -115,13 +135,20 @@ class SparseHessian:
     """
 
     def __init__(
-        self, products: HessianProducts, point: Tensor, places: Tensor, sizes: Sequence[int]
+        self,
+        products: HessianProducts,
+        point: Tensor,
+        places: Tensor,
+        sizes: Sequence[int],
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         self._products, self.places = products, places
         self.size, self._dim = len(places), len(point)
         self.usable = True
         """Whether the pattern is one that can be used."""
-        if self.size <= MAX_PROBED:
+        if rows is not None:
+            self._by_row(point, rows)
+        elif self.size <= MAX_PROBED:
             columns = self._columns(point, [np.array([i]) for i in range(self.size)])
             size = np.sqrt(np.abs(np.diag(columns)) + 1e-300)
             pattern = np.abs(columns) > LEAST * np.outer(size, size)
@@ -162,6 +189,24 @@ class SparseHessian:
             for column in group:
                 rows = pattern[:, column] if hubs[column] else pattern[:, column] & ~hubs
                 self._owner[rows, place] = column
+
+    def _by_row(self, point: Tensor, rows: NDArray[np.int64]) -> None:
+        """The same of rows that are independent of each other."""
+        order = np.argsort(rows, kind="stable")
+        numbers = order.reshape(rows.max(initial=0) + 1, -1)  # of each row, in order
+        self.groups = list(numbers.T)
+        if len(self.groups) > MAX_PROBED:
+            self.usable = False
+            return
+        columns = self._columns(point, self.groups)
+        within = np.empty_like(rows)
+        within[order] = np.tile(np.arange(numbers.shape[1]), len(numbers))
+        size = np.sqrt(np.abs(columns[np.arange(self.size), within]) + 1e-300)
+        sizes = np.stack([size[numbers[rows, w]] for w in range(numbers.shape[1])], 1)
+        coupled = np.abs(columns) > LEAST * size[:, None] * sizes
+        pattern = np.stack([coupled[members].any(0) for members in self.groups])
+        pattern |= pattern.T | np.eye(len(pattern), dtype=bool)
+        self._owner = np.where(pattern[within], numbers[rows], -1)
 
     def _by_site(self, point: Tensor, sizes: list[int]) -> None:
         """The same with every large site as a group, and every number of a small one.
