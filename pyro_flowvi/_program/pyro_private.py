@@ -66,7 +66,7 @@ def drop_stored(full_name: str) -> None:
 
 @contextmanager
 def subsampling_replaced(name: str, rows: Tensor | None) -> Iterator[None]:
-    """Within it a plate consists of ``rows`` alone, or of those that its ``subsample=`` says.
+    """Within it a plate consists of ``rows`` alone, or of those that its ``subsample=`` says, if it has one.
 
     A handler cannot do this: a plate holds what handlers answer against the size that it was written with.
     """
@@ -75,7 +75,7 @@ def subsampling_replaced(name: str, rows: Tensor | None) -> Iterator[None]:
     def replaced(
         plate: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any
     ) -> Any:
-        if plate != name:
+        if plate != name or (rows is None and subsample is None):
             return own(plate, size, subsample_size, subsample, *rest)
         shown = subsample if rows is None else rows
         return len(shown), len(shown), shown

@@ -31,6 +31,13 @@ class RowPlate:
     dim: int
     given: bool
     """Whether the model says which rows it shows, with ``subsample=``; else they are drawn at each run."""
+    known: bool = True
+    """Whether it is known which of all rows a run shows; else they are those of the data that it is given."""
+
+    @property
+    def data_change(self) -> bool:
+        """Whether a run's arguments have the rows, or their data."""
+        return self.given or not self.known
 
     def holds(self, stack: tuple[CondIndepStackFrame, ...]) -> bool:
         """Whether a site with these plates has something for each row."""

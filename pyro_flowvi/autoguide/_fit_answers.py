@@ -223,7 +223,7 @@ class FitAnswers(StructuredGuide):
         if layer is not None:
             layer.leave_frame()
 
-    def sweep(self, calls: Sequence[Any]) -> Any:
+    def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
         """Passes over rows, of which the guide has none."""
         return None
 

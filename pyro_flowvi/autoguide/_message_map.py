@@ -54,6 +54,7 @@ class MessageMap(BlockMessages, FlowTransform):
     :param scale: standard deviation that a message alone has at first.
     :param rows: the rows that all but the roots belong to, and whose log-determinants have weights; None
         without any.
+    :param follow: whether messages may move with the roots.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MessageMap(BlockMessages, FlowTransform):
         priors: PriorGraph,
         scale: float,
         rows: RowLayout | None = None,
+        follow: bool = True,
     ) -> None:
         FlowTransform.__init__(self, packing.dim)
         self.register_fixed()
@@ -70,7 +72,7 @@ class MessageMap(BlockMessages, FlowTransform):
         self.rows = rows
         num_roots = plan.count(structure.roots)
         if rows is not None:
-            following = num_roots if num_roots <= MOST_ROOTS_OF_ROWS else 0
+            following = num_roots if follow and num_roots <= MOST_ROOTS_OF_ROWS else 0
         else:
             following = num_roots if num_roots * plan.num_messages <= MOST_BY_ROOT else 0
         self._add_messages(plan.block_sizes, following, scale)

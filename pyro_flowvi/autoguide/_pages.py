@@ -32,21 +32,20 @@ class Page:
 
     :param model: the model.
     :param plate: the plate whose rows these are.
-    :param call: the model's arguments.  Where they tell the rows, or are the rows' data, their tensors are
-        replaced as well.
+    :param call: the model's arguments.  Where these differ from page to page, their tensors are replaced as
+        well.
     :param rows: ``(B,)``.
     :param dtype: of the rows' weights.
-    :param own_data: whether the arguments differ from page to page.
     """
 
     def __init__(
-        self, model: Program, plate: RowPlate, call: Call, rows: Tensor, dtype: torch.dtype, own_data: bool
+        self, model: Program, plate: RowPlate, call: Call, rows: Tensor, dtype: torch.dtype
     ) -> None:
         self.rows = rows.clone()
         self.weights = torch.ones(len(rows), dtype=dtype, device=rows.device)
         """By which the densities of each row are multiplied."""
         leaves, spec = pytree.tree_flatten((tuple(call[0]), dict(call[1])))
-        self._seen = list(leaves)
+        self._seen, own_data = list(leaves), plate.data_change
         self._leaves = [
             leaf.detach().clone() if own_data and isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
@@ -89,6 +88,7 @@ class View:
     :param density: of the page's latents, roots included.
     :param by_prior: whether the latents of rows are drawn by the model's priors.
     :param scale: standard deviation that a message alone has at first.
+    :param follow: whether messages may move with the roots.
     :param placement: device and dtype of the map, where they are not the model's.
     """
 
@@ -99,6 +99,7 @@ class View:
         density: UnconstrainedModel,
         by_prior: bool,
         scale: float,
+        follow: bool,
         placement: tuple[torch.device | None, torch.dtype | None],
     ) -> None:
         self.page = page
@@ -122,7 +123,7 @@ class View:
         self.structure = LatentStructure(roots, messages, free)
         self.priors: PriorGraph = priors
         layout = RowLayout(self.packing, plate, local, page.weights)
-        layer = MessageMap(self.packing, self.structure, priors, scale, layout)
+        layer = MessageMap(self.packing, self.structure, priors, scale, layout, follow)
         device, dtype = placement
         self.layer = layer.to(device=device or density.start.device, dtype=dtype or density.start.dtype)
         """The map from noise to the latents."""

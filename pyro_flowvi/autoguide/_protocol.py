@@ -83,8 +83,11 @@ class FitGuide(Protocol):
     def pushforward(self, model: Program) -> Any:
         """The map from standard normal noise to the latents of ``model``; None if it is no such guide."""
 
-    def sweep(self, calls: Sequence[Any]) -> Any:
-        """Passes over the rows of a subsampled plate, in the model's arguments; None without latents there."""
+    def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
+        """Passes over the rows of a subsampled plate; None without latents there.
+
+        :param epoch: from how many batches there are at most to the model's arguments in one pass.
+        """
 
 
 class _PyroGuide:
@@ -132,7 +135,7 @@ class _PyroGuide:
     def pushforward(self, model: Program) -> Any:
         return None
 
-    def sweep(self, calls: Sequence[Any]) -> Any:
+    def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
         return None
 
 

@@ -97,6 +97,8 @@ class PrototypeGuide(NamedGuide):
                 clear()
                 return model(*args, **kwargs)
 
+            if self._wants_rows and self._serve_rows(run, args, kwargs):
+                return
             try:
                 trace = prototype(model, args, kwargs, self._init_fn, before_run=clear)
             except LocalLatents:
@@ -117,6 +119,9 @@ class PrototypeGuide(NamedGuide):
             except BaseException:
                 self.prototype_trace = None
                 raise
+
+    _wants_rows = False
+    """Whether the guide is for latents that are seen a page at a time, subsampled or not."""
 
     def _serve_rows(self, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         """Sets the guide up for latents under a subsampled plate, if it is one for such."""

@@ -1,16 +1,18 @@
 """Guides that serve latents under a subsampled plate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 
-from .._checks import check_dtype
+from .._checks import check_dtype, check_positive_int
 from .._types import AffineKind, InitFn, Program, StructureKind
 from ..transforms import Compose
 from ._affine import FramedAffine, enter_frame, frame_of, leave_frame, set_affine
+from ._amortised import AmortisedRows, find_data_plate, first_values, has_data_of, reads_rows
+from ._encoder import Encoder
 from ._fit_answers import FitAnswers
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
@@ -25,6 +27,10 @@ from ._sweep import Sweep
 
 __all__ = ["RowGuide"]
 
+_NO_ROWS = (
+    "a guide of other models has draws of new rows by Predictive(model, posterior_samples=globals), where the "
+    "model draws them"
+)
 PARTICLES, RATE = 16, 5e-3
 """Draws a step, and the learning rate: a page of rows says less of the roots than their start does."""
 
@@ -40,10 +46,17 @@ class RowGuide(FitAnswers):
     """Whether latents under a subsampled plate are served."""
 
     def __init__(
-        self, model: Program, init_loc_fn: InitFn, name: str | None, structure: StructureKind
+        self,
+        model: Program,
+        init_loc_fn: InitFn,
+        name: str | None,
+        structure: StructureKind,
+        amortize: Any = None,
     ) -> None:
         super().__init__(model, init_loc_fn, name, structure)
         self._rows: Rows | None = None
+        self._amortize = amortize
+        self._wants_rows = amortize is not None
 
     _init_scale: float
     _affine: AffineKind | None
@@ -59,32 +72,60 @@ class RowGuide(FitAnswers):
 
     # -- set-up --------------------------------------------------------------------------------
 
+    def _rows_of_model(self, run: Callable[..., Any], call: Call) -> tuple[Rows, Tensor] | None:
+        """The rows of a model, and some to begin with; None if it has none."""
+        by_prior = self._structure_kind is not None
+        if self._amortize is not None:
+            plate = find_data_plate(run, call, self._init_fn)
+            amortised = AmortisedRows(plate, by_prior, self._init_scale)
+            known = amortised.rows_of(self, call) if plate.given else torch.arange(plate.shown)
+            return amortised, known
+        found = find_rows(run, call, self._init_fn) if self.serves_rows else None
+        if found is None:
+            return None
+        plate, shown = found
+        if not plate.given and not reads_rows(run, call, self._init_fn, plate) and has_data_of(call, plate):
+            raise ValueError(
+                f"plate {plate.name!r}: expected data that its rows index, as in `obs=y[rows]`, got the data "
+                "of a batch, of which nobody knows which rows they are; give the plate their indices, "
+                f"`pyro.plate({plate.name!r}, {plate.size}, subsample=rows)`, or let a network read the "
+                "latents off the data, with amortize='auto'"
+            )
+        return Rows(plate, by_prior, self._init_scale), shown
+
     def _serve_rows(self, run: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-        found = find_rows(run, (args, kwargs), self._init_fn) if self.serves_rows else None
+        call: Call = (args, kwargs)
+        found = self._rows_of_model(run, call)
         if found is None:
             return False
-        plate, shown = found
-        rows = Rows(plate, self._structure_kind is not None, self._init_scale)
+        rows, shown = found
+        plate = rows.plate
         try:
-            view = rows.view(self, (args, kwargs), shown)
+            view = rows.view(self, call, shown)
             if plate.given:
-                rows.find_place((args, kwargs), shown)
+                rows.find_place(call, shown)
             AutoContinuous._setup_prototype(self, *args, **kwargs)
             if self.master is None:
                 rows.plates_of(self, args, kwargs)
             self._rows, self._packing = rows, view.packing
             self.latent_dim = len(view.root_places)
-            why = view.why_not or f"latents under the subsampled plate {plate.name!r}"
-            self._structure = GuideStructure(
-                view.structure, True, f"{why}, {plate.shown} of {plate.size} rows at a time"
-            )
-            self._build_row_flow(rows)
+            self._structure = GuideStructure(view.structure, True, self._told(rows, view))
+            self._build_row_flow(rows, call, shown)
         except BaseException:
             self.prototype_trace, self._rows = None, None
             raise
         return True
 
-    def _build_row_flow(self, rows: Rows) -> None:
+    def _told(self, rows: Rows, view: View) -> str:
+        """What is said of the rows, in words."""
+        plate = rows.plate
+        why = view.why_not or f"latents under the plate {plate.name!r}"
+        if isinstance(rows, AmortisedRows):
+            own = "and corrections by index" if plate.known else "alone"
+            return f"{why}, with messages by a network {own}"
+        return f"{why}, {plate.shown} of {plate.size} rows at a time"
+
+    def _build_row_flow(self, rows: Rows, call: Call, shown: Tensor) -> None:
         view = rows.first_view()
         assert view.density is not None
         layer, loc = view.layer, view.density.start
@@ -100,7 +141,15 @@ class RowGuide(FitAnswers):
             flow: nn.Module = Compose(parts, dim=self._flow_dim)
         else:
             flow = nn.Module()  # all latents are those of rows
-        flow.rows = RowTables(layer, rows.plate.size)
+        if isinstance(rows, AmortisedRows):
+            values = first_values(rows, self, call, None if rows.plate.given else shown)
+            flow.encoder = Encoder(self._amortize, layer, values)
+        if rows.plate.known:
+            flow.rows = RowTables(layer, rows.plate.size)
+            if isinstance(rows, AmortisedRows):
+                flow.rows.zero(layer)  # corrections
+        else:
+            flow.shapes = layer.shapes
         flow = flow.to(device=loc.device, dtype=loc.dtype)
         for param in flow.parameters():
             param.data = param.data.contiguous()
@@ -113,6 +162,10 @@ class RowGuide(FitAnswers):
         rows = self._rows
         if rows is None:
             super()._trace_again(args, kwargs)
+            return
+        if isinstance(rows, AmortisedRows) and not rows.plate.known:
+            rows.show(self, (args, kwargs))  # any data will do
+            self._stale = False
             return
         found = find_rows(self._require_model(), (args, kwargs), self._init_fn)
         plate, shown = (None, None) if found is None else found
@@ -158,6 +211,47 @@ class RowGuide(FitAnswers):
         drawn: tuple[Tensor, Tensor] = self.get_posterior().rsample_and_log_prob((num,))
         return drawn
 
+    @torch.no_grad()
+    def sample_new_rows(
+        self,
+        num_samples: int,
+        *args: Any,
+        sites: Sequence[str] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Draws of all latents, those of rows of other data that the guide was not trained on among them.
+
+        Nothing is trained: the rows' messages are read off the data by the network of ``amortize``, or found
+        as the modes of their densities given the other latents (Newton's method).
+
+        :param num_samples: number of draws.
+        :param args: the model's arguments, with the new rows' data: all rows of its plate are drawn, or with
+            ``subsample=`` those that it says.
+        :param sites: names of the sites that are wanted; None for all.
+        :param model_kwargs: keyword arguments of the model whose names this function has.
+        :param kwargs: the model's keyword arguments.
+        :return: site name -> ``(num_samples,) + site shape``, as long as the new data are.
+        :raises RuntimeError: if the guide has no rows, or lost its model in a pickle.
+        :raises ValueError: for unknown sites, or data without the plate.
+
+        Example::
+
+            >>> def model(y):
+            ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("groups", len(y), subsample_size=2) as rows:
+            ...         theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+            ...         pyro.sample("y", dist.Normal(theta, 1.0), obs=y[rows])
+            >>> guide = pyro_flowvi.AutoRealNVP(model).materialize(torch.randn(10))
+            >>> guide.sample_new_rows(100, torch.randn(3))["theta"].shape
+            torch.Size([100, 3])
+        """
+        if self._rows is None:
+            raise RuntimeError(f"{self.name}: expected latents in the rows of a plate, got none; {_NO_ROWS}")
+        self._require_model()
+        call: Call = (args, {**kwargs, **(model_kwargs or {})})
+        return self._rows.sample_new(self, check_positive_int("num_samples", num_samples), call, sites)
+
     # -- what fit asks -------------------------------------------------------------------------
 
     def can_move(self) -> bool:
@@ -171,6 +265,8 @@ class RowGuide(FitAnswers):
     def frame(self) -> Frame | None:
         if self._rows is None:
             return super().frame()
+        if isinstance(self._rows, AmortisedRows):
+            return None
         tables = self._rows.tables(self)
         if not tables.fixed:
             return None
@@ -180,6 +276,7 @@ class RowGuide(FitAnswers):
     def set_frame(self, frame: Frame | None) -> None:
         if self._rows is None:
             super().set_frame(frame)
+        if self._rows is None or isinstance(self._rows, AmortisedRows):
             return
         tables = self._rows.tables(self)
         loc, scale, fixed, shared, shaped = frame or (None, None, {}, {}, True)
@@ -192,13 +289,21 @@ class RowGuide(FitAnswers):
         if self._rows is None:
             super().leave_frame()
             return
+        if isinstance(self._rows, AmortisedRows):
+            return
         if self.affine is not None:
             leave_frame(self.affine)
         self._rows.tables(self).leave_frame(self._rows.first_view().layer)
 
-    def sweep(self, calls: Sequence[Call]) -> Sweep | None:
-        """Passes over all rows of data; None where there are none."""
-        return None if self._rows is None else Sweep(self, self._rows, calls)
+    def sweep(self, epoch: Callable[[int], Sequence[Call]]) -> Sweep | None:
+        """Passes over all rows; None where there are none, or a network reads their data.
+
+        :param epoch: from how many batches there are at most to the arguments of one pass.
+        """
+        if self._rows is None or isinstance(self._rows, AmortisedRows):
+            return None
+        plate = self._rows.plate
+        return Sweep(self, self._rows, epoch(2 * -(-plate.size // plate.shown)))
 
     def start_rows(self, sweep: Sweep, width: int) -> str | None:
         """Moves roots and rows to where they start, into a frame; None if no such place was found.

@@ -80,12 +80,8 @@ class RowTables(nn.Module):
         self.size = size
         self.shapes = layer.shapes
         """The flows of the rows' noise, which all pages share."""
-        for key, place in _places(layer).items():
-            param = place.module._parameters.get(place.name)
-            if param is not None:
-                page = place.order.by_row(param.detach(), place.dim)
-                again = torch.arange(size) % place.order.num
-                self.register_parameter(key, nn.Parameter(page[again].contiguous()))
+        for key, page in rows_of_params(layer).items():
+            self.register_parameter(key, nn.Parameter(page[torch.arange(size) % len(page)].contiguous()))
         for name, param in _shared(layer).items():
             self.register_parameter(name, param)
         self.fixed: dict[str, Tensor] = {}
@@ -102,10 +98,14 @@ class RowTables(nn.Module):
     @contextmanager
     def given(self, layer: MessageMap, rows: Tensor) -> Iterator[None]:
         """A map with the messages of some rows, with gradients that go to the tables."""
-        with gathered(layer, {key: self.table(key)[rows] for key in self._keys(layer)}):
+        with gathered(layer, self.of_rows(layer, rows)):
             self._share(layer)
             self._fix(layer, rows)
             yield
+
+    def of_rows(self, layer: MessageMap, rows: Tensor) -> dict[str, Tensor]:
+        """The tables' entries of some rows."""
+        return {key: self.table(key)[rows] for key in self._keys(layer)}
 
     def _keys(self, layer: MessageMap) -> list[str]:
         return [key for key in _places(layer) if key in self._parameters]
@@ -229,6 +229,15 @@ def gathered(layer: MessageMap, values: dict[str, Tensor]) -> Iterator[None]:
     finally:
         for key in values:
             del places[key].module.__dict__[places[key].name]
+
+
+def rows_of_params(layer: MessageMap) -> dict[str, Tensor]:
+    """A page's messages by row, ``(B, *)``, by the names of their tables."""
+    return {
+        key: order.by_row(param.detach(), dim)
+        for key, (module, name, dim, order) in _places(layer).items()
+        if (param := module._parameters.get(name)) is not None
+    }
 
 
 def moving_param(layer: MessageMap, key: str) -> nn.Parameter:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -18,7 +18,8 @@ from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in
 from .._shapes import broadcast_shapes
 from .._types import Program
 from ._pages import Call, Page, View, rows_that_see_others, same_shapes
-from ._row_tables import RowTables
+from ._message_start import NEWTON_STEPS, Starter
+from ._row_tables import RowTables, pages_of
 from ._summaries import reference_normal, sample_quantiles
 
 __all__ = ["Rows", "find_rows"]
@@ -26,6 +27,8 @@ __all__ = ["Rows", "find_rows"]
 MOST_NUMBERS = 1_000_000
 """Numbers of all draws of a page at once."""
 QUANTILE_DRAWS = 2048
+NEW_NUMBERS = 10_000
+"""Latents of new rows for which messages are found at once."""
 
 
 def find_rows(model: Program, call: Call, init: Any) -> tuple[RowPlate, Tensor] | None:
@@ -65,6 +68,11 @@ class Rows:
     :param scale: standard deviation that a message alone has at first.
     """
 
+    follows_roots: ClassVar[bool] = True
+    """Whether messages may move with the roots."""
+    rows_may_meet: ClassVar[bool] = False
+    """Whether a row may depend on the data of others in its page, as by a batch norm."""
+
     def __init__(self, plate: RowPlate, by_prior: bool, scale: float) -> None:
         self.plate, self._by_prior, self._scale = plate, by_prior, scale
         self._views: list[View] = []
@@ -102,7 +110,7 @@ class Rows:
         """That of pages of so many rows and such arguments, which is made where there is none yet."""
         leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
         for known, view in zip(self._leaves, self._views, strict=True):
-            if view.size == len(rows) and (not self.plate.given or same_shapes(known, leaves)):
+            if view.size == len(rows) and (not self.plate.data_change or same_shapes(known, leaves)):
                 return view
         made = self._make(guide, call, rows)
         self._views.append(made)
@@ -117,7 +125,7 @@ class Rows:
     def _make(self, guide: Any, call: Call, rows: Tensor) -> View:
         dtype = guide._placement[1] or torch.get_default_dtype()
         model, plate = guide._require_model(), self.plate
-        page = Page(model, plate, call, rows, dtype, own_data=plate.given)
+        page = Page(model, plate, call, rows, dtype)
         assert page.program is not None
         density = UnconstrainedModel(page.program, *page.call, guide._init_fn, changing=page.tensors)
         if density.packing.left_out:
@@ -126,8 +134,10 @@ class Rows:
                 f"site {site!r}: expected latents that a density touches under the subsampled plate "
                 f"{plate.name!r}, got masked ones; mask the observations alone"
             )
-        view = View(page, plate, density, self._by_prior, self._scale, guide._placement)
-        if rows_that_see_others(view):
+        view = View(
+            page, plate, density, self._by_prior, self._scale, self.follows_roots, guide._placement
+        )
+        if not self.rows_may_meet and rows_that_see_others(view):
             raise ValueError(
                 f"plate {plate.name!r}: expected rows that are independent given the latents outside, got "
                 "latents or data that depend on other rows of the plate, which a part of them does not "
@@ -194,21 +204,33 @@ class Rows:
         finally:
             guide.create_plates = None
 
-    def call(self, guide: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
-        """Draws the latents outside and those of the rows of this step, as sites of Pyro."""
-        plates = self.plates_of(guide, args, kwargs)
+    def show(self, guide: Any, call: Call) -> tuple[Any, View, Tensor]:
+        """The guide's plates in a step, the view of its page, and the rows that it shows."""
+        plates = self.plates_of(guide, *call)
         rows = torch.as_tensor(plates[self.plate.name].indices).long()
         self._last = rows
-        call: Call = (args, kwargs)
         if not self.plate.given and self._views and self._views[0].size == len(rows):
             view = self._views[0]
         else:
             view = self.view(guide, call, rows)
         view.page.turn_to(rows, call)
+        return plates, view, rows
+
+    def messages(self, guide: Any, view: View, rows: Tensor) -> AbstractContextManager[None]:
+        """A context in which a page's map has the messages of some rows."""
+        return self.tables(guide).given(view.layer, rows)
+
+    def scale_of(self, site: str) -> float | Tensor:
+        """By how much the model scales a row's latents, beside what its plate does."""
+        return 1.0
+
+    def call(self, guide: Any, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Draws the latents outside and those of the rows of this step, as sites of Pyro."""
+        plates, view, rows = self.show(guide, (args, kwargs))
         latent = guide.sample_latent(*args, **kwargs)
         batch = latent.shape[:-1]
         roots = latent[..., : len(view.root_places)].reshape(math.prod(batch), -1)
-        with self.tables(guide).given(view.layer, rows):
+        with self.messages(guide, view, rows):
             x = torch.randn(len(roots), view.packing.dim).to(roots)
             local = view.draw_rows(roots, x)
         outside = view.split_roots(roots)
@@ -227,6 +249,8 @@ class Rows:
             with ExitStack() as stack:
                 for frame in guide._cond_indep_stacks[site]:
                     stack.enter_context(plates[frame.name])
+                if site in local:
+                    stack.enter_context(poutine.scale(scale=self.scale_of(site)))
                 density = 0.0 if mask is False else density
                 drawn[site] = pyro.sample(
                     site, dist.Delta(value, log_density=density, event_dim=known.fn.event_dim)
@@ -270,7 +294,7 @@ class Rows:
 
     def parts(self, guide: Any, rows: Tensor) -> Iterator[tuple[View, int, Tensor]]:
         """Pages of rows with their messages in the view's map; how many of each are wanted, its first."""
-        view, tables = self.first_view(), self.tables(guide)
+        view = self.first_view()
         if self.plate.given and view.depends_on_data:
             raise RuntimeError(
                 f"plate {self.plate.name!r}: the priors of its latents depend on data that come with each "
@@ -279,7 +303,7 @@ class Rows:
         for some in rows.split(view.size):
             page = torch.cat([some, some[:1].expand(view.size - len(some))])
             view.page.turn_to(page)
-            with tables.given(view.layer, page):
+            with self.messages(guide, view, page):
                 yield view, len(some), page
 
     @torch.no_grad()
@@ -312,6 +336,54 @@ class Rows:
             else torch.cat(values[site], 1 + view.axis.get(site, -1))[0]
             for site in wanted
         }
+
+    @torch.no_grad()
+    def sample_new(self, guide: Any, num: int, call: Call, sites: Sequence[str] | None) -> dict[str, Tensor]:
+        """Draws of the roots, and of the latents of rows that no table knows: their messages are found at the
+        modes given the roots, and move with these."""
+        wanted, roots = self.check_sites(sites), guide.draw_roots(num)
+        centre, sds = roots.mean(0), roots.std(0) if num > 1 else guide.draw_roots(64, fixed=True).std(0)
+        first = self.first_view()
+        values = {site: [value] for site, value in first.constrained_roots(roots).items()}
+        count = self.count_rows(guide, call)
+        length = count if self.plate.given else min(count, max(1, NEW_NUMBERS * first.size // first.packing.dim))
+        view = self._make(guide, call, torch.arange(length))
+        view.layer.shapes, view.layer.shaped = first.layer.shapes, first.layer.shaped
+        starter = Starter(view.layer, view.graph(max(1, 2 * len(centre))))
+        assert view.density is not None
+        for page, new in pages_of(count, length):
+            view.page.turn_to(page)
+            z = view.density.start.index_copy(0, view.root_places, centre.to(view.density.start))
+            modes, factors = starter.given.newton(z.unsqueeze(0), NEWTON_STEPS)
+            if factors[0] is None:
+                raise RuntimeError("no mode was found of the latents of new rows given the others")
+            starter.put(modes[0], factors[0], sds)
+            drawn = view.draw_rows(roots, torch.randn(num, view.packing.dim).to(roots))
+            for site in wanted:
+                if site in drawn:
+                    whole = view.packing.latents[site].constrain(drawn[site][0])[0]
+                    part = whole.narrow(1 + view.axis[site], length - new, new)
+                    values.setdefault(site, []).append(part)
+        return {site: torch.cat(values[site], 1 + view.axis.get(site, -1)) for site in wanted}
+
+    def count_rows(self, guide: Any, call: Call) -> int:
+        """How many rows other data have.
+
+        :raises ValueError: if they do not have the plate.
+        """
+        with torch.random.fork_rng(), guide._apart():
+            init = InitMessenger(guide._init_fn)(guide._require_model())
+            nodes = poutine.trace(init).get_trace(*call[0], **call[1]).nodes
+        frames = {
+            frame.name: frame
+            for node in nodes.values()
+            if node["type"] == "sample"
+            for frame in node["cond_indep_stack"]
+        }
+        if self.plate.name not in frames:
+            raise ValueError(f"expected data with the plate {self.plate.name!r}, got plates {sorted(frames)}")
+        frame = frames[self.plate.name]
+        return int(frame.size if self.plate.given else frame.full_size or frame.size)
 
     @torch.no_grad()
     def quantile(self, guide: Any, probs: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 
 from .._checks import check_dtype, check_positive
@@ -61,6 +61,10 @@ class AutoFlow(RowGuide):
     :param structure: "auto" draws latents by the model's own priors where these depend on other latents, and
         ``fit`` may go back to a flow over one flat vector; "program" always does so; None never.
         :attr:`structure` says what was found and taken.
+    :param amortize: a network that reads the latents of each row of a plate off the row's data: an
+        ``nn.Module`` that takes the observed values of B rows, a tensor ``(B, *)`` for each observed site,
+        to ``(B, H)``, or "auto" for one of two layers.  Where the plate is subsampled by indices, each row
+        has a correction of its own beside it.
     :raises ValueError: if an argument is not of the described kind; at set-up as
         :func:`pyro_flowvi._program.start_trace.prototype`.
     :raises RuntimeError: at a call of a guide whose name another has taken over.
@@ -103,6 +107,7 @@ class AutoFlow(RowGuide):
         affine: AffineKind | None = "auto",
         tails: bool = False,
         structure: StructureKind = "auto",
+        amortize: nn.Module | str | None = None,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable, got {model!r}")
@@ -119,7 +124,9 @@ class AutoFlow(RowGuide):
         if structure not in ("auto", "program", None):
             raise ValueError(f"structure: expected 'auto', 'program' or None, got {structure!r}")
         init_scale = check_positive("init_scale", init_scale)
-        super().__init__(model, init_loc_fn, name, structure)  # takes the name over, so after all checks
+        if not (amortize is None or amortize == "auto" or isinstance(amortize, nn.Module)):
+            raise ValueError(f"amortize: expected None, 'auto' or an nn.Module, got {amortize!r}")
+        super().__init__(model, init_loc_fn, name, structure, amortize)  # takes the name over, so after all checks
         self._build = flow
         self._init_scale = init_scale
         self._affine = affine

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from pyro.infer.autoguide.initialization import init_to_median
+from torch import nn
 
 from .._checks import check_positive_int, check_widths
 from .._types import AffineKind, InitFn, Program, StructureKind
@@ -45,6 +46,7 @@ class _Layered(AutoFlow):
         affine: AffineKind | None = "auto",
         tails: bool = False,
         structure: StructureKind = "auto",
+        amortize: nn.Module | str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -55,6 +57,7 @@ class _Layered(AutoFlow):
             affine=affine,
             tails=tails,
             structure=structure,
+            amortize=amortize,
         )
 
 
@@ -75,6 +78,7 @@ class _Networked(AutoFlow):
         affine: AffineKind | None = "auto",
         tails: bool = False,
         structure: StructureKind = "auto",
+        amortize: nn.Module | str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -85,6 +89,7 @@ class _Networked(AutoFlow):
             affine=affine,
             tails=tails,
             structure=structure,
+            amortize=amortize,
         )
 
 

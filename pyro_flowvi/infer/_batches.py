@@ -1,6 +1,7 @@
 """The model's arguments step by step."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -82,10 +83,13 @@ class Supply:
             raise ValueError("batches: expected at least one batch, got none")
         return call
 
-    def epoch(self) -> list[Call]:
-        """The arguments of one pass over the data, as far as that can be told; nothing is used up."""
+    def epoch(self, most: int) -> list[Call]:
+        """The arguments of one pass over the data, as far as that can be told; nothing is used up.
+
+        :param most: batches at most, of an iterable that has no end.
+        """
         if self.batches is None or callable(self.batches) or iter(self.batches) is self.batches:
             return [self.first()]
         with torch.random.fork_rng():
             torch.set_rng_state(self.start)
-            return [as_call_with(self.kwargs, batch) for batch in self.batches]
+            return [as_call_with(self.kwargs, batch) for batch in islice(self.batches, most)]

@@ -82,7 +82,7 @@ def row_sweep(
     own = (options[name] is None for name in ("loss", "optim", "validation"))
     if not all(own) or options["compile"] != "auto" or pair.structure.model_params or pair.structure.enumerated:
         return None
-    sweep: Sweep | None = answers.sweep(supply.epoch())
+    sweep: Sweep | None = answers.sweep(supply.epoch)
     if sweep is None:
         return None
     held = all(view.graph(width).holds for view in [*sweep.views(), sweep.rows.first_view()])

@@ -1,0 +1,206 @@
+"""Rows whose messages a network reads off their data."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._program.rows import RowPlate, find_row_plate, noting_plates, showing
+from .._program.sites import latent_sites
+from .._shapes import broadcast_shapes
+from .._types import Program, Trace
+from ._encoder import Encoder
+from ._pages import Call, View
+from ._rows import Rows
+
+__all__ = ["AmortisedRows", "find_data_plate", "first_values", "has_data_of", "reads_rows"]
+
+
+def find_data_plate(model: Program, call: Call, init: Any) -> RowPlate:
+    """The plate whose rows a network reads.
+
+    :raises ValueError: if there is no plate with latents and data.
+    """
+    with torch.random.fork_rng(), poutine.block(), torch.no_grad(), noting_plates() as told:
+        trace = poutine.trace(InitMessenger(init)(model)).get_trace(*call[0], **call[1])
+    plate = find_row_plate(trace, told)
+    if plate is not None:
+        return replace(plate, known=plate.given or reads_rows(model, call, init, plate))
+    latents = dict(latent_sites(trace))
+    seen = {
+        frame
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and node["is_observed"]
+        for frame in node["cond_indep_stack"]
+    }
+    held = {
+        frame: sum(frame in site["cond_indep_stack"] for site in latents.values())
+        for frame in seen
+        if frame.vectorized
+    }
+    held = {frame: count for frame, count in held.items() if count}
+    if not held:
+        raise ValueError(
+            "amortize: expected a model with a plate that holds latents and the data of each, got "
+            f"{'none' if not seen else 'plates with data alone'}"
+        )
+    frame = max(held, key=lambda frame: (held[frame], -(frame.dim or 0)))
+    return RowPlate(frame.name, frame.size, frame.size, frame.dim, given=False, known=False)
+
+
+def observed(trace: Trace, plate: RowPlate) -> list[Tensor]:
+    """The observed values under a plate, each with the rows in front."""
+    found = []
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or not node["is_observed"] or not plate.holds(node["cond_indep_stack"]):
+            continue
+        value = torch.as_tensor(node["value"])
+        value = value.expand(broadcast_shapes(value.shape, node["fn"].batch_shape + node["fn"].event_shape))
+        axis = value.dim() - node["fn"].event_dim + plate.dim
+        found.append(value.movedim(axis, 0).to(torch.get_default_dtype()))
+    return found
+
+
+def reads_rows(model: Program, call: Call, init: Any, plate: RowPlate) -> bool:
+    """Whether what a run observes depends on the rows that its plate draws."""
+    values = []
+    with torch.random.fork_rng(), poutine.block(), torch.no_grad():
+        for first in (0, plate.size - plate.shown):
+            rows = torch.arange(first, first + plate.shown)
+            program = showing(InitMessenger(init)(model), plate, rows, None)
+            values.append(observed(poutine.trace(program).get_trace(*call[0], **call[1]), plate))
+    return any(not torch.equal(one, other) for one, other in zip(*values, strict=True))
+
+
+def has_data_of(call: Call, plate: RowPlate) -> bool:
+    """Whether an argument is as long as the rows that a run shows, and not as all."""
+    leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
+    return any(isinstance(leaf, Tensor) and plate.shown in leaf.shape[:1] for leaf in leaves)
+
+
+class AmortisedRows(Rows):
+    """Rows whose messages come from a network, and from corrections by index where rows are known."""
+
+    follows_roots, rows_may_meet = False, True
+
+    def __init__(self, plate: RowPlate, by_prior: bool, scale: float) -> None:
+        super().__init__(plate, by_prior, scale)
+        self._scales: dict[str, float | Tensor] = {}
+        self._values: list[Tensor] = []
+        """The observed values of the last call's rows."""
+        self._call: Call | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_call": None, "_scales": {}}
+
+    def run(self, guide: Any, call: Call, rows: Tensor | None = None) -> Trace:
+        """A run of the model, of some rows or those that it shows by itself."""
+        model = guide._require_model()
+        if rows is not None:
+            model = showing(model, self.plate, rows, None)
+        with guide._apart():
+            try:
+                return poutine.trace(model).get_trace(*call[0], **call[1])
+            except NotImplementedError:  # a prior that cannot be drawn from
+                return poutine.trace(InitMessenger(guide._init_fn)(model)).get_trace(*call[0], **call[1])
+
+    def encoder(self, guide: Any) -> Encoder:
+        """The network."""
+        found: Encoder = guide._flow.encoder
+        return found
+
+    def show(self, guide: Any, call: Call) -> tuple[Any, View, Tensor]:
+        self._call = call
+        if self.plate.known:
+            plates, view, rows = super().show(guide, call)
+            trace = self.run(guide, call, None if self.plate.given else rows)
+            self._values = observed(trace, self.plate)
+            return plates, view, rows
+        trace = self.run(guide, call)
+        self._values = observed(trace, self.plate)
+        count = len(self._values[0])
+        rows = torch.arange(count)
+        plates = self._plates(guide, call, trace, count)
+        self.plate = replace(self.plate, size=count, shown=count)
+        return plates, self.view(guide, call, rows), rows
+
+    def _plates(self, guide: Any, call: Call, trace: Trace, count: int) -> Any:
+        """The guide's plates, of which that of the rows is as long as these data."""
+        nodes = [node for _, node in latent_sites(trace) if self.plate.holds(node["cond_indep_stack"])]
+        frame = next(frame for frame in nodes[0]["cond_indep_stack"] if frame.name == self.plate.name)
+        size = frame.full_size or frame.size
+        self._scales = {node["name"]: node["scale"] / (size / frame.size) for node in nodes}
+        if guide.master is not None or guide.create_plates is not None:
+            return guide._create_plates(*call[0], **call[1])
+        guide.create_plates = lambda *_, **__: pyro.plate(
+            self.plate.name, size, subsample_size=count, dim=self.plate.dim
+        )
+        try:
+            return guide._create_plates(*call[0], **call[1])
+        finally:
+            guide.create_plates = None
+
+    def scale_of(self, site: str) -> float | Tensor:
+        return self._scales.get(site, 1.0)
+
+    def messages(self, guide: Any, view: View, rows: Tensor) -> AbstractContextManager[None]:
+        tables = self.tables(guide) if self.plate.known else None
+        corrections = None if tables is None else tables.of_rows(view.layer, rows)
+        return self.encoder(guide).given(view.layer, self._values, corrections)
+
+    # -- draws ---------------------------------------------------------------------------------
+
+    def parts(self, guide: Any, rows: Tensor) -> Iterator[tuple[View, int, Tensor]]:
+        view = self.first_view()
+        if not self.plate.known:
+            if self._call is not None and guide._raw_model[0] is not None:
+                _, view, _ = self.show(guide, self._call)
+            if len(rows) != view.size:
+                raise ValueError(
+                    f"rows: expected None or all of the {view.size} rows of the last data, got {len(rows)}"
+                )
+            with self.messages(guide, view, rows):
+                yield view, view.size, rows
+            return
+        for some in rows.split(view.size):
+            page = torch.cat([some, some[:1].expand(view.size - len(some))])
+            assert self._call is not None
+            call = self.call_with(self._call, page)
+            self._values = observed(self.run(guide, call, None if self.plate.given else page), self.plate)
+            view.page.turn_to(page, call)
+            with self.messages(guide, view, page):
+                yield view, len(some), page
+
+    def sample_new(self, guide: Any, num: int, call: Call, sites: Sequence[str] | None) -> dict[str, Tensor]:
+        wanted, roots = self.check_sites(sites), guide.draw_roots(num)
+        trace = self.run(guide, call)
+        values = observed(trace, self.plate)
+        rows = torch.arange(len(values[0]))
+        found = self.first_view().constrained_roots(roots)
+        view = self.view(guide, call, rows)
+        with torch.no_grad(), self.encoder(guide).given(view.layer, values, None):
+            drawn = view.draw_rows(roots, torch.randn(num, view.packing.dim).to(roots))
+        found |= {site: view.packing.latents[site].constrain(drawn[site][0])[0] for site in drawn}
+        return {site: found[site] for site in wanted}
+
+
+def first_values(rows: AmortisedRows, guide: Any, call: Call, shown: Tensor | None) -> list[Tensor]:
+    """The observed values at set-up.
+
+    :raises ValueError: if there are none.
+    """
+    rows._call, values = call, observed(rows.run(guide, call, shown), rows.plate)
+    rows._values = values
+    if not values:
+        raise ValueError(
+            f"amortize: expected observed sites in the plate {rows.plate.name!r}, whose data a network can "
+            "read, got none"
+        )
+    return values
