@@ -70,18 +70,31 @@ def subsampling_replaced(name: str, rows: Tensor | None) -> Iterator[None]:
 
     A handler cannot do this: a plate holds what handlers answer against the size that it was written with.
     """
-    own = SubsampleMessenger._subsample
+    own, own_select = SubsampleMessenger._subsample, SubsampleMessenger._postprocess_message
+    sizes: list[Any] = []
 
     def replaced(
         plate: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any
     ) -> Any:
-        if plate != name or (rows is None and subsample is None):
-            return own(plate, size, subsample_size, subsample, *rest)
         shown = subsample if rows is None else rows
+        if plate != name or shown is None:
+            return own(plate, size, subsample_size, subsample, *rest)
+        sizes[:] = [size]
         return len(shown), len(shown), shown
 
-    SubsampleMessenger._subsample = staticmethod(replaced)  # type: ignore[assignment]
+    def select(plate: SubsampleMessenger, msg: Any) -> None:
+        # What `pyro.subsample` and parameters with an `event_dim` hold is of all rows.
+        shown = plate.size
+        if plate.name == name and sizes:
+            plate.size = sizes[0]
+        try:
+            own_select(plate, msg)
+        finally:
+            plate.size = shown
+
+    messenger: Any = SubsampleMessenger
+    messenger._subsample, messenger._postprocess_message = staticmethod(replaced), select
     try:
         yield
     finally:
-        SubsampleMessenger._subsample = staticmethod(own)  # type: ignore[assignment]
+        messenger._subsample, messenger._postprocess_message = staticmethod(own), own_select

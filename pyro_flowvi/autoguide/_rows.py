@@ -137,7 +137,7 @@ class Rows:
         view = View(
             page, plate, density, self._by_prior, self._scale, self.follows_roots, guide._placement
         )
-        if not self.rows_may_meet and rows_that_see_others(view):
+        if not self.rows_may_meet and not self._views and rows_that_see_others(view):
             raise ValueError(
                 f"plate {plate.name!r}: expected rows that are independent given the latents outside, got "
                 "latents or data that depend on other rows of the plate, which a part of them does not "
@@ -209,10 +209,10 @@ class Rows:
         plates = self.plates_of(guide, *call)
         rows = torch.as_tensor(plates[self.plate.name].indices).long()
         self._last = rows
-        if not self.plate.given and self._views and self._views[0].size == len(rows):
-            view = self._views[0]
-        else:
-            view = self.view(guide, call, rows)
+        # Without arguments, or with rows that the guide chooses, any page of so many rows will do.
+        fitting = (view for view in self._views if view.size == len(rows))
+        known = None if self.plate.given and (call[0] or call[1]) else next(fitting, None)
+        view = known or self.view(guide, call, rows)
         view.page.turn_to(rows, call)
         return plates, view, rows
 
@@ -435,7 +435,7 @@ class Rows:
                 for site, value in samples.items()
             }
             z, _, valid = page.packing.pack(shown, like)
-            flat = z.reshape(-1, z.shape[-1])
+            flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
             values, densities = page.packing.split(flat), page.log_q_of_rows(flat)
             for site in densities:
                 densities[site] = densities[site] - page.packing.latents[site].constrain(values[site])[1]
@@ -443,7 +443,7 @@ class Rows:
             inside = inside & valid
             outside = z
         roots = outside[..., view.root_places]
-        free = view.split_roots(roots.reshape(-1, roots.shape[-1]))
+        free = view.split_roots(roots.reshape(math.prod(roots.shape[:-1]), roots.shape[-1]))
         for site, value in free.items():
             log_det = view.packing.latents[site].constrain(value)[1].reshape(len(value), -1).sum(-1)
             total = total - log_det.reshape(roots.shape[:-1])

@@ -38,7 +38,8 @@ class Sweep:
 
     def __init__(self, guide: Any, rows: Rows, calls: Sequence[Call]) -> None:
         self.guide, self.rows, self.calls = guide, rows, calls
-        self.size = rows.plate.size
+        self.size, self.weight = rows.plate.size, 1.0
+        """Rows of a pass, and how much each counts: more than one where the calls show a part of them."""
         self._pages: list[tuple[View, Tensor, Tensor, Call]] = []
         if rows.chooses(calls[0]):
             self._by_choice()
@@ -69,6 +70,7 @@ class Sweep:
             seen[page] = True
             self._pages.append((view, page, fresh, call))
         self.size = int(seen.sum())
+        self.weight = len(seen) / self.size
 
     def filled(self, call: Call) -> tuple[Tensor, Call, Tensor]:
         """The rows of a batch, filled up to the length of a page; its arguments so; which rows are real.
@@ -91,6 +93,11 @@ class Sweep:
     def tables(self) -> RowTables:
         """The messages of all rows."""
         return self.rows.tables(self.guide)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a pass shows all rows."""
+        return self.size == self.rows.plate.size
 
     @property
     def num_pages(self) -> int:
@@ -117,7 +124,7 @@ class Sweep:
         :param weighted: whether rows that the pass has shown before count nothing.
         """
         for view, page, fresh, call in self._pages:
-            view.page.turn_to(page, call, fresh if weighted else 1.0)
+            view.page.turn_to(page, call, self.weight * fresh if weighted else 1.0)
             self.tables.load(view.layer, page)
             yield Shown(view, page, fresh)
 

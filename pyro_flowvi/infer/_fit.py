@@ -191,13 +191,13 @@ def _steps(
     graph: TracedDensity | None, sweep: Sweep | None, answers: FitGuide, run: Run, width: int
 ) -> FlowSteps | None:
     """The steps of a flow in the place where it is now."""
-    if sweep is not None:
-        return RowSteps(RowStep(sweep, width, run.optim.limits))
-    if graph is None:
+    if sweep is None and graph is None:
         return None
-    flow = answers.pushforward(run.model)
-    params = [param for param in flow.parameters() if param.requires_grad]
     try:
+        if sweep is not None:
+            return RowSteps(RowStep(sweep, width, run.optim.limits))
+        flow = answers.pushforward(run.model)
+        params = [param for param in flow.parameters() if param.requires_grad]
         return FlowSteps(FlowStep(flow, params, graph, run.optim.limits)) if params else None
     except CannotCompile:
         return None
@@ -377,7 +377,9 @@ def fit(
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)
         rate = default.lr if lr is None else float(lr)
-        ranked = sweep is not None or validation is not None or (loss is None and not changing and not pair.structure.subsampled)
+        own_data = loss is None and not changing and not pair.structure.subsampled
+        # Rows that a pass does not show would have no say in which state is the best.
+        ranked = validation is not None or (own_data if sweep is None else sweep.whole)
         adam = PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim
         weights: Any = judge if graph is None else FlowWeights(pair, answers, graph)
         if sweep is not None:

@@ -167,7 +167,7 @@ class RowStep(FlowStep):
 
     def _model_at(self, z: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = super()._model_at(z)
-        if self._page is None:
+        if self._page is None or not len(self._control):
             return value, gradient
         lacking, places = self._control[self._page], self._view.root_places
         value = value + (z[:, places] - self._centre) @ lacking
