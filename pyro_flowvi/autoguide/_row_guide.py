@@ -283,7 +283,7 @@ class RowGuide(FitAnswers):
         if isinstance(self.affine, FramedAffine):
             self.affine.set_frame(loc, scale)
         tables.fixed, tables.fixed_shared = dict(fixed), dict(shared)
-        self._rows.set_shaped(shaped)
+        self._rows.set_active(self, shaped)
 
     def leave_frame(self) -> None:
         if self._rows is None:

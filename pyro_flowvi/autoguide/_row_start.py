@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from ..init.gaussians import normal_noise
-from ._message_start import ARRIVED, NODES, RENEWED_STEPS, Starter, place_messages
+from ._message_start import ARRIVED, NODES, REACH, RENEWED_STEPS, Starter, place_messages
+from ._pages import Call, View
 from ._row_tables import RowTables
 from ._sweep import Sweep
 
-__all__ = ["place_rows"]
+__all__ = ["place_new_rows", "place_rows"]
 
 ROUNDS = 4
 """Full passes in which the messages are renewed."""
@@ -105,11 +106,12 @@ def place_rows(sweep: Sweep, width: int) -> tuple[Tensor, Tensor] | None:
         return None
     u, scale = found
     tables.store(view.layer, shown.rows, shown.fresh)
-    if sweep.num_pages == 1:
+    if sweep.num_pages == 1 and sweep.whole:
+        sweep.rows.set_active(sweep.guide, view.layer.shaped)
         return u, scale
     tables.know_nothing_of_others(view.layer, shown.rows)
     paged = _Paged(sweep, width)
-    share = (len(shown.rows) / sweep.size) ** 0.5
+    share = (len(shown.rows) / (sweep.weight * sweep.size)) ** 0.5
     sds = scale.norm(dim=-1)
     for step in range(ROUNDS):
         if not paged.renew(u, sds, RENEWED_STEPS if step else FIRST_STEPS):
@@ -120,13 +122,37 @@ def place_rows(sweep: Sweep, width: int) -> tuple[Tensor, Tensor] | None:
             break
     if not paged.renew(u, sds, RENEWED_STEPS):
         return None
-    for each in sweep.views():
-        each.layer.shaped = True
+    view.layer.shaped = True
     if paged.is_gaussian(u):
-        for each in sweep.views():
-            each.layer.leave_shapes_out()
+        view.layer.leave_shapes_out()
+    sweep.rows.set_active(sweep.guide, view.layer.shaped)
     return u, scale
 
 
 EXACT_ENOUGH = 0.3
 """Standard deviations of a root within which messages that move with the roots need not be renewed."""
+
+
+@torch.no_grad()
+def place_new_rows(sweep: Sweep, view: View, width: int, rows: Tensor, call: Call, new: Tensor) -> None:
+    """Gives rows that no pass has shown the messages to start with, where the roots have started.
+
+    :param view: one that nothing else uses, of as many rows.
+    :param width: points of the model at once.
+    :param call: the model's arguments.
+    :param new: which of the rows, ``(B,)``.
+    """
+    tables = sweep.tables
+    view.page.turn_to(rows, call)
+    tables.load(view.layer, rows)
+    starter = Starter(view.layer, view.graph(width))
+    u, sds = sweep.guide.draw_roots(64, fixed=True).mean(0), None
+    if tables.fixed_shared:  # from there messages move with the roots
+        u, sds = tables.fixed_shared["root_loc"], tables.fixed_shared["log_root_width"].exp() / REACH
+    modes, factors = starter.given.newton(starter.follow(u.unsqueeze(0)), FIRST_STEPS)
+    if factors[0] is not None:
+        starter.put(modes[0], factors[0], sds)
+        shared = dict(tables.fixed_shared)
+        tables.store(view.layer, rows, new)
+        tables.fixed_shared = shared
+    sweep.seen[rows[new]] = True

@@ -170,6 +170,12 @@ class RowTables(nn.Module):
 
     # -- frames --------------------------------------------------------------------------------
 
+    def leave_idle_out(self, layer: MessageMap) -> None:
+        """Leaves couplings out in which no row has a link, until the frame is left."""
+        for place, coupling in enumerate(layer.all_couplings()):
+            links = [self.fixed.get(f"coupling_{place}_link_{j}") for j in coupling.links]
+            coupling.active = not self.fixed or any(link is not None and bool(link.any()) for link in links)
+
     @torch.no_grad()
     def zero(self, layer: MessageMap) -> None:
         """Makes the tables corrections that do nothing yet."""

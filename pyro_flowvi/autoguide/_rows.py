@@ -97,10 +97,11 @@ class Rows:
         for view in self._views:
             view.layer._apply(fn)
 
-    def set_shaped(self, shaped: bool) -> None:
-        """Whether the rows' noise goes through flows of its own."""
+    def set_active(self, guide: Any, shaped: bool) -> None:
+        """Says of all maps whether the rows' noise goes through flows of its own, and leaves idle links out."""
         for view in self._views:
             view.layer.shaped = shaped
+            self.tables(guide).leave_idle_out(view.layer)
 
     def first_view(self) -> View:
         """That of set-up, by which rows are drawn later."""
@@ -112,7 +113,7 @@ class Rows:
         for known, view in zip(self._leaves, self._views, strict=True):
             if view.size == len(rows) and (not self.plate.data_change or same_shapes(known, leaves)):
                 return view
-        made = self._make(guide, call, rows)
+        made = self.new_view(guide, call, rows)
         self._views.append(made)
         self._leaves.append(leaves)
         return made
@@ -122,7 +123,8 @@ class Rows:
         leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
         return same_shapes(self._leaves[0], leaves)
 
-    def _make(self, guide: Any, call: Call, rows: Tensor) -> View:
+    def new_view(self, guide: Any, call: Call, rows: Tensor) -> View:
+        """A view beside those that are there."""
         dtype = guide._placement[1] or torch.get_default_dtype()
         model, plate = guide._require_model(), self.plate
         page = Page(model, plate, call, rows, dtype)

@@ -40,6 +40,8 @@ class Sweep:
         self.guide, self.rows, self.calls = guide, rows, calls
         self.size, self.weight = rows.plate.size, 1.0
         """Rows of a pass, and how much each counts: more than one where the calls show a part of them."""
+        self.seen = torch.ones(self.size, dtype=torch.bool)
+        """Rows that have messages: those that a pass shows, and what steps have shown since."""
         self._pages: list[tuple[View, Tensor, Tensor, Call]] = []
         if rows.chooses(calls[0]):
             self._by_choice()
@@ -63,11 +65,11 @@ class Sweep:
             self._pages.append((view, page, fresh, self.rows.call_with(call, page)))
 
     def _by_batch(self) -> None:
-        seen, view = torch.zeros(self.size, dtype=torch.bool), self.rows.first_view()
+        seen, view = self.seen.zero_(), self.rows.first_view()
         for call in self.calls:
             page, call, real = self.filled(call)
             fresh = (~seen[page] & real).to(view.page.weights)
-            seen[page] = True
+            seen[page[real]] = True
             self._pages.append((view, page, fresh, call))
         self.size = int(seen.sum())
         self.weight = len(seen) / self.size

@@ -11,7 +11,8 @@ from torch import Tensor
 from .._compile.flow_step import FlowStep
 from .._compile.step import StepStats
 from .._program.log_weights import LogWeights
-from ..autoguide._pages import Call
+from ..autoguide._pages import Call, View
+from ..autoguide._row_start import place_new_rows
 from ..autoguide._row_tables import fixed_of_rows, moving_param, order_of, trained_in_frame
 from ..autoguide._sweep import Sweep, pull_back
 from ..init.gaussians import normal_noise
@@ -107,7 +108,9 @@ class RowStep(FlowStep):
     """
 
     def __init__(self, sweep: Sweep, width: int, limits: Tensor) -> None:
-        self._sweep, self._rows = sweep, sweep.rows
+        self._sweep, self._rows, self._width = sweep, sweep.rows, width
+        self._spare: View | None = None
+        """Where rows get their messages that no pass has shown."""
         self._view = view = self._rows.first_view()
         self._tables, layer = sweep.tables, view.layer
         self._turn(view.page.rows.clone(), None, 1.0)
@@ -189,6 +192,11 @@ class RowStep(FlowStep):
             self._shown, self._real, self._weight = page, slice(None), weights
             return
         page, call, real = self._sweep.filled((args, kwargs))
+        new = real & ~self._sweep.seen[page]
+        if bool(new.any()):
+            if self._spare is None:
+                self._spare = self._rows.new_view(self._sweep.guide, call, page)
+            place_new_rows(self._sweep, self._spare, self._width, page, call, new)
         each = self._rows.plate.size / int(real.sum())
         self._turn(page, call, torch.where(real, each, 0.0).to(self._view.page.weights))
         self._shown, self._real, self._weight = page[real], real, self._view.page.weights[real]
@@ -232,6 +240,7 @@ class RowStep(FlowStep):
             "first": self._first,
             "second": self._second,
             "drawn": self._drawn,
+            "seen": self._sweep.seen,
             "order": self._order,
             "position": self._position,
         }
@@ -244,6 +253,7 @@ class RowStep(FlowStep):
         for own, saved in zip((*self._first, *self._second), (*state["first"], *state["second"]), strict=True):
             own.copy_(saved)
         self._drawn.copy_(state["drawn"])
+        self._sweep.seen.copy_(state["seen"])
         self._order, self._position = state["order"], state["position"]
 
 
