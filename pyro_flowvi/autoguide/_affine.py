@@ -19,6 +19,7 @@ __all__ = [
     "FramedElementwise",
     "FramedLower",
     "affine_layer",
+    "affine_matrix",
     "enter_frame",
     "frame_of",
     "has_frame",
@@ -135,7 +136,7 @@ def _times(scale: Tensor, x: Tensor, dense: bool) -> Tensor:
     return (scale @ x.unsqueeze(-1)).squeeze(-1) if dense else scale * x
 
 
-def _matrix(affine: FlowTransform) -> Tensor:
+def affine_matrix(affine: FlowTransform) -> Tensor:
     """The matrix of a triangular or diagonal affine map, of the latter its diagonal, or of K of them."""
     scale: Tensor = affine.log_scale.exp()  # type: ignore[operator]
     if isinstance(affine, ElementwiseAffine):
@@ -195,7 +196,7 @@ def enter_frame(affine: Any, loc: Tensor | None = None, scale: Tensor | None = N
     leave_frame(affine)
     own: Any = affine
     if loc is None or scale is None:
-        loc, scale = own.loc.detach().clone(), _matrix(affine).detach()
+        loc, scale = own.loc.detach().clone(), affine_matrix(affine).detach()
     loc, scale = loc.to(own.loc), scale.to(own.loc)
     scale = _as_taken(affine, scale, scale.dim() > loc.dim())
     one = torch.ones_like(loc)
@@ -211,7 +212,7 @@ def leave_frame(affine: Any) -> None:
     if frame is None:
         return
     loc, scale = frame
-    own, dense = _matrix(affine), isinstance(affine, LowerAffine)
+    own, dense = affine_matrix(affine), isinstance(affine, LowerAffine)
     _set_matrix(affine, loc + _times(scale, affine.loc, dense), scale @ own if dense else scale * own)
     affine.set_frame(None, None)
 

@@ -31,6 +31,8 @@ class BlockMessages(Fixed):
         "log_root_width",
         "unit",
     )
+    trained = "slope", "log_weight"
+    """Of these what is trained in a frame."""
     centre: nn.Parameter
     slope: nn.Parameter
     log_weight: nn.Parameter

@@ -19,6 +19,7 @@ from ._protocol import FitOptions, Frame
 from ._rivals import falls_behind, trained_weights, weights_of
 from ._root_tails import RootTails
 from ._structured import StructuredGuide, spread_over
+from ._take_over import Learned, approach, bring_over, check_previous, gap_of, learned_of
 
 __all__ = ["FitAnswers"]
 
@@ -31,6 +32,10 @@ LONG_TAIL = 0.05
 TOLERANCE, TOLERANCE_EACH = 0.01, 5e-4
 """Nats below the evidence at which a fit ends, and for each latent with a message: of thousands each may be
 off by a little, which adds up, and leaves the roots where they are."""
+NEAR, NEARER = 0.5, 2.0
+"""Nats below the evidence up to which a posterior is near, and how many times what a fit has ended with."""
+FEW_DRAWS = 128
+"""Draws that tell so."""
 MAP_STEPS = 1500
 """Steps of a fit: it starts near its end."""
 MAP_PARTICLES, MAP_ELEMENTS = 16, 8_000
@@ -67,6 +72,12 @@ class FitAnswers(StructuredGuide):
 
     _place: Place | None = None
     """Where roots and messages start, once it has been looked for."""
+    _near: bool = False
+    """Whether a fit starts near the posterior, where an earlier guide is."""
+    _gap: float = 0.0
+    """How far from the posterior the last fit has ended, nats."""
+    _learned: Learned = {}  # noqa: RUF012 - never changed in place
+    """What the last fit has learned of messages."""
 
     @property
     def _flow(self) -> Any:
@@ -122,6 +133,39 @@ class FitAnswers(StructuredGuide):
         affine = self.affine
         return affine is not None and bool(affine.loc.requires_grad and affine.log_scale.requires_grad)
 
+    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> bool:
+        """Takes flow and affine map of a guide with the same latents, else moments by site and by position.
+
+        :param previous: a guide of this package that was fitted, or this one.
+        :param density: the model.
+        :param all_data: whether that has all data, or a part.
+        :return: whether the guide is near the posterior then.
+        :raises ValueError: if that is no such guide, or has none of the model's latents.
+        """
+        if not isinstance(previous, FitAnswers):
+            raise ValueError(f"init: expected a fitted guide of this package, got {previous!r}")
+        self._near = False
+        check_previous(self, previous)
+        layer = self._map
+        if layer is not None and previous._map is None and self._structure_kind == previous._structure_kind:
+            self._take_flat("as the guide that the fit started from")
+        point = bring_over(self, previous, density)
+        graph = traced(density, self.fit_options().num_particles)
+        if not all_data or density.subsampled or not graph.holds:
+            return False
+        found = approach(self, point, previous._learned, graph)
+        enough = max(NEAR, NEARER * (self.fit_options().tolerance or 0.0), NEARER * previous._gap)
+        self._near = found and gap_of(weights_of(self, density, FEW_DRAWS)) < enough
+        if layer is not None and not self._near:
+            layer.leave_frame()
+        return self._near
+
+    def remember(self, weights: Tensor) -> None:
+        """Keeps how far from the posterior a fit has ended, and what it has learned of messages."""
+        layer = self._map
+        self._gap, self._near = gap_of(weights), False
+        self._learned = {} if layer is None else learned_of(layer)
+
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         """Finds where messages start, and goes over to a guide without them where that is the better one.
 
@@ -174,8 +218,11 @@ class FitAnswers(StructuredGuide):
         :param effort: how much to spend on the search.
         :return: the kind of candidate that it came from; a function that moves back.
         """
-        kept = _copied(self._flow)
         layer = self._map
+        if self._near:  # the messages are in their frame
+            enter_frame(self.affine)
+            return "previous", self.leave_frame
+        kept = _copied(self._flow)
         kind, loc, scale = self._search(density, effort)
         if not enter_frame(self.affine, loc, scale):
             set_affine(self.affine, loc, scale)
@@ -232,3 +279,14 @@ class FitAnswers(StructuredGuide):
         """Packed unconstrained latents, ``(size, D)``, and their log densities, ``(size,)``."""
         drawn: tuple[Tensor, Tensor] = self.get_posterior().rsample_and_log_prob((size,))
         return drawn
+
+    def place_at(self, loc: Tensor, scale: Tensor) -> None:
+        """Moves to a Gaussian, of the roots or of all latents, as far as the flow is the identity.
+
+        :raises ValueError: without an affine map.
+        """
+        if self.affine is None:
+            raise ValueError(
+                "init: expected a guide with the same flow and latents, for one without an affine map"
+            )
+        set_affine(self.affine, loc, scale)

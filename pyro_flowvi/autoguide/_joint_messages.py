@@ -28,6 +28,8 @@ class JointMessages(Fixed):
     """
 
     names = ("centre", "slope", "factor", "slope_by_root", "log_weight_by_root", "unit")
+    trained = "slope", "factor"
+    """Of these what is trained in a frame."""
     fixed_centre: Tensor | None
     fixed_slope: Tensor
     fixed_factor: Tensor

@@ -15,7 +15,7 @@ from ..init.sparse_laplace import Elimination
 from ._given_roots import GivenRoots, LaplaceMessages
 from ._message_map import MessageMap
 
-__all__ = ["Starter", "place_messages"]
+__all__ = ["Starter", "place_messages", "pulled_back", "renew_messages"]
 
 NEWTON_STEPS, RENEWED_STEPS = 12, 4
 """Newton steps from a start that is far, and from one that is near."""
@@ -143,20 +143,11 @@ class Starter:
         def value_and_grad(u: Tensor) -> tuple[Tensor, Tensor]:
             x = nodes.repeat(len(u), 1)
             x[:, self.roots] = u.repeat_interleave(len(nodes), 0)
-            value, gradient = self.pulled_back(x)
+            value, gradient = pulled_back(self.layer, self.density, x)
             value, gradient = value.reshape(len(u), -1), gradient[:, self.roots]
             return value.mean(1), gradient.reshape(len(u), len(nodes), -1).mean(1)
 
         return value_and_grad
-
-    def pulled_back(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's log density of noise, and its gradient."""
-        with torch.enable_grad():
-            at = x.detach().requires_grad_()
-            z, log_det = self.layer.forward_and_log_det(at)
-            value, slope = self.density(z.detach())
-            (gradient,) = torch.autograd.grad((z * slope).sum() + log_det.sum(), at)
-        return value + log_det.detach(), gradient
 
     def locate(self, u: Tensor, scale: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, float]:
         """The mode of the roots from u in units of ``scale``.
@@ -185,7 +176,7 @@ class Starter:
         """Whether the latents given the roots are what the messages say, as with conjugate priors."""
         x = nodes.clone()
         x[:, self.roots] = z[self.roots]
-        value = self.pulled_back(x)[0] + 0.5 * x.square().sum(-1)
+        value = pulled_back(self.layer, self.density, x)[0] + 0.5 * x.square().sum(-1)
         return bool(value.std() < EXACT)
 
 
@@ -210,6 +201,16 @@ def _mean_log_weight(there: dict[str, Tensor]) -> Tensor:
     """Of joint messages the mean logarithm of their weights' eigenvalues."""
     log_det: Tensor = torch.linalg.slogdet(there["weight"])[1]
     return log_det / there["weight"].shape[-1]
+
+
+def pulled_back(layer: MessageMap, density: TracedDensity, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's log density of noise, and its gradient."""
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        z, log_det = layer.forward_and_log_det(at)
+        value, slope = density(z.detach())
+        (gradient,) = torch.autograd.grad((z * slope).sum() + log_det.sum(), at)
+    return value + log_det.detach(), gradient
 
 
 @torch.no_grad()
@@ -247,3 +248,25 @@ def place_messages(layer: MessageMap, density: TracedDensity) -> tuple[Tensor, T
     if starter.is_gaussian(modes[0], nodes):
         layer.leave_shapes_out()
     return z[starter.roots], scale
+
+
+@torch.no_grad()
+def renew_messages(layer: MessageMap, density: TracedDensity, z: Tensor, scale: Tensor) -> bool:
+    """Gives a map the messages at roots that are known already.
+
+    :param layer: the map; it is in a frame afterwards.
+    :param density: the model's graph.
+    :param z: a point with the roots where they are, and the other latents where they may be, ``(D,)``.
+    :param scale: standard deviations of the roots, ``(R,)``.
+    :return: False, and nothing is done, where :func:`place_messages` would give None.
+    """
+    starter = Starter(layer, density)
+    if not starter.given.usable:
+        return False
+    modes, factors = starter.given.newton(z.unsqueeze(0), NEWTON_STEPS)
+    if factors[0] is None:
+        return False
+    starter.put(modes[0], factors[0], scale if len(scale) else None)
+    if starter.is_gaussian(modes[0], normal_noise(NODES, density.density.dim, z, seed=1)):
+        layer.leave_shapes_out()
+    return True

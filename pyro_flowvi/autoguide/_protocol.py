@@ -51,6 +51,22 @@ class FitGuide(Protocol):
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         """Chooses what of the model's structure the guide uses, before a run of so many steps."""
 
+    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> bool:
+        """Moves to where a guide is that was fitted before, to other data or another version of the model.
+
+        :param previous: that guide; it may be this one.
+        :param density: the model.
+        :param all_data: whether that has all data, or a part.
+        :return: whether that is so near the posterior that a short run is enough, without a search.
+        :raises ValueError: naming ``init``, if nothing can be taken over.
+        """
+
+    def remember(self, weights: Tensor) -> None:
+        """Keeps how far from the posterior a fit has ended, for those that start from this guide.
+
+        :param weights: log weights of draws, in the end.
+        """
+
     def can_move(self) -> bool:
         """Whether the guide can be moved to a Gaussian before it is trained."""
 
@@ -106,6 +122,12 @@ class _PyroGuide:
         return FitOptions()
 
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
+        pass
+
+    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> bool:
+        raise NotImplementedError("the guide cannot be moved")
+
+    def remember(self, weights: Tensor) -> None:
         pass
 
     def can_move(self) -> bool:

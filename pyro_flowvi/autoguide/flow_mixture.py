@@ -223,6 +223,12 @@ class AutoFlowMixture(AutoFlow):
         share = max(LEAST_PARTICLES, options.num_particles // self.num_components)
         return replace(options, num_particles=share)
 
+    def place_at(self, loc: Tensor, scale: Tensor) -> None:
+        """Where one Gaussian is says nothing of the components."""
+        raise ValueError(
+            f"init: expected a guide with the flow, components and latents of {self.name}, for a mixture"
+        )
+
     @torch.no_grad()
     def place(self, loc: Tensor, scale: Tensor, weights: Tensor) -> None:
         """Moves the components to Gaussians, as far as their flows are the identity.

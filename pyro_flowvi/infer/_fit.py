@@ -12,23 +12,22 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
+from torch import Tensor
 
 from .._checks import check_positive, check_positive_int
 from .._compile.errors import CannotCompile
 from .._compile.flow_step import FlowStep
 from .._compile.inductor import PARALLEL_FROM
-from .._compile.log_density import TracedDensity, traced
+from .._compile.log_density import TracedDensity
 from .._compile.optimizers import as_pyro_optim
 from .._compile.policy import MACHINE_CODE_FROM
 from .._program.call import as_keywords, check_batch, check_programs
-from .._program.flat_directions import flat_sites
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._program.scoring import Scoring
 from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, as_fit_guide
 from ..autoguide._sweep import Sweep
-from ..init import Effort
 from ..objectives._choice import as_objective, objective_for
 from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
@@ -41,7 +40,7 @@ from ._row_steps import COMPARISON_DRAWS as ROW_DRAWS
 from ._row_steps import NUM_STEPS as ROW_STEPS
 from ._row_steps import RowStep, RowSteps, RowWeights, row_sweep
 from ._run_state import Run
-from ._start import locate
+from ._start import move, take_over
 from ._training_loop import TOLERANCE, TOLERANCE_EACH, TrainingLoop
 
 __all__ = ["fit"]
@@ -54,11 +53,11 @@ COMPARISON_DRAWS_ON_DATA = 16
 MANY_ELEMENTS = 5_000_000
 """Elements of draws and data together above which states are compared on fewer draws."""
 CHECKPOINT_SECONDS = 30.0
+REFIT_SHARE, REFIT_RATE = 0.15, 0.3
+"""Of the steps and of the learning rate of a fit, what one takes that starts near its end."""
 _IDENTIFYING = ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
 RECORDED_FROM = 50
 """Steps from which a flow is recorded: it takes as long as some tens of eager ones."""
-THOROUGH_FROM = 2000
-"""Draws in a whole run from which a thorough search for the start is worth its own."""
 
 
 def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
@@ -196,30 +195,16 @@ def _steps(
     try:
         if sweep is not None:
             return RowSteps(RowStep(sweep, width, run.optim.limits))
+        params = _trained(answers, run.model)
         flow = answers.pushforward(run.model)
-        params = [param for param in flow.parameters() if param.requires_grad]
         return FlowSteps(FlowStep(flow, params, graph, run.optim.limits)) if params else None
     except CannotCompile:
         return None
 
 
-def _move(
-    loop: TrainingLoop, pair: LogWeights, answers: FitGuide, density: UnconstrainedModel | None
-) -> None:
-    """Moves the guide to where it starts."""
-    if density is None or not answers.can_move():
-        return
-    if flat := flat_sites(density):
-        raise ValueError(
-            "model: expected a proper posterior, got one that is flat along a direction of the sites "
-            f"{flat}, whose priors are improper: the data say nothing there; give one a proper prior"
-        )
-    draws = loop.num_steps * loop.run.loss.num_particles
-    effort = Effort.within(pair.structure.largest, density.dim) if draws >= THOROUGH_FROM else Effort.small()
-    if not traced(density, effort.starts).batched:
-        effort = Effort.small()
-    loop.bar.tell(f"search for a start: {effort.starts} runs of L-BFGS")
-    loop.start = locate(loop.run, answers, density, effort)
+def _trained(answers: FitGuide, model: Program) -> list[Tensor]:
+    """The parameters of a flow that are trained."""
+    return [param for param in answers.pushforward(model).parameters() if param.requires_grad]
 
 
 def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
@@ -257,6 +242,7 @@ def fit(
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
     compile: CompileMode = "auto",
+    init: Any = None,
     checkpoint: Any = None,
     progress: bool = True,
     **kwargs: Any,
@@ -356,11 +342,14 @@ def fit(
         answers.set_up(*first, all_data=not changing)
         needed = answers.can_move() or answers.pushforward(model) is not None
         density = answers.density(*first[0], **first[1]) if needed else None
-        if density is not None:
+        near = init is not None and take_over(init, answers, density, all_data=not changing)
+        # A part of the data is no reason to leave the place that was taken over.
+        searches = density is not None and (init is None or not (near or changing or density.subsampled))
+        if density is not None and searches:
             answers.choose(density, num_steps)
         default = answers.fit_options()
-        if options["num_steps"] is None and not changing and default.num_steps is not None:
-            num_steps = default.num_steps
+        if options["num_steps"] is None and not changing:
+            num_steps = round((REFIT_SHARE if near else 1.0) * (default.num_steps or num_steps))
             bar.expect(num_steps)
         nesting = getattr(loss, "max_plate_nesting", math.inf)
         pair = judge = LogWeights(model, guide, *first, nesting)
@@ -376,7 +365,7 @@ def fit(
                 bar.expect(num_steps)
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)
-        rate = default.lr if lr is None else float(lr)
+        rate = default.lr * (REFIT_RATE if near else 1.0) if lr is None else float(lr)
         own_data = loss is None and not changing and not pair.structure.subsampled
         # Rows that a pass does not show would have no say in which state is the best.
         ranked = validation is not None or (own_data if sweep is None else sweep.whole)
@@ -390,7 +379,7 @@ def fit(
         nats = tolerance or default.tolerance or _default_tolerance(pair)
         if sweep is not None:
             run.comparison_draws = ROW_DRAWS
-        loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar, nats)
+        loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar, nats, near)
         if sweep is not None:
             loop.every = max(1, num_steps // ROW_CHECKS)
         saved = save = None
@@ -401,16 +390,22 @@ def fit(
         try:
             with _threads_for(pair.structure.largest * particles):
                 if saved is None:
-                    _move(loop, pair, answers, density)
-                    if sweep is not None:
+                    if sweep is None:
+                        move(loop, answers, density if searches or near else None)
+                    else:
                         loop.bar.tell(f"passes over {sweep.size} rows")
                         loop.start = sweep.guide.start_rows(sweep, particles)
                 else:
                     answers.set_frame(saved["frame"])
-                loop.prepare(_steps(graph, sweep, answers, run, particles))
+                arrived = (
+                    near and graph is not None and saved is None and loop.is_there(_trained(answers, model))
+                )
+                if save is not None or not arrived:
+                    loop.prepare(_steps(graph, sweep, answers, run, particles))
                 if saved is not None:
                     restore(loop, saved)
                 stop_reason = loop.train(save, CHECKPOINT_SECONDS)
+                answers.remember(run.best_weights)
         finally:
             loop.stepper.leave()
             answers.leave_frame()

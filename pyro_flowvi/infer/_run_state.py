@@ -106,9 +106,12 @@ class Run:
         except REFUSALS:
             return torch.full((size,), -math.inf)
 
-    def distance(self) -> Distance:
-        """An estimate of how far the guide is from the posterior, on draws of its own."""
-        weights = self.evaluate(GAP_DRAWS, seed=7).double()
+    def distance(self, multiple: int = GAP_DRAWS) -> Distance:
+        """An estimate of how far the guide is from the posterior, on draws of its own.
+
+        :param multiple: how many times as many draws as in a comparison.
+        """
+        weights = self.evaluate(multiple, seed=7).double()
         good = weights.isfinite()
         if int(good.sum()) < 2:
             return Distance(math.inf, None)

@@ -1,14 +1,57 @@
-"""Where a fit starts: a Gaussian found by search, or one at each mode, in whose frame the flow begins."""
+"""Where a fit starts: a Gaussian found by search, in whose frame the flow begins, or an earlier guide."""
 
+from typing import Any
+
+from .._compile.log_density import traced
+from .._program.flat_directions import flat_sites
 from .._program.log_density import UnconstrainedModel
 from ..autoguide._protocol import FitGuide
 from ..init import Effort
+from ._result import FitResult
 from ._run_state import Run, is_worse
+from ._training_loop import TrainingLoop
 
-__all__ = ["locate"]
+__all__ = ["locate", "move", "take_over"]
 
 LEAST_GAIN = 1e-3
 """Nats of the ELBO for which a guide is moved."""
+THOROUGH_FROM = 2000
+"""Draws in a whole run from which a thorough search for the start is worth its own."""
+
+
+def take_over(init: Any, guide: FitGuide, density: UnconstrainedModel | None, all_data: bool) -> bool:
+    """Moves a guide to where an earlier one is; whether that is near the posterior.
+
+    :param init: the earlier guide, or what its fit has returned.
+    :param all_data: whether the density has all data, or a part.
+    :raises ValueError: if nothing can be taken over.
+    """
+    if density is None:
+        raise ValueError("init: expected None for a guide that is no flow, or has no affine map, got a guide")
+    return guide.take_over(init.guide if isinstance(init, FitResult) else init, density, all_data)
+
+
+def move(loop: TrainingLoop, guide: FitGuide, density: UnconstrainedModel | None) -> None:
+    """Moves the guide of a run to where it starts.
+
+    :raises ValueError: if the posterior is flat along a direction.
+    """
+    if density is None or not guide.can_move():
+        return
+    if flat := flat_sites(density):
+        raise ValueError(
+            "model: expected a proper posterior, got one that is flat along a direction of the sites "
+            f"{flat}, whose priors are improper: the data say nothing there; give one a proper prior"
+        )
+    if loop.near:
+        loop.start = guide.move_to_start(density, Effort.small())[0]
+        return
+    draws, largest = loop.num_steps * loop.run.loss.num_particles, loop.run.judge.structure.largest
+    effort = Effort.within(largest, density.dim) if draws >= THOROUGH_FROM else Effort.small()
+    if not traced(density, effort.starts).batched:
+        effort = Effort.small()
+    loop.bar.tell(f"search for a start: {effort.starts} runs of L-BFGS")
+    loop.start = locate(loop.run, guide, density, effort)
 
 
 def locate(run: Run, guide: FitGuide, density: UnconstrainedModel, effort: Effort) -> str | None:

@@ -27,8 +27,8 @@ from ._schedule import PATIENCE, PLATEAU_FACTOR, CosineSchedule, is_rising, roun
 
 __all__ = ["CHECKS", "TrainingLoop"]
 
-CHECKS = 30
-"""How often in a run the state is compared with the best and kept."""
+CHECKS, CHECKS_NEAR = 30, 10
+"""How often in a run the state is compared with the best and kept, and in one that starts near its end."""
 FINAL_RATE = 1e-2
 """The learning rate ends at this fraction of its start."""
 WARM_UP = 100
@@ -45,6 +45,8 @@ TOLERANCE, TOLERANCE_EACH = 0.03, 0.004
 """How far below the evidence, nats, an ELBO may be for a run to end; for each latent where there are few."""
 MOST_MOVED = 0.05
 """How much the draws' weights may move a mean, in standard deviations, or a log scale, for a run to end."""
+FEW_DRAWS = 2
+"""Draws that tell whether a start is the end, as a multiple of those of a comparison."""
 LEAST_GAIN = 0.02
 """Gain in ELBO, nats, in a later round, below which there is no further one."""
 RECOVERABLE: tuple[type[Exception], ...] = (NotFinite, *REFUSALS)
@@ -74,6 +76,7 @@ class TrainingLoop:
     :param may_settle: whether equal weights of all draws mean that there is nothing left to train.
     :param bar: shows what is going on.
     :param tolerance: estimate of the distance to the evidence, nats, at which a run ends.
+    :param near: whether the run starts near its end.
     """
 
     def __init__(
@@ -87,13 +90,15 @@ class TrainingLoop:
         may_settle: bool = True,
         bar: Bar | None = None,
         tolerance: float = TOLERANCE,
+        near: bool = False,
     ) -> None:
         self.bar = bar or Bar()
         self.run, self.num_steps, self.arguments = run, num_steps, arguments
         self.fresh_data = fresh_data
         # A schedule of the objective's own has to run to its end.
         early = run.ranked and not hasattr(run.loss, "advance")
-        self.stops_early = early and num_steps >= ENOUGH_STEPS
+        self.near = near
+        self.stops_early = early and (near or num_steps >= ENOUGH_STEPS)
         self.may_settle, self.tolerance = may_settle, tolerance
         self.progress = Progress(lr=lr)
         in_rounds = self.stops_early and lr is not None and not run.held_out
@@ -106,7 +111,7 @@ class TrainingLoop:
         self.stepper: Stepper | FlowSteps = Stepper(
             self.svi, run.loss, compile=compile, interprets=True, limits=run.optim.limits
         )
-        every = num_steps // CHECKS
+        every = num_steps // (CHECKS_NEAR if near else CHECKS)
         self.every = max(1, every - every % AVERAGE_EVERY if every > AVERAGE_EVERY else every)
 
     # -- rates --------------------------------------------------------------------------------------
@@ -139,6 +144,20 @@ class TrainingLoop:
             self.stepper = steps
         self.run.keep_start(None if steps is None else steps.compared)
         self.progress.round_elbo = -self.run.best_loss
+
+    def is_there(self, params: list[Tensor]) -> bool:
+        """Whether the start cannot be told from the posterior, so that there is nothing to train.
+
+        :param params: as of :meth:`Run.keep_start`.
+        """
+        self.run.keep_start(params)
+        settles = self.run.ranked and self.may_settle and not self._is_patient()
+        if not settles or not bool(0.5 * self.run.best_weights.var() < self.tolerance):
+            return False
+        gap, moved = self.run.distance(FEW_DRAWS)
+        if moved is not None and gap < self.tolerance and moved < MOST_MOVED:
+            self.progress.stop_reason = "converged"
+        return self.progress.stop_reason is not None
 
     # -- steps --------------------------------------------------------------------------------------
 
