@@ -157,6 +157,10 @@ _registered: dict[str, tuple["weakref.ref[Tensor]", _Store]] = {}
 def register(full_name: str, param: Tensor) -> None:
     """Shows a parameter to Pyro under its name, so that an optimizer finds it."""
     pyro.param(full_name, param)
+    _note(full_name, param)
+
+
+def _note(full_name: str, param: Tensor) -> None:
     _registered[full_name] = weakref.ref(param), stored_params()
 
 
@@ -179,6 +183,7 @@ def adopt_stored(full_name: str, param: Tensor, wins: bool = True, leftovers: bo
         with torch.no_grad():
             param.copy_(stored)
     replace_stored(full_name, param)
+    _note(full_name, param)
 
 
 def restored(prefix: str, leftovers: bool = False) -> list[str]:

@@ -15,7 +15,7 @@ from ..init import Effort, find_gaussian
 from . import _message_pass  # noqa: F401 - enters its form
 from ._affine import enter_frame, frame_of, leave_frame, set_affine
 from ._message_start import place_messages
-from ._protocol import FitOptions, Frame
+from ._protocol import FitOptions, Frame, Taken
 from ._rivals import falls_behind, trained_weights, weights_of
 from ._root_tails import RootTails
 from ._structured import StructuredGuide, spread_over
@@ -133,13 +133,12 @@ class FitAnswers(StructuredGuide):
         affine = self.affine
         return affine is not None and bool(affine.loc.requires_grad and affine.log_scale.requires_grad)
 
-    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> bool:
+    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> Taken:
         """Takes flow and affine map of a guide with the same latents, else moments by site and by position.
 
         :param previous: a guide of this package that was fitted, or this one.
         :param density: the model.
         :param all_data: whether that has all data, or a part.
-        :return: whether the guide is near the posterior then.
         :raises ValueError: if that is no such guide, or has none of the model's latents.
         """
         if not isinstance(previous, FitAnswers):
@@ -149,16 +148,16 @@ class FitAnswers(StructuredGuide):
         layer = self._map
         if layer is not None and previous._map is None and self._structure_kind == previous._structure_kind:
             self._take_flat("as the guide that the fit started from")
-        point = bring_over(self, previous, density)
+        whole, point = bring_over(self, previous, density)
         graph = traced(density, self.fit_options().num_particles)
         if not all_data or density.subsampled or not graph.holds:
-            return False
+            return Taken()
         found = approach(self, point, previous._learned, graph)
         enough = max(NEAR, NEARER * (self.fit_options().tolerance or 0.0), NEARER * previous._gap)
         self._near = found and gap_of(weights_of(self, density, FEW_DRAWS)) < enough
         if layer is not None and not self._near:
             layer.leave_frame()
-        return self._near
+        return Taken(self._near, whole)
 
     def remember(self, weights: Tensor) -> None:
         """Keeps how far from the posterior a fit has ended, and what it has learned of messages."""

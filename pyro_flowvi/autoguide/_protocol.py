@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from .._program.log_density import UnconstrainedModel
 from .._types import Program
 from ..init import Effort
 
-__all__ = ["FitGuide", "FitOptions", "Frame", "as_fit_guide"]
+__all__ = ["FitGuide", "FitOptions", "Frame", "Taken", "as_fit_guide"]
 
 Frame = tuple[Any, ...]
 """Location and scale of the fixed map behind a guide's affine one, or of those of its components, and
@@ -35,6 +35,17 @@ class FitOptions:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Taken(NamedTuple):
+    """What a guide has taken over from one that was fitted before.
+
+    :param near: whether it is so near the posterior now that no other start is searched for.
+    :param whole: whether its flow is the earlier one, so that a short run is enough then.
+    """
+
+    near: bool = False
+    whole: bool = False
+
+
 @runtime_checkable
 class FitGuide(Protocol):
     """A guide that answers for itself; :func:`as_fit_guide` answers for any other."""
@@ -51,13 +62,12 @@ class FitGuide(Protocol):
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         """Chooses what of the model's structure the guide uses, before a run of so many steps."""
 
-    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> bool:
+    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> Taken:
         """Moves to where a guide is that was fitted before, to other data or another version of the model.
 
         :param previous: that guide; it may be this one.
         :param density: the model.
         :param all_data: whether that has all data, or a part.
-        :return: whether that is so near the posterior that a short run is enough, without a search.
         :raises ValueError: naming ``init``, if nothing can be taken over.
         """
 
@@ -124,7 +134,7 @@ class _PyroGuide:
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         pass
 
-    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> bool:
+    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> Taken:
         raise NotImplementedError("the guide cannot be moved")
 
     def remember(self, weights: Tensor) -> None:

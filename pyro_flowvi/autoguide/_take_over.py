@@ -66,24 +66,23 @@ def check_previous(guide: Any, previous: Any) -> None:
         raise ValueError(f"init: expected a guide with some of the latents {list(own)}, got {list(others)}")
 
 
-def bring_over(guide: Any, previous: Any, density: UnconstrainedModel) -> Point | None:
+def bring_over(guide: Any, previous: Any, density: UnconstrainedModel) -> tuple[bool, Point | None]:
     """Gives a guide the flow of an earlier one, or its moments where the latents are others.
 
-    :return: the earlier posterior's moments; None where these are not needed.
+    :return: whether it has the flow; the earlier posterior's moments, or None where these are not needed.
     """
     layer, new = guide._map, guide._packing
-    if previous is not guide and not _copied(guide, previous):
-        rows = _carried(previous, new, density.start, guide._init_scale, MANY)
+    whole = previous is guide or _copied(guide, previous)
+    if whole and layer is None:
+        return True, None
+    rows = _carried(previous, new, density.start, guide._init_scale, FEW if whole else MANY)
+    if not whole:
         places = None if layer is None else layer.plan.root_places()
         loc, scale = _moments(rows if places is None else rows[:, places])
         if places is not None and guide._flow_places(layer) is None:
             loc, scale = spread_over(places, loc, scale, new.dim)
         guide.place_at(loc, scale)
-    elif layer is None:
-        return None
-    else:
-        rows = _carried(previous, new, density.start, guide._init_scale, FEW)
-    return Point(rows.mean(0), rows.std(0))
+    return whole, Point(rows.mean(0), rows.std(0))
 
 
 def _copied(guide: Any, previous: Any) -> bool:

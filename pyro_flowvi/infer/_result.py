@@ -1,6 +1,5 @@
 """What a fit gives, and how it fails."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ class FitResult:
     :param wall_time: seconds.
     :param start: the kind of Gaussian that the guide was moved to before training: "prior", "laplace",
         "path", "mean-field", or "modes": one that covers several for :class:`AutoCIF`, one at each for
-        :class:`AutoFlowMixture`; None if it stayed where it was.
+        :class:`AutoFlowMixture`; "previous", the guide that ``init`` gives; None if it stayed where it was.
     :param converged: whether the ELBO had stopped rising when the run ended.
     :param rates: the learning rate of every step; NaN with an optimizer of your own.
     :param gradient_norms: the norm of the gradient of every step.
@@ -55,8 +54,10 @@ class FitResult:
     num_restarts: int = 0
 
     def __repr__(self) -> str:
-        first = float(self.losses[0]) if len(self.losses) else math.nan
-        notes = [] if self.start is None else [f"started at the best Gaussian ({self.start})"]
+        first = f"{float(self.losses[0]):.2f} -> " if len(self.losses) else ""
+        earlier = self.start == "previous"
+        start = "started at the earlier guide" if earlier else f"started at the best Gaussian ({self.start})"
+        notes = [] if self.start is None else [start]
         for count, what in (
             (self.num_dropped, "particles without a finite density"),
             (self.num_skipped, "steps skipped"),
@@ -65,7 +66,7 @@ class FitResult:
             notes += [f"{count} {what}"] if count else []
         return (
             f"FitResult({self.stop_reason}: {len(self.losses)} steps in {self.wall_time:.1f} s, "
-            f"loss {first:.2f} -> {self.best_loss:.2f}{''.join(f', {note}' for note in notes)})"
+            f"loss {first}{self.best_loss:.2f}{''.join(f', {note}' for note in notes)})"
         )
 
     @property

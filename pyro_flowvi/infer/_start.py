@@ -5,7 +5,7 @@ from typing import Any
 from .._compile.log_density import traced
 from .._program.flat_directions import flat_sites
 from .._program.log_density import UnconstrainedModel
-from ..autoguide._protocol import FitGuide
+from ..autoguide._protocol import FitGuide, Taken
 from ..init import Effort
 from ._result import FitResult
 from ._run_state import Run, is_worse
@@ -19,8 +19,8 @@ THOROUGH_FROM = 2000
 """Draws in a whole run from which a thorough search for the start is worth its own."""
 
 
-def take_over(init: Any, guide: FitGuide, density: UnconstrainedModel | None, all_data: bool) -> bool:
-    """Moves a guide to where an earlier one is; whether that is near the posterior.
+def take_over(init: Any, guide: FitGuide, density: UnconstrainedModel | None, all_data: bool) -> Taken:
+    """Moves a guide to where an earlier one is.
 
     :param init: the earlier guide, or what its fit has returned.
     :param all_data: whether the density has all data, or a part.
@@ -31,9 +31,10 @@ def take_over(init: Any, guide: FitGuide, density: UnconstrainedModel | None, al
     return guide.take_over(init.guide if isinstance(init, FitResult) else init, density, all_data)
 
 
-def move(loop: TrainingLoop, guide: FitGuide, density: UnconstrainedModel | None) -> None:
+def move(loop: TrainingLoop, guide: FitGuide, density: UnconstrainedModel | None, near: bool = False) -> None:
     """Moves the guide of a run to where it starts.
 
+    :param near: whether it is there already, but for its frame.
     :raises ValueError: if the posterior is flat along a direction.
     """
     if density is None or not guide.can_move():
@@ -43,7 +44,7 @@ def move(loop: TrainingLoop, guide: FitGuide, density: UnconstrainedModel | None
             "model: expected a proper posterior, got one that is flat along a direction of the sites "
             f"{flat}, whose priors are improper: the data say nothing there; give one a proper prior"
         )
-    if loop.near:
+    if near:
         loop.start = guide.move_to_start(density, Effort.small())[0]
         return
     draws, largest = loop.num_steps * loop.run.loss.num_particles, loop.run.judge.structure.largest

@@ -27,7 +27,7 @@ from ._schedule import PATIENCE, PLATEAU_FACTOR, CosineSchedule, is_rising, roun
 
 __all__ = ["CHECKS", "TrainingLoop"]
 
-CHECKS, CHECKS_NEAR = 30, 10
+CHECKS, CHECKS_SHORT = 30, 10
 """How often in a run the state is compared with the best and kept, and in one that starts near its end."""
 FINAL_RATE = 1e-2
 """The learning rate ends at this fraction of its start."""
@@ -76,7 +76,7 @@ class TrainingLoop:
     :param may_settle: whether equal weights of all draws mean that there is nothing left to train.
     :param bar: shows what is going on.
     :param tolerance: estimate of the distance to the evidence, nats, at which a run ends.
-    :param near: whether the run starts near its end.
+    :param short: whether the run starts near its end.
     """
 
     def __init__(
@@ -90,15 +90,14 @@ class TrainingLoop:
         may_settle: bool = True,
         bar: Bar | None = None,
         tolerance: float = TOLERANCE,
-        near: bool = False,
+        short: bool = False,
     ) -> None:
         self.bar = bar or Bar()
         self.run, self.num_steps, self.arguments = run, num_steps, arguments
         self.fresh_data = fresh_data
         # A schedule of the objective's own has to run to its end.
         early = run.ranked and not hasattr(run.loss, "advance")
-        self.near = near
-        self.stops_early = early and (near or num_steps >= ENOUGH_STEPS)
+        self.stops_early = early and (short or num_steps >= ENOUGH_STEPS)
         self.may_settle, self.tolerance = may_settle, tolerance
         self.progress = Progress(lr=lr)
         in_rounds = self.stops_early and lr is not None and not run.held_out
@@ -111,7 +110,7 @@ class TrainingLoop:
         self.stepper: Stepper | FlowSteps = Stepper(
             self.svi, run.loss, compile=compile, interprets=True, limits=run.optim.limits
         )
-        every = num_steps // (CHECKS_NEAR if near else CHECKS)
+        every = num_steps // (CHECKS_SHORT if short else CHECKS)
         self.every = max(1, every - every % AVERAGE_EVERY if every > AVERAGE_EVERY else every)
 
     # -- rates --------------------------------------------------------------------------------------
