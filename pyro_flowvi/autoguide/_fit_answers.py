@@ -269,6 +269,10 @@ class FitAnswers(StructuredGuide):
         if layer is not None:
             layer.leave_frame()
 
+    def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The pair of all rows, which the guide sees already."""
+        return None
+
     def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
         """Passes over rows, of which the guide has none."""
         return None

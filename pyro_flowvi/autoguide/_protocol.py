@@ -109,6 +109,9 @@ class FitGuide(Protocol):
     def pushforward(self, model: Program) -> Any:
         """The map from standard normal noise to the latents of ``model``; None if it is no such guide."""
 
+    def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Model, guide and arguments of all rows of a subsampled plate; None without latents there."""
+
     def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
         """Passes over the rows of a subsampled plate; None without latents there.
 
@@ -165,6 +168,9 @@ class _PyroGuide:
         return None
 
     def pushforward(self, model: Program) -> Any:
+        return None
+
+    def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return None
 
     def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:

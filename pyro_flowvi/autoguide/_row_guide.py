@@ -8,6 +8,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 
 from .._checks import check_dtype, check_positive_int
+from .._program.rows import showing
 from .._types import AffineKind, InitFn, Program, StructureKind
 from ..transforms import Compose
 from ._affine import FramedAffine, enter_frame, frame_of, leave_frame, set_affine
@@ -304,6 +305,23 @@ class RowGuide(FitAnswers):
             return None
         plate = self._rows.plate
         return Sweep(self, self._rows, epoch(2 * -(-plate.size // plate.shown)))
+
+    def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, Program, Call] | None:
+        """The pair of model and guide of all rows at once, and the arguments; None where there is none.
+
+        None too where a network reads the rows' data, or other rows come with other arguments.
+        """
+        rows = self._rows
+        if rows is None or isinstance(rows, AmortisedRows) or not rows.chooses((args, kwargs)):
+            return None
+        every = torch.arange(rows.plate.size)
+
+        def guide(*args: Any, **kwargs: Any) -> Any:
+            with rows.showing_all():
+                return self(*args, **kwargs)
+
+        model = showing(self._require_model(), rows.plate, None if rows.plate.given else every, None)
+        return model, guide, rows.call_with((args, kwargs), every)
 
     def start_rows(self, sweep: Sweep, width: int) -> str | None:
         """Moves roots and rows to where they start, into a frame; None if no such place was found.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import pyro
@@ -80,6 +80,7 @@ class Rows:
         """The arguments that each view was made with."""
         self._place: int | None = None
         """Which of the arguments' leaves is the rows, if one is."""
+        self._shows_all = False
         self._last: Tensor | None = None
         """The rows of the last call."""
 
@@ -206,8 +207,24 @@ class Rows:
         finally:
             guide.create_plates = None
 
+    @contextmanager
+    def showing_all(self) -> Iterator[None]:
+        """Within it a call of the guide draws all rows, in a plate that is not subsampled."""
+        self._shows_all = True
+        try:
+            yield
+        finally:
+            self._shows_all = False
+
     def show(self, guide: Any, call: Call) -> tuple[Any, View, Tensor]:
         """The guide's plates in a step, the view of its page, and the rows that it shows."""
+        if self._shows_all:
+            rows, own = torch.arange(self.plate.size), guide.create_plates
+            guide.create_plates = lambda *_, **__: pyro.plate(self.plate.name, len(rows), dim=self.plate.dim)
+            try:
+                return guide._create_plates(*call[0], **call[1]), self.view(guide, call, rows), rows
+            finally:
+                guide.create_plates = own
         plates = self.plates_of(guide, *call)
         rows = torch.as_tensor(plates[self.plate.name].indices).long()
         self._last = rows

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..init.gaussians import normal_noise
-from ._pages import Call, View, padded
+from ._pages import LOG_2_PI, Call, View, padded
 from ._row_tables import RowTables, pages_of
 from ._rows import Rows
 
@@ -102,6 +102,13 @@ class Sweep:
         return self.size == self.rows.plate.size
 
     @property
+    def num_latents(self) -> int:
+        """Latents of all rows, and outside."""
+        view = self.rows.first_view()
+        outside = len(view.root_places)
+        return outside + (view.packing.dim - outside) // view.size * self.rows.plate.size
+
+    @property
     def num_pages(self) -> int:
         return len(self._pages)
 
@@ -155,6 +162,25 @@ class Sweep:
             value = value + more[0] - outside[0]
             slope = slope + more[1] - outside[1]
         return value.reshape(len(roots), num).mean(1), slope.reshape(len(roots), num, -1).mean(1)
+
+
+    @torch.no_grad()
+    def log_weights(self, num: int, width: int) -> tuple[Tensor, Tensor]:
+        """Independent draws of the roots, ``(num, R)``, and log p(x, z) - log q(z) of them with rows' latents."""
+        roots, log_q = self.guide.draw_roots_and_log_prob(num)
+        view = self.nothing()
+        still = view.with_roots(roots, roots.new_zeros(num, view.packing.dim))
+        outside = view.graph(width)(view.layer.forward_and_log_det(still)[0])[0]
+        total = outside - log_q
+        for view, *_ in self.pages(weighted=True):
+            x = torch.randn(num, view.packing.dim).to(roots)
+            z, log_det = view.layer.forward_and_log_det(view.with_roots(roots, x))
+            rows = view.layer.rows
+            assert rows is not None
+            weights = rows.noise_weights(view.packing).to(x).index_fill(0, view.root_places, 0.0)
+            normal = -0.5 * ((x.square() + LOG_2_PI) * weights).sum(-1)
+            total = total + view.graph(width)(z)[0] - outside - (normal - log_det)
+        return roots, total
 
 
 def pull_back(view: View, roots: Tensor, noise: Tensor | None, width: int) -> tuple[Tensor, Tensor]:

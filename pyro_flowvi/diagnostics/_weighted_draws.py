@@ -22,6 +22,12 @@ __all__ = ["WeightedDraws", "weighted_draws"]
 
 MAX_BATCH = 4096
 """Draws that the model scores in one run."""
+MOST_NUMBERS = 20_000_000
+"""Numbers of them at once, where a site is large."""
+MOST_AT_ONCE = 20_000
+"""Latents of a subsampled plate up to which the model is run with all rows."""
+WIDTH = 64
+"""Draws that it scores at once in a pass over pages of rows."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class WeightedDraws:
     :param density: the model over ``z``.
     :param particles: the pair of model and guide.
     :param why: why ``z`` is None, in words.
+    :param exact: whether the weights are of all data although the model shows a part of them.
     """
 
     log_weights: NDArray[np.float64]
@@ -44,6 +51,7 @@ class WeightedDraws:
     log_p: Tensor | None = None
     density: UnconstrainedModel | None = None
     why: str = ""
+    exact: bool = False
 
     def names(self) -> list[str]:
         """A name for each of the D coordinates of ``z``, such as ``theta[2]``."""
@@ -83,7 +91,17 @@ def weighted_draws(
     """
     answers = as_fit_guide(model, guide)
     answers.set_up(args, kwargs or {})
+    sweep = answers.sweep(lambda _: [(args, kwargs or {})])
+    whole = answers.whole(args, kwargs or {})
+    if whole is not None:
+        if sweep is not None and sweep.num_latents > MOST_AT_ONCE:
+            found = sweep.log_weights(num_samples, WIDTH)[1]
+            why = f"{sweep.num_latents} latents under a subsampled plate are weighed by passes over its rows"
+            return WeightedDraws(_array(found), LogWeights(model, guide, args, kwargs), why=why, exact=True)
+        model, guide, (args, kwargs) = whole
+        answers = as_fit_guide(model, guide)
     particles = LogWeights(model, guide, args, kwargs)
+    most = max(1, min(MAX_BATCH, MOST_NUMBERS // particles.structure.largest))
     try:
         density = answers.density(*particles.args, **particles.kwargs)
         missing = sorted(set(density.packing.latents) ^ set(particles.structure.latents))
@@ -97,7 +115,7 @@ def weighted_draws(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     values: list[dict[str, Tensor]] = []
     with torch.no_grad(), pyro.validation_enabled(False):
-        for size in even_sizes(num_samples, MAX_BATCH):
+        for size in even_sizes(num_samples, most):
             drawn = answers.draw_latent(size)
             if drawn is None:
                 sites, log_q = _score_draws(particles, size)

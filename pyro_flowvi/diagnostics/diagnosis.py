@@ -215,7 +215,7 @@ def diagnose(
     flat = [] if draws.density is None else flat_sites(draws.density)
     if flat:
         judgement.add(f"the posterior is improper: it is flat along a direction of the sites {flat}", 0)
-    if draws.particles.structure.subsampled:
+    if draws.particles.structure.subsampled and not draws.exact:
         judgement.add("the model subsamples its data: the weights contain that noise as well")
     if draws.particles.structure.indexed:
         judgement.add("weights, k-hat and ELBO are those of the extended space of latents and indices")

@@ -55,21 +55,7 @@ class RowWeights:
     @torch.no_grad()
     def log_weights(self, num_samples: int) -> Tensor:
         """log p(x, z) - log q(z) of independent draws of all latents, shape ``(num_samples,)``."""
-        guide, sweep = self._sweep.guide, self._sweep
-        roots, log_q = guide.draw_roots_and_log_prob(num_samples)
-        view = sweep.nothing()
-        z = view.layer.forward_and_log_det(view.with_roots(roots, roots.new_zeros(len(roots), view.packing.dim)))[0]
-        outside = view.graph(self._width)(z)[0]
-        total = outside - log_q
-        for view, *_ in sweep.pages(weighted=True):
-            x = torch.randn(len(roots), view.packing.dim).to(roots)
-            z, log_det = view.layer.forward_and_log_det(view.with_roots(roots, x))
-            rows = view.layer.rows
-            assert rows is not None
-            weights = rows.noise_weights(view.packing).to(x).index_fill(0, view.root_places, 0.0)
-            normal = -0.5 * ((x.square() + math.log(2.0 * math.pi)) * weights).sum(-1)
-            total = total + view.graph(self._width)(z)[0] - outside - (normal - log_det)
-        return total
+        return self._sweep.log_weights(num_samples, self._width)[1]
 
 
 def row_sweep(
