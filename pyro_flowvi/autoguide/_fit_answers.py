@@ -133,7 +133,7 @@ class FitAnswers(StructuredGuide):
         affine = self.affine
         return affine is not None and bool(affine.loc.requires_grad and affine.log_scale.requires_grad)
 
-    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> Taken:
+    def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
         """Takes flow and affine map of a guide with the same latents, else moments by site and by position.
 
         :param previous: a guide of this package that was fitted, or this one.
@@ -141,6 +141,8 @@ class FitAnswers(StructuredGuide):
         :param all_data: whether that has all data, or a part.
         :raises ValueError: if that is no such guide, or has none of the model's latents.
         """
+        if density is None:
+            raise ValueError("init: expected None for a guide without an affine map, got a guide")
         if not isinstance(previous, FitAnswers):
             raise ValueError(f"init: expected a fitted guide of this package, got {previous!r}")
         self._near = False

@@ -62,7 +62,7 @@ class FitGuide(Protocol):
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         """Chooses what of the model's structure the guide uses, before a run of so many steps."""
 
-    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> Taken:
+    def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
         """Moves to where a guide is that was fitted before, to other data or another version of the model.
 
         :param previous: that guide; it may be this one.
@@ -137,8 +137,8 @@ class _PyroGuide:
     def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         pass
 
-    def take_over(self, previous: Any, density: UnconstrainedModel, all_data: bool) -> Taken:
-        raise NotImplementedError("the guide cannot be moved")
+    def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
+        raise ValueError("init: expected None for a guide that is no flow, got a guide")
 
     def remember(self, weights: Tensor) -> None:
         pass

@@ -1,6 +1,7 @@
 """Guides that serve latents under a subsampled plate."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Self
 
 import torch
@@ -8,6 +9,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 
 from .._checks import check_dtype, check_positive_int
+from .._program.log_density import UnconstrainedModel
 from .._program.rows import showing
 from .._types import AffineKind, InitFn, Program, StructureKind
 from ..transforms import Compose
@@ -18,13 +20,14 @@ from ._fit_answers import FitAnswers
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
 from ._pages import Call, View
-from ._protocol import FitOptions, Frame
+from ._protocol import FitOptions, Frame, Taken
 from ._row_start import place_rows
 from ._row_tables import RowTables
 from ._rows import Rows, find_rows
 from ._structured import GuideStructure
 from ._summaries import reference_normal
 from ._sweep import Sweep
+from ._take_over import check_previous, copy_flow, moments
 
 __all__ = ["RowGuide"]
 
@@ -32,6 +35,8 @@ _NO_ROWS = (
     "a guide of other models has draws of new rows by Predictive(model, posterior_samples=globals), where the "
     "model draws them"
 )
+PREVIOUS_DRAWS = 4096
+"""Draws that tell the moments of an earlier guide."""
 PARTICLES, RATE = 16, 5e-3
 """Draws a step, and the learning rate: a page of rows says less of the roots than their start does."""
 
@@ -56,6 +61,10 @@ class RowGuide(FitAnswers):
     ) -> None:
         super().__init__(model, init_loc_fn, name, structure)
         self._rows: Rows | None = None
+        self._known: tuple[Tensor, Tensor] | None = None
+        """Mean of the roots of an earlier guide, and lower factor of their covariance, to start from."""
+        self._continues = False
+        """Whether the flow is that guide's."""
         self._amortize = amortize
         self._wants_rows = amortize is not None
 
@@ -296,6 +305,37 @@ class RowGuide(FitAnswers):
             leave_frame(self.affine)
         self._rows.tables(self).leave_frame(self._rows.first_view().layer)
 
+    def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
+        if self._rows is None:
+            return super().take_over(previous, density, all_data)
+        if not isinstance(previous, FitAnswers):
+            raise ValueError(f"init: expected a fitted guide of this package, got {previous!r}")
+        check_previous(self, previous)
+        view, roots = self._rows.first_view(), list(self._rows.first_view().structure.roots)
+        known = {site: latent.free_shape for site, latent in previous._packing.latents.items()}
+        if any(known.get(site) != view.packing.latents[site].free_shape for site in roots):
+            raise ValueError(f"init: expected a guide with the latents {roots}, got {list(known)}")
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            drawn = previous.sample_posterior(PREVIOUS_DRAWS, sites=roots)  # type: ignore[attr-defined]
+        free = [view.packing.latents[site].unconstrain(drawn[site])[0] for site in roots]
+        whole = previous is self or (
+            isinstance(previous, RowGuide) and previous._rows is not None and self._copy(previous)
+        )
+        self._known = moments(torch.cat(free, -1)) if free else None
+        self._continues = whole
+        return Taken(near=True, whole=whole)
+
+    def _copy(self, previous: "RowGuide") -> bool:
+        """Gives the guide the flow of another one with rows, if it has the same layers."""
+        if not self.latent_dim or not copy_flow(self._flow, previous._flow):
+            return False
+        if not (isinstance(self._rows, AmortisedRows) or isinstance(previous._rows, AmortisedRows)):
+            own, other = self._rows.tables(self), previous._rows.tables(previous)
+            with suppress(RuntimeError):  # of other levels
+                own.shapes.load_state_dict(other.shapes.state_dict())
+        return True
+
     def sweep(self, epoch: Callable[[int], Sequence[Call]]) -> Sweep | None:
         """Passes over all rows; None where there are none, or a network reads their data.
 
@@ -331,16 +371,31 @@ class RowGuide(FitAnswers):
         tables, layer = sweep.tables, sweep.rows.first_view().layer
         kept = {name: param.detach().clone() for name, param in tables.named_parameters()}
         tables.zero(layer)
-        found = place_rows(sweep, width)
+        known, self._known = self._known, None
+        found = place_rows(sweep, width, known)
         if found is None:
             tables.fixed, tables.fixed_shared = {}, {}
             with torch.no_grad():
                 for name, param in tables.named_parameters():
                     param.copy_(kept[name])
             return None
+        if self.affine is not None and known is not None and self._continues:
+            found = self._carried(known, found)
         if self.affine is not None and not enter_frame(self.affine, *found):
             set_affine(self.affine, *found)
-        return "program"
+        return "program" if known is None else "previous"
+
+    def _carried(
+        self, known: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The affine map that gives the flow of an earlier guide, with known moments, those that were found."""
+        (mean, factor), (loc, scale) = known, found
+        enter_frame(self.affine)
+        frame = frame_of(self.affine)
+        if frame is None or frame[1].dim() < 2:
+            return found
+        turn = scale @ torch.linalg.solve_triangular(factor, torch.eye(len(loc)).to(loc), upper=False)
+        return loc + turn @ (frame[0].to(loc) - mean), turn @ frame[1].to(loc)
 
     def page_flow(self, view: View) -> Compose:
         """The map from noise to all latents of a page."""

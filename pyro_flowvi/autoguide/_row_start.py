@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..init.gaussians import normal_noise
-from ._message_start import ARRIVED, NODES, REACH, RENEWED_STEPS, Starter, place_messages
+from ._message_start import ARRIVED, NODES, REACH, RENEWED_STEPS, Starter, place_messages, renew_messages
 from ._pages import Call, View
 from ._row_tables import RowTables
 from ._sweep import Sweep
@@ -88,11 +88,14 @@ class _Paged:
 
 
 @torch.no_grad()
-def place_rows(sweep: Sweep, width: int) -> tuple[Tensor, Tensor] | None:
+def place_rows(
+    sweep: Sweep, width: int, known: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Gives all rows the messages to start with, and says where the roots are.
 
     :param sweep: the pages.
     :param width: points of the model at once.
+    :param known: where the roots may be, and a lower factor of the covariance that they may have.
     :return: location of the roots, ``(R,)``, and lower factor of their covariance; None where the model
         cannot be recorded, or the latents have no modes that can be found.
     """
@@ -101,24 +104,26 @@ def place_rows(sweep: Sweep, width: int) -> tuple[Tensor, Tensor] | None:
         return None
     shown = sweep.first()
     view = shown.view
-    found = place_messages(view.layer, view.graph(width))
+    found = None if known is None or not _renewed(view, width, *known) else known
+    near = found is not None
+    found = found or place_messages(view.layer, view.graph(width))
     if found is None:
         return None
     u, scale = found
     tables.store(view.layer, shown.rows, shown.fresh)
-    if sweep.num_pages == 1 and sweep.whole:
+    if sweep.num_pages == 1 and sweep.whole and not near:
         sweep.rows.set_active(sweep.guide, view.layer.shaped)
         return u, scale
     tables.know_nothing_of_others(view.layer, shown.rows)
     paged = _Paged(sweep, width)
-    share = (len(shown.rows) / (sweep.weight * sweep.size)) ** 0.5
+    share = 1.0 if near else (len(shown.rows) / (sweep.weight * sweep.size)) ** 0.5
     sds = scale.norm(dim=-1)
     for step in range(ROUNDS):
         if not paged.renew(u, sds, RENEWED_STEPS if step else FIRST_STEPS):
             return None
         u, scale, moved = paged.locate(u, scale if step else share * scale)
         sds = scale.norm(dim=-1)
-        if step and moved < EXACT_ENOUGH:
+        if (step or near) and moved < EXACT_ENOUGH:
             break
     if not paged.renew(u, sds, RENEWED_STEPS):
         return None
@@ -127,6 +132,14 @@ def place_rows(sweep: Sweep, width: int) -> tuple[Tensor, Tensor] | None:
         view.layer.leave_shapes_out()
     sweep.rows.set_active(sweep.guide, view.layer.shaped)
     return u, scale
+
+
+def _renewed(view: View, width: int, loc: Tensor, factor: Tensor) -> bool:
+    """Gives a page's map the messages at roots that are known."""
+    density = view.density
+    assert density is not None
+    z = density.start.index_copy(0, view.root_places, loc.to(density.start))
+    return renew_messages(view.layer, view.graph(width), z, factor.to(z).norm(dim=-1))
 
 
 EXACT_ENOUGH = 0.3

@@ -19,7 +19,16 @@ from ._natural_steps import climb
 from ._on_roots import OnRoots
 from ._structured import spread_over
 
-__all__ = ["Learned", "approach", "bring_over", "check_previous", "gap_of", "learned_of"]
+__all__ = [
+    "Learned",
+    "approach",
+    "bring_over",
+    "check_previous",
+    "copy_flow",
+    "gap_of",
+    "learned_of",
+    "moments",
+]
 
 MANY, FEW = 4096, 128
 """Draws of the earlier guide that tell its moments, and those that tell where it is."""
@@ -78,7 +87,7 @@ def bring_over(guide: Any, previous: Any, density: UnconstrainedModel) -> tuple[
     rows = _carried(previous, new, density.start, guide._init_scale, FEW if whole else MANY)
     if not whole:
         places = None if layer is None else layer.plan.root_places()
-        loc, scale = _moments(rows if places is None else rows[:, places])
+        loc, scale = moments(rows if places is None else rows[:, places])
         if places is not None and guide._flow_places(layer) is None:
             loc, scale = spread_over(places, loc, scale, new.dim)
         guide.place_at(loc, scale)
@@ -98,7 +107,7 @@ def _copied(guide: Any, previous: Any) -> bool:
             return False
         if guide._flow_places(layer) is not None and previous._flow_places(earlier) is not None:
             sites = others = list(roots)
-    if not (sites == others and _same_sites(sites, old, new) and _copy_flow(guide._flow, previous._flow)):
+    if not (sites == others and _same_sites(sites, old, new) and copy_flow(guide._flow, previous._flow)):
         return False
     if layer is not None:
         _copy_shapes(layer, earlier)
@@ -145,7 +154,7 @@ def _modules_of(layer: MessageMap) -> list[tuple[Any, dict[str, slice]]]:
     return [*([(layer, spans)] if spans else []), *((module, {site: slice(None)}) for module, site in joint)]
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of draws, and the lower factor of their covariance, above MAX_DENSE_DIM their deviations."""
     loc, sd = rows.mean(0), rows.std(0).clamp(min=1e-6)
     if len(loc) > MAX_DENSE_DIM:
@@ -239,7 +248,7 @@ def _make(part: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def _copy_flow(flow: Any, earlier: Any) -> bool:
+def copy_flow(flow: Any, earlier: Any) -> bool:
     """Gives a flow the numbers of an earlier one, but for those of a message map's messages.
 
     :return: False, and nothing is done, where the two differ in more than their numbers.

@@ -377,7 +377,7 @@ def fit(
         if sweep is not None:
             together = True
             if options["num_steps"] is None:
-                num_steps = ROW_STEPS
+                num_steps = round((REFIT_SHARE if short else 1.0) * ROW_STEPS)
                 bar.expect(num_steps)
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)

@@ -26,8 +26,6 @@ def take_over(init: Any, guide: FitGuide, density: UnconstrainedModel | None, al
     :param all_data: whether the density has all data, or a part.
     :raises ValueError: if nothing can be taken over.
     """
-    if density is None:
-        raise ValueError("init: expected None for a guide that is no flow, or has no affine map, got a guide")
     return guide.take_over(init.guide if isinstance(init, FitResult) else init, density, all_data)
 
 
