@@ -16,7 +16,7 @@ from ..transforms import Compose
 from ._affine import FramedAffine, enter_frame, frame_of, leave_frame, set_affine
 from ._amortised import AmortisedRows, find_data_plate, first_values, has_data_of, reads_rows
 from ._encoder import Encoder
-from ._fit_answers import FitAnswers
+from ._fit_answers import TOLERANCE, TOLERANCE_EACH, FitAnswers
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
 from ._pages import Call, View
@@ -270,7 +270,14 @@ class RowGuide(FitAnswers):
     def fit_options(self) -> FitOptions:
         if self._rows is None:
             return super().fit_options()
-        return FitOptions(lr=RATE, num_particles=PARTICLES, settings={"flow": repr(self._flow)})
+        view, plate = self._rows.first_view(), self._rows.plate
+        messages = (view.packing.dim - len(view.root_places)) // view.size * plate.size
+        return FitOptions(
+            lr=RATE,
+            num_particles=PARTICLES,
+            tolerance=TOLERANCE + TOLERANCE_EACH * messages,
+            settings={"flow": repr(self._flow)},
+        )
 
     def frame(self) -> Frame | None:
         if self._rows is None:

@@ -196,16 +196,22 @@ def _steps(
     try:
         if sweep is not None:
             return RowSteps(RowStep(sweep, width, run.optim.limits))
-        params = _trained(answers, run.model)
+        params = _trained(graph, None, answers, run.model)
         flow = answers.pushforward(run.model)
         return FlowSteps(FlowStep(flow, params, graph, run.optim.limits)) if params else None
     except CannotCompile:
         return None
 
 
-def _trained(answers: FitGuide, model: Program) -> list[Tensor]:
-    """The parameters of a flow that are trained."""
-    return [param for param in answers.pushforward(model).parameters() if param.requires_grad]
+def _trained(
+    graph: TracedDensity | None, sweep: Sweep | None, answers: FitGuide, model: Program
+) -> list[Tensor]:
+    """The parameters that are trained outside Pyro; none where it takes the steps."""
+    if sweep is not None:
+        found: list[Tensor] = sweep.guide.params_of_page(sweep.rows.first_view())
+        return found
+    flow = None if graph is None else answers.pushforward(model)
+    return [] if flow is None else [param for param in flow.parameters() if param.requires_grad]
 
 
 def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
@@ -413,9 +419,7 @@ def fit(
                         loop.start = sweep.guide.start_rows(sweep, particles)
                 else:
                     answers.set_frame(saved["frame"])
-                arrived = (
-                    near and graph is not None and saved is None and loop.is_there(_trained(answers, model))
-                )
+                arrived = near and saved is None and loop.is_there(_trained(graph, sweep, answers, model))
                 if save is not None or not arrived:
                     loop.prepare(_steps(graph, sweep, answers, run, particles))
                 if saved is not None:

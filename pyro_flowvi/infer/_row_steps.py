@@ -18,7 +18,7 @@ from ..autoguide._sweep import Sweep, pull_back
 from ..init.gaussians import normal_noise
 from ..autoguide._protocol import FitGuide
 from ._batches import Supply
-from ._flow_steps import FlowSteps
+from ._flow_steps import FlowSteps, FlowWeights
 
 __all__ = ["RowStep", "RowSteps", "RowWeights", "row_sweep"]
 
@@ -35,7 +35,7 @@ BETAS, EPS = (0.9, 0.99), 1e-8
 """Of Adam for the rows' messages, each of which is seen few times."""
 
 
-class RowWeights:
+class RowWeights(FlowWeights):
     """Log weights of draws over all rows, by full passes.
 
     Stands in for :class:`LogWeights` where states are compared.
@@ -45,17 +45,18 @@ class RowWeights:
     :param width: points of the model at once.
     """
 
-    vectorized = True
-    last_draws: Tensor | None = None
+    watches, patient = True, False
 
     def __init__(self, pair: LogWeights, sweep: Sweep, width: int) -> None:
         self.structure = pair.structure
+        self.last_draws: Tensor | None = None
         self._sweep, self._width = sweep, width
 
     @torch.no_grad()
     def log_weights(self, num_samples: int) -> Tensor:
         """log p(x, z) - log q(z) of independent draws of all latents, shape ``(num_samples,)``."""
-        return self._sweep.log_weights(num_samples, self._width)[1]
+        self.last_draws, weights = self._sweep.log_weights(num_samples, self._width)
+        return weights
 
 
 def row_sweep(

@@ -149,6 +149,8 @@ class TrainingLoop:
 
         :param params: as of :meth:`Run.keep_start`.
         """
+        if not params:
+            return False
         self.run.keep_start(params)
         settles = self.run.ranked and self.may_settle and not self._is_patient()
         if not settles or not bool(0.5 * self.run.best_weights.var() < self.tolerance):
