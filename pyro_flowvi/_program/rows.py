@@ -1,11 +1,13 @@
 """The subsampled plate that latents stand under, and the model of a page of its rows."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -16,7 +18,15 @@ from .pyro_private import subsampling_replaced
 from .sites import latent_sites
 from .structure import is_subsampled
 
-__all__ = ["RowPlate", "find_row_plate", "noting_plates", "per_row", "rows_in", "showing"]
+__all__ = [
+    "RowPlate",
+    "check_rows_known",
+    "find_row_plate",
+    "noting_plates",
+    "per_row",
+    "rows_in",
+    "showing",
+]
 
 
 @dataclass(frozen=True)
@@ -44,26 +54,16 @@ class RowPlate:
         return any(frame.name == self.name for frame in stack)
 
 
-def _is_row_frame(frame: CondIndepStackFrame) -> bool:
-    return frame.vectorized and is_subsampled(frame)
-
-
 def find_row_plate(trace: Trace, seen: Mapping[str, bool]) -> RowPlate | None:
     """The subsampled plate of a trace that latents stand under; None if there is none.
 
     :param trace: of the model, with the sites by which plates choose their rows.
     :param seen: by plate whether the model itself said which rows.
-    :raises ValueError: for latents under two subsampled plates, or a subsampled loop.
+    :raises ValueError: for latents under two subsampled plates, or one that was made before the run.
     """
     found: dict[str, tuple[str, CondIndepStackFrame]] = {}
     for name, site in latent_sites(trace):
         frames = [frame for frame in site["cond_indep_stack"] if is_subsampled(frame)]
-        for frame in frames:
-            if not frame.vectorized:
-                raise ValueError(
-                    f"site {name!r}: expected a vectorised plate, got a loop over the subsampled plate "
-                    f"{frame.name!r}, which has other sites at each run; write `with pyro.plate(...)`"
-                )
         if len(frames) > 1:
             names = " and ".join(repr(frame.name) for frame in frames)
             raise ValueError(
@@ -78,9 +78,37 @@ def find_row_plate(trace: Trace, seen: Mapping[str, bool]) -> RowPlate | None:
             f"sites {one!r} and {other!r}: expected latents under one subsampled plate, got "
             f"{sorted(found)}; subsample one of them and show the other in full"
         )
-    for _, frame in found.values():
+    for site, frame in found.values():
+        if frame.name not in trace.nodes:
+            raise ValueError(
+                f"site {site!r}: expected a subsampled plate that is made at each run of the model, got "
+                f"{frame.name!r}, made outside, which shows the same rows at each step; write "
+                f"`with pyro.plate({frame.name!r}, {frame.full_size}, subsample_size={frame.size})` in it"
+            )
         return RowPlate(frame.name, frame.full_size, frame.size, frame.dim, seen.get(frame.name, False))
     return None
+
+
+def check_rows_known(model: Program, guide: Program, call: tuple[Any, Mapping[str, Any]]) -> None:
+    """Refuses latents of a batch's rows where the model does not say which rows these are.
+
+    :raises ValueError: naming the site.
+    """
+    with torch.random.fork_rng(), poutine.block(), torch.no_grad():
+        drawn = poutine.trace(guide).get_trace(*call[0], **call[1])
+        trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*call[0], **call[1])
+    for name, site in latent_sites(trace):
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        own = math.prod(frame.full_size / frame.size for frame in frames if is_subsampled(frame))
+        scale = float(torch.as_tensor(site["scale"]).max()) / own
+        if frames and scale > 1.0 + 1e-6:
+            plate = frames[0].name
+            raise ValueError(
+                f"site {name!r}: expected latents of rows that are known, got batches in which they stand "
+                f"for others (scaled by {scale:g}), and nothing that says which rows they are of; write "
+                f"`with pyro.plate({plate!r}, N, subsample=index)` in the model, with the index of each "
+                "batch among its arguments, or draw latents from their row's data, with the guide's `amortize=`"
+            )
 
 
 def per_row(weights: Tensor, plate: RowPlate) -> Tensor:

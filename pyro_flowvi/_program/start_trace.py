@@ -151,14 +151,22 @@ def _check_latents(latents: Mapping[str, Site]) -> None:
                 f"TraceEnum_ELBO, or hide it with poutine.block(model, hide=[{name!r}])"
             )
         for frame in site["cond_indep_stack"]:
-            if frame.vectorized and is_subsampled(frame):
+            if not frame.vectorized and is_subsampled(frame):
+                raise ValueError(
+                    f"site {name!r}: expected a vectorised plate, got a loop over the subsampled plate "
+                    f"{frame.name!r}, which has other sites at each run; write `with pyro.plate(...)`"
+                )
+    for name, site in latents.items():
+        for frame in site["cond_indep_stack"]:
+            if is_subsampled(frame):
                 raise LocalLatents(
                     f"site {name!r}: local latents under the subsampled plate {frame.name!r} "
-                    f"({frame.size} of {frame.full_size}) have no fixed dimension, which a flow over "
-                    "all latents needs; use AutoGuideList with a flow for the global sites and "
-                    f"AutoNormal for the local ones: guide = AutoGuideList(model); "
-                    f"guide.append(AutoPlanar(poutine.block(model, hide=[{name!r}]))); "
-                    f"guide.append(AutoNormal(poutine.block(model, expose=[{name!r}])))"
+                    f"({frame.size} of {frame.full_size}) are others at each step, which this guide does not "
+                    "serve; use AutoRealNVP(model), or another guide of one flow, which keeps what it learns "
+                    "of each row, or AutoGuideList with this guide for the other sites: "
+                    "guide = AutoGuideList(model); "
+                    f"guide.append(AutoCIF(poutine.block(model, hide=[{name!r}]))); "
+                    f"guide.append(AutoRealNVP(poutine.block(model, expose=[{name!r}])))"
                 )
     if not latents:
         raise ValueError("model: expected at least one continuous latent site, got none")

@@ -152,10 +152,10 @@ class NamedGuide(AutoContinuous):
         for param in self.parameters():
             param.__dict__.pop("unconstrained", None)  # Pyro's weak reference; it sets it anew
         try:
-            pickle.dumps((self._model, self._raw_model, self._init_fn))
+            pickle.dumps((self._model, self._raw_model, self._init_fn, self.create_plates))
         except Exception:  # whatever a user's model raises when pickled
             state["_model"] = state["_raw_model"] = (None,)
-            state["_init_fn"] = None
+            state["_init_fn"] = state["create_plates"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -100,7 +100,9 @@ class MessageMap(BlockMessages, FlowTransform):
 
     def weighted(self, log_det: Tensor, piece: Piece) -> Tensor:
         """Log-determinants of a piece's numbers, times the weights of their rows."""
-        return log_det if self.rows is None else log_det * self.rows.weights_of(piece.sites, log_det.shape[-1])
+        return (
+            log_det if self.rows is None else log_det * self.rows.weights_of(piece.sites, log_det.shape[-1])
+        )
 
     def renew(self, priors: PriorGraph) -> None:
         """Takes priors that were recorded again, if they depend on the same latents."""

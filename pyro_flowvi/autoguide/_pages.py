@@ -1,4 +1,4 @@
-"""Pages of rows of a subsampled plate: each a plain model, with a map of its own from noise to its latents."""
+"""Pages of rows of a subsampled plate: each a plain model, with a map from noise to its latents."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -52,9 +52,7 @@ class Page:
         self._own_data = own_data
         args, kwargs = pytree.tree_unflatten(self._leaves, spec)
         self.call: Call = (args, kwargs)
-        self.program: Program | None = showing(
-            model, plate, None if plate.given else self.rows, self.weights
-        )
+        self.program: Program | None = showing(model, plate, None if plate.given else self.rows, self.weights)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = [leaf if isinstance(leaf, Tensor) and self._own_data else None for leaf in self._leaves]
@@ -266,7 +264,7 @@ def rows_that_see_others(view: View) -> bool:
 
 
 def padded(call: Call, count: int, size: int) -> Call:
-    """The arguments of ``count`` rows as those of more: tensors with one entry for each repeat their first."""
+    """The arguments of ``count`` rows as those of more, of which the others repeat the first."""
 
     def longer(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count:

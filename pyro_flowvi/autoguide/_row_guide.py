@@ -180,10 +180,15 @@ class RowGuide(FitAnswers):
         found = find_rows(self._require_model(), (args, kwargs), self._init_fn)
         plate, shown = (None, None) if found is None else found
         known = rows.plate
-        if plate is None or shown is None or (plate.name, plate.size, plate.dim) != (
-            known.name,
-            known.size,
-            known.dim,
+        if (
+            plate is None
+            or shown is None
+            or (plate.name, plate.size, plate.dim)
+            != (
+                known.name,
+                known.size,
+                known.dim,
+            )
         ):
             raise ValueError(
                 f"plate {known.name!r}: expected {known.size} rows, which the guide was set up with, got "
@@ -191,7 +196,12 @@ class RowGuide(FitAnswers):
                 "latents of new rows with guide.sample_new_rows(num_samples, *args, **kwargs)"
             )
         rows.forget_views()
-        rows.view(self, (args, kwargs), shown)
+        self._packing = rows.view(self, (args, kwargs), shown).packing
+        if plate.shown != known.shown:
+            rows.plate, roots = plate, self.latent_dim
+            with self._apart():
+                AutoContinuous._setup_prototype(self, *args, **kwargs)
+            self.latent_dim = roots
         self._stale = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

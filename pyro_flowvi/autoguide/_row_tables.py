@@ -54,7 +54,9 @@ def _places(layer: MessageMap) -> dict[str, _Place]:
         enter(f"joint_{i}", joint, "log_weight_by_root", 1, latents)
     for place, coupling in enumerate(layer.all_couplings()):
         for j in coupling.links:
-            enter(f"coupling_{place}", coupling, f"link_{j}", 0, Order(rows.row_of_numbers(plan.blocks[place])))
+            enter(
+                f"coupling_{place}", coupling, f"link_{j}", 0, Order(rows.row_of_numbers(plan.blocks[place]))
+            )
             enter(f"coupling_{place}", coupling, f"unit_{j}", 0, Order(rows.row_of_numbers(plan.blocks[j])))
         if coupling.links:
             enter(f"coupling_{place}", coupling, "unit", 0, Order(rows.row_of_numbers(plan.blocks[place])))

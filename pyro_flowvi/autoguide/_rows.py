@@ -1,4 +1,4 @@
-"""What a guide draws where its model has latents under a subsampled plate: messages of rows, by their indices."""
+"""What a guide draws where its model has latents under a subsampled plate: messages, by indices."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +99,7 @@ class Rows:
             view.layer._apply(fn)
 
     def set_active(self, guide: Any, shaped: bool) -> None:
-        """Says of all maps whether the rows' noise goes through flows of its own, and leaves idle links out."""
+        """Says of all maps whether noise of rows goes through flows of its own, and leaves idle links out."""
         for view in self._views:
             view.layer.shaped = shaped
             self.tables(guide).leave_idle_out(view.layer)
@@ -415,7 +415,8 @@ class Rows:
             return view.packing.latents[site].bijection
 
         found = {
-            site: [value] for site, value in sample_quantiles(view.split_roots(roots), probs, bijection).items()
+            site: [value]
+            for site, value in sample_quantiles(view.split_roots(roots), probs, bijection).items()
         }
         x = reference_normal(QUANTILE_DRAWS, view.packing.dim).to(roots)
         for page, count, _ in self.parts(guide, torch.arange(self.plate.size)):
@@ -424,7 +425,9 @@ class Rows:
                 part = value.narrow(probs.dim() + page.axis[site], 0, count)
                 found.setdefault(site, []).append(part)
         return {
-            site: torch.cat(found[site], probs.dim() + view.axis.get(site, -1)) if site in view.axis else value[0]
+            site: torch.cat(found[site], probs.dim() + view.axis.get(site, -1))
+            if site in view.axis
+            else value[0]
             for site, value in ((site, found[site]) for site in view.packing.latents)
         }
 

@@ -1,6 +1,7 @@
 """Passes over all rows of a subsampled plate, page by page, and what is summed over them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -54,11 +55,9 @@ class Sweep:
         length = min(self.size, max(own.size, PAGE_NUMBERS // max(1, local)))
         view = own
         if length > own.size:
-            try:
+            with suppress(ValueError, RuntimeError, IndexError):  # a model that is written for its own length
                 rows = torch.arange(length)
                 view = self.rows.view(self.guide, self.rows.call_with(call, rows), rows)
-            except (ValueError, RuntimeError, IndexError):  # a model that is written for its own length
-                pass
         for page, new in pages_of(self.size, view.size):
             fresh = torch.zeros_like(view.page.weights)
             fresh[-new:] = 1.0

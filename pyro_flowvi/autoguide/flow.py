@@ -65,6 +65,8 @@ class AutoFlow(RowGuide):
         ``nn.Module`` that takes the observed values of B rows, a tensor ``(B, *)`` for each observed site,
         to ``(B, H)``, or "auto" for one of two layers.  Where the plate is subsampled by indices, each row
         has a correction of its own beside it.
+    :param create_plates: as of Pyro's autoguides: from the model's arguments to a plate, or several, in which
+        the guide draws; those that it does not return are made as usual.
     :raises ValueError: if an argument is not of the described kind; at set-up as
         :func:`pyro_flowvi._program.start_trace.prototype`.
     :raises RuntimeError: at a call of a guide whose name another has taken over.
@@ -108,6 +110,7 @@ class AutoFlow(RowGuide):
         tails: bool = False,
         structure: StructureKind = "auto",
         amortize: nn.Module | str | None = None,
+        create_plates: Callable[..., Any] | None = None,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable, got {model!r}")
@@ -123,10 +126,14 @@ class AutoFlow(RowGuide):
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
         if structure not in ("auto", "program", None):
             raise ValueError(f"structure: expected 'auto', 'program' or None, got {structure!r}")
+        if create_plates is not None and not callable(create_plates):
+            raise ValueError(f"create_plates: expected a callable or None, got {create_plates!r}")
         init_scale = check_positive("init_scale", init_scale)
         if not (amortize is None or amortize == "auto" or isinstance(amortize, nn.Module)):
             raise ValueError(f"amortize: expected None, 'auto' or an nn.Module, got {amortize!r}")
-        super().__init__(model, init_loc_fn, name, structure, amortize)  # takes the name over, so after all checks
+        # Takes the name over, so after all checks.
+        super().__init__(model, init_loc_fn, name, structure, amortize)
+        self.create_plates = create_plates
         self._build = flow
         self._init_scale = init_scale
         self._affine = affine
@@ -370,6 +377,7 @@ class AutoFlow(RowGuide):
     def _quantile(self, probs: Tensor) -> dict[str, Tensor]:
         if self._rows is not None:
             return self._rows.quantile(self, probs)
+
         def split(latent: Tensor) -> dict[str, Tensor]:
             return self._split_points(latent[..., : self.latent_dim])
 

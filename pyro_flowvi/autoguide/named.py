@@ -47,6 +47,7 @@ class _Layered(AutoFlow):
         tails: bool = False,
         structure: StructureKind = "auto",
         amortize: nn.Module | str | None = None,
+        create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -58,6 +59,7 @@ class _Layered(AutoFlow):
             tails=tails,
             structure=structure,
             amortize=amortize,
+            create_plates=create_plates,
         )
 
 
@@ -79,6 +81,7 @@ class _Networked(AutoFlow):
         tails: bool = False,
         structure: StructureKind = "auto",
         amortize: nn.Module | str | None = None,
+        create_plates: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -90,6 +93,7 @@ class _Networked(AutoFlow):
             tails=tails,
             structure=structure,
             amortize=amortize,
+            create_plates=create_plates,
         )
 
 

@@ -24,6 +24,7 @@ from .._compile.policy import MACHINE_CODE_FROM
 from .._program.call import as_keywords, check_batch, check_programs
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
+from .._program.rows import check_rows_known
 from .._program.scoring import Scoring
 from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, Taken, as_fit_guide
@@ -191,14 +192,12 @@ def _steps(
     graph: TracedDensity | None, sweep: Sweep | None, answers: FitGuide, run: Run, width: int
 ) -> FlowSteps | None:
     """The steps of a flow in the place where it is now."""
-    if sweep is None and graph is None:
-        return None
     try:
         if sweep is not None:
             return RowSteps(RowStep(sweep, width, run.optim.limits))
         params = _trained(graph, None, answers, run.model)
         flow = answers.pushforward(run.model)
-        return FlowSteps(FlowStep(flow, params, graph, run.optim.limits)) if params else None
+        return FlowSteps(FlowStep(flow, params, graph, run.optim.limits)) if graph and params else None
     except CannotCompile:
         return None
 
@@ -361,6 +360,8 @@ def fit(
     with Bar(type(guide).__name__, num_steps, progress) as bar:
         answers = as_fit_guide(model, guide)
         answers.set_up(*first, all_data=not changing)
+        if changing:
+            check_rows_known(model, guide, first)
         needed = answers.can_move() or answers.pushforward(model) is not None
         density = answers.density(*first[0], **first[1]) if needed else None
         taken = Taken() if init is None else take_over(init, answers, density, all_data=not changing)

@@ -12,11 +12,11 @@ from .._compile.flow_step import FlowStep
 from .._compile.step import StepStats
 from .._program.log_weights import LogWeights
 from ..autoguide._pages import Call, View
+from ..autoguide._protocol import FitGuide
 from ..autoguide._row_start import place_new_rows
 from ..autoguide._row_tables import fixed_of_rows, moving_param, order_of, trained_in_frame
 from ..autoguide._sweep import Sweep, pull_back
 from ..init.gaussians import normal_noise
-from ..autoguide._protocol import FitGuide
 from ._batches import Supply
 from ._flow_steps import FlowSteps, FlowWeights
 
@@ -68,7 +68,12 @@ def row_sweep(
     parameters or enumerates, or it cannot be recorded.
     """
     own = (options[name] is None for name in ("loss", "optim", "validation"))
-    if not all(own) or options["compile"] != "auto" or pair.structure.model_params or pair.structure.enumerated:
+    if (
+        not all(own)
+        or options["compile"] != "auto"
+        or pair.structure.model_params
+        or pair.structure.enumerated
+    ):
         return None
     sweep: Sweep | None = answers.sweep(supply.epoch)
     if sweep is None:
@@ -237,7 +242,9 @@ class RowStep(FlowStep):
         """Takes over the rows of a checkpoint."""
         for key in self._keys:
             self._tables.table(key).copy_(state["tables"][key])
-        for own, saved in zip((*self._first, *self._second), (*state["first"], *state["second"]), strict=True):
+        for own, saved in zip(
+            (*self._first, *self._second), (*state["first"], *state["second"]), strict=True
+        ):
             own.copy_(saved)
         self._drawn.copy_(state["drawn"])
         self._sweep.seen.copy_(state["seen"])
