@@ -4,7 +4,7 @@ Draws with their score, the model's graph at the draws, the flow's path gradient
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..transforms.base import forward_with_score, vector_jacobian
 from .errors import CannotCompile
 from .log_density import TracedDensity
 from .optimizers import Rule, flatten
+from .parts_density import MinibatchDensity
 from .run_by_operation import as_function, without_repetition
 from .step import StepStats
 from .trace import trace
@@ -90,7 +91,7 @@ class FlowStep:
         self,
         transform: Any,
         params: list[Tensor],
-        density: TracedDensity,
+        density: TracedDensity | MinibatchDensity,
         limits: Tensor | None = None,
         changing: Sequence[Tensor] = (),
         noise_weights: Weights = _alike,
@@ -127,6 +128,20 @@ class FlowStep:
             if param.data_ptr() != home.data_ptr():
                 home.copy_(param)
                 param.data = home
+
+    def kept(self) -> dict[str, Any]:
+        """The optimizer's moments and the place in the data, for a checkpoint."""
+        density = self._density
+        data = density.state() if isinstance(density, MinibatchDensity) else None
+        return {"moments": [m.clone() for m in self.moments], "count": self.count, "data": data}
+
+    def go_on(self, kept: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        for own, saved in zip(self.moments, kept["moments"], strict=True):
+            own.copy_(saved)
+        self.count = kept["count"]
+        if isinstance(self._density, MinibatchDensity):
+            self._density.load(kept["data"])
 
     def forget(self) -> None:
         """Sets the moments to zero."""
@@ -188,6 +203,8 @@ class FlowStep:
             try:
                 found = self._run(x)[0].clone()
                 z, log_q, score, _ = _by_autograd(self._transform, self.params, self._weights, x, 0.0 * x)
+                if isinstance(self._density, MinibatchDensity):
+                    self._density.repeat()
                 slope = self._weigh(z, log_q, score)
                 expected = _by_autograd(self._transform, self.params, self._weights, x, slope)[-1]
             finally:

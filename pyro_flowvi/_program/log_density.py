@@ -1,5 +1,6 @@
 """The model as a density over one packed vector of unconstrained latents, for many vectors at once."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -103,6 +104,23 @@ class UnconstrainedModel:
         """Whether the model scores many points in one run."""
         self.graphs: dict[int, Any] = {}
         """What others have recorded of it, by the number of points."""
+        self.search: Callable[[Any], Any] | None = None
+        """Finds a Gaussian in place of a search here, where this is one part of the data."""
+
+    def at(
+        self,
+        model: Program,
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        changing: Sequence[Tensor] = (),
+    ) -> "UnconstrainedModel":
+        """The same latents with other data, of which every call sees the same."""
+        other = copy.copy(self)
+        other._model, other.changing, other.graphs = model, list(changing), {}
+        other.subsampled, other.search = False, None
+        if args is not None:
+            other._args, other._kwargs = args, dict(kwargs or {})
+        return other
 
     @torch.no_grad()
     def prior_draws(self, num: int) -> Tensor:

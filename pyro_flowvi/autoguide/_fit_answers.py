@@ -247,8 +247,11 @@ class FitAnswers(StructuredGuide):
             if self._flow_places(layer) is None:
                 loc, scale = spread_over(layer.plan.root_places(), loc, scale, self.latent_dim)
             return "program", loc, scale
-        value_and_grad = traced(density, effort.starts)
-        found = find_gaussian(value_and_grad, density.start, effort, cover=self.covers_modes)
+        if density.search is not None:
+            found = density.search(effort)
+        else:
+            value_and_grad = traced(density, effort.starts)
+            found = find_gaussian(value_and_grad, density.start, effort, cover=self.covers_modes)
         return found.kinds[0], found.loc[0], found.scale[0]
 
     def frame(self) -> Frame | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -25,7 +24,6 @@ from .._program.call import as_keywords, check_batch, check_programs
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._program.rows import check_rows_known
-from .._program.scoring import Scoring
 from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, Taken, as_fit_guide
 from ..autoguide._sweep import Sweep
@@ -33,8 +31,9 @@ from ..objectives._choice import as_objective, objective_for
 from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
 from ._fit_bar import Bar
-from ._flow_steps import FlowSteps, FlowWeights, objects_in, steady_graph
+from ._flow_steps import FlowSteps, FlowWeights, has_scores, objects_in, steady_graph, trains_flow
 from ._guarded_optim import GuardedOptim
+from ._minibatches import AllData, all_data
 from ._result import FitResult
 from ._row_steps import CHECKS as ROW_CHECKS
 from ._row_steps import COMPARISON_DRAWS as ROW_DRAWS
@@ -61,20 +60,10 @@ RECORDED_FROM = 50
 """Steps from which a flow is recorded: it takes as long as some tens of eager ones."""
 
 
-def _has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a guide of flows can carry scores forward: a foreign transform may have no inverse."""
-    with torch.random.fork_rng(), poutine.block(), Scoring():
-        try:
-            poutine.trace(guide).get_trace(*args, **kwargs)
-        except NotImplementedError:
-            return False
-    return True
-
-
 def _objective(loss: Any, pair: LogWeights, num_particles: int) -> Any:
     """The user's objective, or the one for the pair."""
     if loss is None:
-        path = pair.structure.path_gradients and _has_scores(pair.guide, pair.args, pair.kwargs)
+        path = pair.structure.path_gradients and has_scores(pair.guide, pair.args, pair.kwargs)
         return objective_for(pair, num_particles, path)
     if loss.max_plate_nesting == math.inf:  # Pyro guesses at the first step, which may be compiled
         with torch.random.fork_rng():
@@ -133,13 +122,14 @@ def _new_run(
     optim: PyroOptim,
     ranked: bool,
     held_out: bool,
+    numbers: int,
 ) -> Run:
     guarded = GuardedOptim(optim, pair.guide, pair.model)
     run = Run(pair.model, pair.guide, objective, judge, guarded, ranked)
     if held_out:
         run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
-    elif judge.structure.largest * run.comparison_draws > MANY_ELEMENTS:
-        run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // judge.structure.largest)
+    elif numbers * run.comparison_draws > MANY_ELEMENTS:
+        run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // numbers)
     return run
 
 
@@ -165,45 +155,39 @@ def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -
 def _recorded(
     options: Mapping[str, Any], pair: LogWeights, answers: FitGuide, density: UnconstrainedModel | None
 ) -> TracedDensity | None:
-    """The graph by which a flow is trained outside Pyro; None where Pyro has to take the steps.
-
-    That is where the user asks for an objective or an optimizer, the data change, the model has parameters,
-    or the guide is no flow of standard normal noise over all latents.
-    """
-    own = (options[name] is None for name in ("loss", "optim", "batches", "validation"))
-    if density is None or not all(own) or options["compile"] != "auto":
+    """The graph by which a flow is trained outside Pyro; None where Pyro has to take the steps."""
+    if density is None or options["batches"] is not None or pair.structure.subsampled:
         return None
     if pair.vectorized and not RECORDED_FROM <= options["num_steps"] <= MACHINE_CODE_FROM:
         return None  # a few steps cost less than a graph, and for very many machine code pays
-    structure, model = pair.structure, options["model"]
-    if (
-        structure.model_params
-        or structure.subsampled
-        or set(structure.latents) != set(density.packing.latents)
-    ):
-        return None
-    if answers.pushforward(model) is None or not _has_scores(pair.guide, pair.args, pair.kwargs):
+    if not trains_flow(options, pair, answers, density):
         return None
     particles = options["num_particles"] or answers.fit_options().num_particles
-    return steady_graph(density, particles, [model, *objects_in(pair.args, pair.kwargs)])
+    return steady_graph(density, particles, [options["model"], *objects_in(pair.args, pair.kwargs)])
 
 
 def _steps(
-    graph: TracedDensity | None, sweep: Sweep | None, answers: FitGuide, run: Run, width: int
+    graph: TracedDensity | None,
+    data: AllData | None,
+    sweep: Sweep | None,
+    answers: FitGuide,
+    run: Run,
+    width: int,
 ) -> FlowSteps | None:
     """The steps of a flow in the place where it is now."""
     try:
         if sweep is not None:
             return RowSteps(RowStep(sweep, width, run.optim.limits))
-        params = _trained(graph, None, answers, run.model)
+        params = _trained(graph or data, None, answers, run.model)
         flow = answers.pushforward(run.model)
-        return FlowSteps(FlowStep(flow, params, graph, run.optim.limits)) if graph and params else None
+        seen = graph if data is None else data.minibatches(flow, width)
+        return FlowSteps(FlowStep(flow, params, seen, run.optim.limits)) if seen and params else None
     except CannotCompile:
         return None
 
 
 def _trained(
-    graph: TracedDensity | None, sweep: Sweep | None, answers: FitGuide, model: Program
+    graph: TracedDensity | AllData | None, sweep: Sweep | None, answers: FitGuide, model: Program
 ) -> list[Tensor]:
     """The parameters that are trained outside Pyro; none where it takes the steps."""
     if sweep is not None:
@@ -269,6 +253,12 @@ def fit(
     (``a[group]``, loops, matrices without batch dimensions), the graph of one draw is vectorised by
     ``torch.vmap``.  What that refuses is run draw by draw, with a :class:`CompileWarning` that names the
     line.
+
+    Minibatches without latents under their plate are read in whole for the start and for all comparisons, a
+    part at a time: the rows of one ``pyro.plate(..., subsample_size=)``, or the batches of an iterable with a
+    length and the same rows at every pass, of up to 512 MiB.  Steps see shuffled parts, of the batches' size
+    or of about 2,000 rows, less what a part's gradient is off by at the start (SVRG).  So it is for a guide of
+    flows, without ``loss``, ``optim``, ``validation`` or parameters of the model; else steps are those of SVI.
 
     Where the model has no density at ``init_loc_fn``'s start, as where its support ends with the data, a
     search finds another (so it does for stock ``SVI``).  Draws beyond such an edge are left out of the
@@ -379,7 +369,10 @@ def fit(
         if held_out is not None:
             judge = LogWeights(model, guide, *held_out, nesting)
         graph = _recorded({**options, "num_steps": num_steps}, pair, answers, density)
-        together = pair.vectorized or graph is not None
+        data = all_data(options, pair, answers, density, supply)
+        if data is not None:
+            density, supply, changing = data.density, Supply(None, *first), False
+        together = pair.vectorized or graph is not None or data is not None
         sweep = row_sweep(options, pair, answers, supply, num_particles or default.num_particles)
         if sweep is not None:
             together = True
@@ -389,14 +382,16 @@ def fit(
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)
         rate = default.lr * (REFIT_RATE if short else 1.0) if lr is None else float(lr)
-        own_data = loss is None and not changing and not pair.structure.subsampled
+        own_data = data is not None or (loss is None and not changing and not pair.structure.subsampled)
         # Rows that a pass does not show would have no say in which state is the best.
         ranked = validation is not None or (own_data if sweep is None else sweep.whole)
         adam = PyroOptim(torch.optim.Adam, {"lr": rate}) if optim is None else optim
-        weights: Any = judge if graph is None else FlowWeights(pair, answers, graph)
+        known = graph if data is None else data.whole
+        weights: Any = judge if known is None else FlowWeights(pair, answers, known)
         if sweep is not None:
             weights = RowWeights(pair, sweep, particles)
-        run = _new_run(pair, weights, objective, adam, ranked, held_out is not None)
+        numbers = judge.structure.largest if data is None else data.numbers
+        run = _new_run(pair, weights, objective, adam, ranked, held_out is not None, numbers)
         may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
         own_rate = rate if optim is None else None
         nats = tolerance or default.tolerance or _default_tolerance(pair)
@@ -420,9 +415,11 @@ def fit(
                         loop.start = sweep.guide.start_rows(sweep, particles)
                 else:
                     answers.set_frame(saved["frame"])
-                arrived = near and saved is None and loop.is_there(_trained(graph, sweep, answers, model))
+                arrived = (
+                    near and saved is None and loop.is_there(_trained(graph or data, sweep, answers, model))
+                )
                 if save is not None or not arrived:
-                    loop.prepare(_steps(graph, sweep, answers, run, particles))
+                    loop.prepare(_steps(graph, data, sweep, answers, run, particles))
                 if saved is not None:
                     restore(loop, saved)
                 stop_reason = loop.train(save, CHECKPOINT_SECONDS)

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._compile.flow_step import FlowStep
 from .._compile.log_density import TracedDensity, traced
+from .._compile.parts_density import WholeDensity
 from .._compile.places import PLAIN
 from .._compile.policy import Mode
 from .._compile.preflight import generators
@@ -20,9 +22,10 @@ from .._compile.step import StepStats
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._program.pyro_private import PYRO_STACK
+from .._program.scoring import Scoring
 from ..autoguide._protocol import FitGuide
 
-__all__ = ["FlowSteps", "FlowWeights", "objects_in", "steady_graph"]
+__all__ = ["FlowSteps", "FlowWeights", "has_scores", "objects_in", "steady_graph", "trains_flow"]
 
 MANY_LATENTS = 500
 """Latents from which roots are nearly normal, and steps cost more."""
@@ -54,6 +57,33 @@ def steady_graph(density: UnconstrainedModel, width: int, programs: Sequence[Any
     return graph
 
 
+def has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a guide of flows can carry scores forward: a foreign transform may have no inverse."""
+    with torch.random.fork_rng(), poutine.block(), Scoring():
+        try:
+            poutine.trace(guide).get_trace(*args, **kwargs)
+        except NotImplementedError:
+            return False
+    return True
+
+
+def trains_flow(
+    options: Mapping[str, Any], pair: LogWeights, answers: FitGuide, density: UnconstrainedModel
+) -> bool:
+    """Whether a flow can be trained outside Pyro.
+
+    Not where the user asks for an objective, an optimizer or other data for comparisons, the model has
+    parameters, or the guide is no flow of standard normal noise over all latents.
+    """
+    own = (options[name] is None for name in ("loss", "optim", "validation"))
+    if not all(own) or options["compile"] != "auto" or pair.structure.model_params:
+        return False
+    if set(pair.structure.latents) != set(density.packing.latents):
+        return False
+    model = options["model"]
+    return answers.pushforward(model) is not None and has_scores(pair.guide, pair.args, pair.kwargs)
+
+
 class FlowWeights:
     """Log weights of draws of a guide, by the graph of its model's density.
 
@@ -66,7 +96,7 @@ class FlowWeights:
 
     vectorized = True
 
-    def __init__(self, pair: LogWeights, guide: FitGuide, density: TracedDensity) -> None:
+    def __init__(self, pair: LogWeights, guide: FitGuide, density: TracedDensity | WholeDensity) -> None:
         self.structure = pair.structure
         self.last_draws: Tensor | None = None
         """What is watched of the draws of the last weights, ``(num_samples, D)``."""
@@ -137,14 +167,12 @@ class FlowSteps:
         self._step.leave()
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's moments, for a checkpoint."""
-        return {"moments": [m.clone() for m in self._step.moments], "count": self._step.count}
+        """The optimizer's moments and the place in the data, for a checkpoint."""
+        return self._step.kept()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over the moments of a checkpoint."""
-        for own, saved in zip(self._step.moments, state["moments"], strict=True):
-            own.copy_(saved)
-        self._step.count = state["count"]
+        """Goes on from a checkpoint."""
+        self._step.go_on(state)
 
 
 def objects_in(args: Any, kwargs: Any) -> list[Any]:
