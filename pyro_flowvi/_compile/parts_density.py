@@ -34,14 +34,15 @@ class WholeDensity:
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Of points of shape ``(P, D)``, shapes ``(P,)`` and ``(P, D)``."""
         graphs = _graphs(self.parts, next((width for width in WIDTHS if width >= len(z)), WIDTHS[-1]))
-        value, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
+        # In double precision, so that many parts add no rounding of their own.
+        value, gradient = torch.zeros_like(z[:, 0], dtype=torch.float64), torch.zeros_like(z)
         self.passes += 1
         for part in self.parts.order():
             own, slope = graphs[self.parts.put(part)](z)
             share = self.parts.shares[part]
             value += share * own
             gradient += share * slope
-        return value, gradient
+        return value.to(z.dtype), gradient
 
 
 class MinibatchDensity:
