@@ -256,9 +256,10 @@ def fit(
 
     Minibatches without latents under their plate are read in whole for the start and for all comparisons, a
     part at a time: the rows of one ``pyro.plate(..., subsample_size=)``, or the batches of an iterable with a
-    length and the same rows at every pass, of up to 512 MiB.  Steps see shuffled parts, of the batches' size
-    or of about 2,000 rows, less what a part's gradient is off by at the start (SVRG).  So it is for a guide of
-    flows, without ``loss``, ``optim``, ``validation`` or parameters of the model; else steps are those of SVI.
+    length and the same rows at every pass, of up to 512 MiB.  Steps see shuffled parts, of the batches'
+    size or of about 2,000 rows, less what a part's gradient is off by at the start (SVRG).  So it is for a
+    guide of flows, without ``loss``, ``optim``, ``validation`` or parameters of the model; else steps are
+    those of SVI.
 
     Where the model has no density at ``init_loc_fn``'s start, as where its support ends with the data, a
     search finds another (so it does for stock ``SVI``).  Draws beyond such an edge are left out of the

@@ -46,14 +46,14 @@ broadcasting = regression(lambda a, group: a[..., group])
 def outside(monkeypatch):
     """Tells of every fit whether its steps were taken outside Pyro."""
     told = []
-    original = fitting._step
+    original = fitting._steps
 
     def noted(*args):
         step = original(*args)
         told.append(step is not None)
         return step
 
-    monkeypatch.setattr(fitting, "_step", noted)
+    monkeypatch.setattr(fitting, "_steps", noted)
     return told
 
 
