@@ -14,6 +14,7 @@ from .._compile.priors import PriorGraph, record_priors
 from .._program.param_store import restored
 from .._program.structure import LatentStructure, find_structure, is_subsampled
 from .._types import InitFn, Program, StructureKind
+from ..transforms.compose import Chain
 from ._message_map import MessageMap
 from ._message_plan import levels_of
 from ._prototype import PrototypeGuide
@@ -131,7 +132,7 @@ class StructuredGuide(PrototypeGuide):
     def _map(self) -> MessageMap | None:
         """The map, if the guide has one."""
         flow = self._modules.get("flow")
-        last = flow[-1] if flow is not None and len(flow) else None  # type: ignore[index,arg-type]
+        last = flow[-1] if isinstance(flow, Chain) and len(flow) else None
         return last if isinstance(last, MessageMap) else None
 
     def _make_map(self, scale: float) -> MessageMap | None:
