@@ -274,6 +274,11 @@ class FitAnswers(StructuredGuide):
         if layer is not None:
             layer.leave_frame()
 
+    @property
+    def amortised(self) -> bool:
+        """Whether latents are drawn by what a network reads in the data of a step."""
+        return False
+
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The pair of all rows, which the guide sees already."""
         return None

@@ -50,6 +50,10 @@ class Taken(NamedTuple):
 class FitGuide(Protocol):
     """A guide that answers for itself; :func:`as_fit_guide` answers for any other."""
 
+    @property
+    def amortised(self) -> bool:
+        """Whether latents are drawn by what a network reads in the data of a step."""
+
     def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
         """Makes the parameters exist; ``all_data`` tells whether the arguments hold all data, or a part."""
 
@@ -121,6 +125,8 @@ class FitGuide(Protocol):
 
 class _PyroGuide:
     """The answers for a guide that knows of none of this: Pyro's own, a list of guides, a function."""
+
+    amortised = False
 
     def __init__(self, model: Program) -> None:
         self.model = model

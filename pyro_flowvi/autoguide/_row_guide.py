@@ -274,6 +274,10 @@ class RowGuide(FitAnswers):
 
     # -- what fit asks -------------------------------------------------------------------------
 
+    @property
+    def amortised(self) -> bool:
+        return isinstance(self._rows, AmortisedRows)
+
     def can_move(self) -> bool:
         return self._rows is None and super().can_move()
 

@@ -365,8 +365,9 @@ class Rows:
         first = self.first_view()
         values = {site: [value] for site, value in first.constrained_roots(roots).items()}
         count = self.count_rows(guide, call)
-        length = count if self.plate.given else min(count, max(1, NEW_NUMBERS * first.size // first.packing.dim))
-        view = self._make(guide, call, torch.arange(length))
+        most = max(1, NEW_NUMBERS * first.size // first.packing.dim)
+        length = count if self.plate.given else min(count, most)
+        view = self.new_view(guide, call, torch.arange(length))
         view.layer.shapes, view.layer.shaped = first.layer.shapes, first.layer.shaped
         starter = Starter(view.layer, view.graph(max(1, 2 * len(centre))))
         assert view.density is not None
@@ -390,6 +391,14 @@ class Rows:
 
         :raises ValueError: if they do not have the plate.
         """
+        leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
+        lengths = {
+            len(new)
+            for old, new in zip(self._leaves[0], leaves, strict=False)
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and self.plate.size in old.shape[:1]
+        }
+        if len(lengths) == 1 and not self.plate.given:  # fewer rows, maybe, than a page of the model has
+            return lengths.pop()
         with torch.random.fork_rng(), guide._apart():
             init = InitMessenger(guide._init_fn)(guide._require_model())
             nodes = poutine.trace(init).get_trace(*call[0], **call[1]).nodes

@@ -351,7 +351,7 @@ def fit(
     with Bar(type(guide).__name__, num_steps, progress) as bar:
         answers = as_fit_guide(model, guide)
         answers.set_up(*first, all_data=not changing)
-        if changing:
+        if changing and not answers.amortised:
             check_rows_known(model, guide, first)
         needed = answers.can_move() or answers.pushforward(model) is not None
         density = answers.density(*first[0], **first[1]) if needed else None
