@@ -85,6 +85,8 @@ def find_row_plate(trace: Trace, seen: Mapping[str, bool]) -> RowPlate | None:
                 f"{frame.name!r}, made outside, which shows the same rows at each step; write "
                 f"`with pyro.plate({frame.name!r}, {frame.full_size}, subsample_size={frame.size})` in it"
             )
+        assert frame.full_size is not None
+        assert frame.dim is not None
         return RowPlate(frame.name, frame.full_size, frame.size, frame.dim, seen.get(frame.name, False))
     return None
 
@@ -107,7 +109,7 @@ def check_rows_known(model: Program, guide: Program, call: tuple[Any, Mapping[st
                 f"site {name!r}: expected latents of rows that are known, got batches in which they stand "
                 f"for others (scaled by {scale:g}), and nothing that says which rows they are of; write "
                 f"`with pyro.plate({plate!r}, N, subsample=index)` in the model, with the index of each "
-                "batch among its arguments, or draw latents from their row's data, with the guide's `amortize=`"
+                "batch among its arguments, or draw latents by their rows' data, with the guide's `amortize=`"
             )
 
 

@@ -52,6 +52,7 @@ def find_data_plate(model: Program, call: Call, init: Any) -> RowPlate:
             f"{'none' if not seen else 'plates with data alone'}"
         )
     frame = max(held, key=lambda frame: (held[frame], -(frame.dim or 0)))
+    assert frame.dim is not None
     return RowPlate(frame.name, frame.size, frame.size, frame.dim, given=False, known=False)
 
 

@@ -32,8 +32,7 @@ from ._take_over import check_previous, copy_flow, moments
 __all__ = ["RowGuide"]
 
 _NO_ROWS = (
-    "a guide of other models has draws of new rows by Predictive(model, posterior_samples=globals), where the "
-    "model draws them"
+    "with other models the model draws new rows itself: Predictive(model, posterior_samples=globals)"
 )
 PREVIOUS_DRAWS = 4096
 """Draws that tell the moments of an earlier guide."""
@@ -217,8 +216,9 @@ class RowGuide(FitAnswers):
         like = next(self._flow.parameters())
         if not self.latent_dim:
             return like.new_zeros(num, 0)
+        drawn: Tensor
         if fixed:
-            drawn: Tensor = self._flow(reference_normal(num, self.latent_dim).to(like))
+            drawn = self._flow(reference_normal(num, self.latent_dim).to(like))
         else:
             drawn = self.get_posterior().sample((num,))
         return drawn
@@ -338,7 +338,7 @@ class RowGuide(FitAnswers):
             raise ValueError(f"init: expected a guide with the latents {roots}, got {list(known)}")
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
-            drawn = previous.sample_posterior(PREVIOUS_DRAWS, sites=roots)  # type: ignore[attr-defined]
+            drawn = previous.sample_posterior(PREVIOUS_DRAWS, sites=roots)
         free = [view.packing.latents[site].unconstrain(drawn[site])[0] for site in roots]
         whole = previous is self or (
             isinstance(previous, RowGuide) and previous._rows is not None and self._copy(previous)
@@ -351,8 +351,9 @@ class RowGuide(FitAnswers):
         """Gives the guide the flow of another one with rows, if it has the same layers."""
         if not self.latent_dim or not copy_flow(self._flow, previous._flow):
             return False
-        if not (isinstance(self._rows, AmortisedRows) or isinstance(previous._rows, AmortisedRows)):
-            own, other = self._rows.tables(self), previous._rows.tables(previous)
+        rows, others = self._rows, previous._rows
+        if rows is not None and others is not None and rows.plate.known and others.plate.known:
+            own, other = rows.tables(self), others.tables(previous)
             with suppress(RuntimeError):  # of other levels
                 own.shapes.load_state_dict(other.shapes.state_dict())
         return True
@@ -368,7 +369,7 @@ class RowGuide(FitAnswers):
         return Sweep(self, self._rows, epoch(2 * -(-plate.size // plate.shown)))
 
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, Program, Call] | None:
-        """The pair of model and guide of all rows at once, and the arguments; None where there is none.
+        """Model and guide of all rows at once, and the arguments; None where there is none.
 
         None too where a network reads the rows' data, or other rows come with other arguments.
         """

@@ -26,7 +26,8 @@ class Order:
     def by_row(self, value: Tensor, dim: int) -> Tensor:
         """A page's tensor with the rows in front, ``(B, ..., W, ...)``."""
         ordered = value if self._in_order else value.index_select(dim, self._order)
-        return ordered.unflatten(dim, (self.num, -1)).movedim(dim, 0)
+        rows: Tensor = ordered.unflatten(dim, (self.num, -1)).movedim(dim, 0)
+        return rows
 
     def as_page(self, value: Tensor, dim: int) -> Tensor:
         """The inverse of :meth:`by_row`."""

@@ -165,7 +165,7 @@ class Sweep:
 
     @torch.no_grad()
     def log_weights(self, num: int, width: int) -> tuple[Tensor, Tensor]:
-        """Independent draws of the roots, ``(num, R)``, and log p(x, z) - log q(z) of them with rows' latents."""
+        """Draws of the roots, ``(num, R)``, and log p(x, z) - log q(z) of them with latents of all rows."""
         roots, log_q = self.guide.draw_roots_and_log_prob(num)
         view = self.nothing()
         still = view.with_roots(roots, roots.new_zeros(num, view.packing.dim))

@@ -106,7 +106,8 @@ class RowStep(FlowStep):
         self._view = view = self._rows.first_view()
         self._tables, layer = sweep.tables, view.layer
         self._turn(view.page.rows.clone(), None, 1.0)
-        self._shown, self._real, self._weight = view.page.rows, slice(None), view.page.weights
+        self._shown, self._weight = view.page.rows, view.page.weights
+        self._real = torch.ones_like(self._shown, dtype=torch.bool)
         self._keys = [key for key in trained_in_frame(layer) if key in dict(self._tables.named_parameters())]
         self._own = [moving_param(layer, key) for key in self._keys]
         self._orders = [order_of(layer, key) for key in self._keys]
@@ -181,7 +182,7 @@ class RowStep(FlowStep):
             self._position += 1
             page, weights = self._pages[self._page]
             self._turn(page, None, weights)
-            self._shown, self._real, self._weight = page, slice(None), weights
+            self._shown, self._real, self._weight = page, torch.ones_like(page, dtype=torch.bool), weights
             return
         page, call, real = self._sweep.filled((args, kwargs))
         new = real & ~self._sweep.seen[page]

@@ -74,9 +74,11 @@ class Elimination:
 
     def blocks(self, starts: NDArray[np.int64], width: int) -> Array:
         """The same of many places, ``(N, K, K)``."""
-        pivots = self.pivots[starts[:, None] + np.arange(width)]
+        pivots: Array = self.pivots[starts[:, None] + np.arange(width)]
+        lower: Array = np.zeros((len(starts), width, width))
         if self.lower is None:
-            return pivots[:, :, None] * np.eye(width)
+            lower[:] = np.eye(width)
+            return lower * pivots[:, None, :]
         own = np.full(len(self.pivots), -1)
         own[(starts[:, None] + np.arange(width)).ravel()] = np.repeat(np.arange(len(starts)), width)
         entries = self.lower.tocoo()
@@ -85,10 +87,8 @@ class Elimination:
         later, earlier, values = later[inside], earlier[inside], entries.data[inside]
         place = own[later]
         # Rows are the latents, columns those that are eliminated, later ones first.
-        lower = np.zeros((len(starts), width, width))
         lower[place, earlier - starts[place], later - starts[place]] = values
-        found: Array = (lower * pivots[:, None, :]) @ lower.transpose(0, 2, 1)
-        return found
+        return np.matmul(lower * pivots[:, None, :], lower.transpose(0, 2, 1))
 
     def between(self, start: int, width: int, earlier: int, count: int, dense: bool) -> Array:
         """Entries of neighbouring latents with others before them, once all after them are eliminated.
