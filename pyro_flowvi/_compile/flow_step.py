@@ -218,7 +218,7 @@ class FlowStep:
     def __call__(self, lr: float) -> StepStats:
         """Takes a step at a learning rate."""
         grad = self._run(torch.randn(**self._noise))[0]
-        norm = torch.linalg.vector_norm(grad).item()
+        norm = self._norm(grad)
         clip, skip = self._limits.tolist()
         if not math.isfinite(norm):
             return StepStats(math.nan, self._dropped, norm)
@@ -226,6 +226,10 @@ class FlowStep:
             self.count += 1
             self._move(grad.mul_(clip / norm) if norm > clip else grad, lr)
         return StepStats(self._loss, self._dropped, norm)
+
+    def _norm(self, grad: Tensor) -> float:
+        """The norm that is held against the limits."""
+        return torch.linalg.vector_norm(grad).item()
 
     def _move(self, grad: Tensor, lr: float) -> None:
         """Changes the values by a gradient."""

@@ -31,8 +31,9 @@ CONTROL_DRAWS = 8
 COMPARISON_DRAWS = 32
 """Draws of all rows on which states are compared."""
 
-BETAS, EPS = (0.9, 0.99), 1e-8
-"""Of Adam for the rows' messages, each of which is seen few times."""
+BETAS, EPS = (0.9, 0.99), 0.2
+"""Of Adam for the rows' messages, each of which is seen few times.  Their slopes are in units of the posterior: a
+message that is right to a hundredth of a standard deviation is not moved by the sign of what is left."""
 
 
 class RowWeights(FlowWeights):
@@ -194,6 +195,9 @@ class RowStep(FlowStep):
         self._turn(page, call, torch.where(real, each, 0.0).to(self._view.page.weights))
         self._shown, self._real, self._weight = page[real], real, self._view.page.weights[real]
 
+    def _norm(self, grad: Tensor) -> float:
+        return torch.linalg.vector_norm(grad[: self._count_shared]).item()
+
     def _move(self, grad: Tensor, lr: float) -> None:
         shared, *own = grad.split([self._count_shared, *(param.numel() for param in self._own)])
         kept = self._values[self._count_shared :].clone()
@@ -211,7 +215,7 @@ class RowStep(FlowStep):
             dim, order = self._orders[i]
             slope = order.by_row(part.view(param.shape), dim)[real]
             one_each = (-1, *[1] * (slope.dim() - 1))
-            slope = slope / self._weight.to(slope).reshape(one_each)
+            slope = slope.nan_to_num(0.0, 0.0, 0.0) / self._weight.to(slope).reshape(one_each)
             times = self._drawn[rows].to(slope).reshape(one_each)
             first = self._first[i][rows].lerp_(slope, 1.0 - BETAS[0])
             second = self._second[i][rows].lerp_(slope.square(), 1.0 - BETAS[1])
