@@ -107,6 +107,12 @@ class Sweep:
         outside = len(view.root_places)
         return outside + (view.packing.dim - outside) // view.size * self.rows.plate.size
 
+    def names_of_roots(self) -> list[str]:
+        """A name for each number of the latents outside of the plate."""
+        view = self.rows.first_view()
+        names = view.packing.names()
+        return [names[place] for place in view.root_places]
+
     @property
     def num_pages(self) -> int:
         return len(self._pages)

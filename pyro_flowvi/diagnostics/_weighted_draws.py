@@ -24,7 +24,7 @@ MAX_BATCH = 4096
 """Draws that the model scores in one run."""
 MOST_NUMBERS = 20_000_000
 """Numbers of them at once, where a site is large."""
-MOST_AT_ONCE = 20_000
+MOST_AT_ONCE = 3_000
 """Latents of a subsampled plate up to which the model is run with all rows."""
 WIDTH = 64
 """Draws that it scores at once in a pass over pages of rows."""
@@ -42,6 +42,7 @@ class WeightedDraws:
     :param particles: the pair of model and guide.
     :param why: why ``z`` is None, in words.
     :param exact: whether the weights are of all data although the model shows a part of them.
+    :param labels: names of the coordinates of ``z`` where these are some of the latents.
     """
 
     log_weights: NDArray[np.float64]
@@ -52,10 +53,11 @@ class WeightedDraws:
     density: UnconstrainedModel | None = None
     why: str = ""
     exact: bool = False
+    labels: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """A name for each of the D coordinates of ``z``, such as ``theta[2]``."""
-        return [] if self.density is None else self.density.packing.names()
+        return list(self.labels) if self.density is None else self.density.packing.names()
 
 
 def _score_draws(particles: LogWeights, size: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -78,8 +80,12 @@ def weighted_draws(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
     num_samples: int,
+    in_passes: bool = True,
 ) -> WeightedDraws:
     """Draws from any guide with their log weights, located in the unconstrained space where that exists.
+
+    :param in_passes: whether many latents under a subsampled plate may be weighed by passes over its rows,
+        which keep the others alone.
 
     Example::
 
@@ -94,10 +100,14 @@ def weighted_draws(
     sweep = answers.sweep(lambda _: [(args, kwargs or {})])
     whole = answers.whole(args, kwargs or {})
     if whole is not None:
-        if sweep is not None and sweep.num_latents > MOST_AT_ONCE:
-            found = sweep.log_weights(num_samples, WIDTH)[1]
+        if in_passes and sweep is not None and sweep.num_latents > MOST_AT_ONCE:
+            roots, found = sweep.log_weights(num_samples, WIDTH)
             why = f"{sweep.num_latents} latents under a subsampled plate are weighed by passes over its rows"
-            return WeightedDraws(_array(found), LogWeights(model, guide, args, kwargs), why=why, exact=True)
+            pair = LogWeights(model, guide, args, kwargs)
+            labels = tuple(sweep.names_of_roots())
+            return WeightedDraws(
+                _array(found), pair, z=roots if labels else None, why=why, exact=True, labels=labels
+            )
         model, guide, (args, kwargs) = whole
         answers = as_fit_guide(model, guide)
     particles = LogWeights(model, guide, args, kwargs)

@@ -87,7 +87,7 @@ def to_arviz(
     kwargs = as_keywords(to_arviz, model, kwargs, model_kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    draws = weighted_draws(model, guide, args, kwargs, num_samples)
+    draws = weighted_draws(model, guide, args, kwargs, num_samples, in_passes=False)
     if draws.sites is None or draws.z is None or draws.log_p is None:
         sites, stats = _sites_alone(draws, num_samples, resample)
     else:

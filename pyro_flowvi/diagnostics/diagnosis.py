@@ -242,7 +242,7 @@ def diagnose(
 
 def _why_no_probes(draws: WeightedDraws, fixed: list[str]) -> str:
     """Why chains make no sense for this pair, in words; empty if they do."""
-    if draws.z is None:
+    if draws.density is None:
         return draws.why
     if fixed:
         return "a point mass has no spread to start chains with"
