@@ -59,7 +59,7 @@ def to_arviz(
     :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed first.
     :return: an ``arviz.InferenceData`` (ArviZ before 1.0) or an ``xarray.DataTree`` (from 1.0), every group
-        with the dimensions ``(chain, draw, ...)`` of sizes ``(1, S, ...)``.
+        with the dimensions ``(chain, draw, ...)`` of sizes ``(1, S, ...)``, those of plates by their names.
     :raises ImportError: without ArviZ.
     :raises ValueError: if ``num_samples`` is no positive integer, if the guide draws no value of a site that
         the model needs, or with ``resample=True`` where a draw has no finite density.
@@ -99,6 +99,7 @@ def to_arviz(
         sites = {name: value[torch.from_numpy(chosen).to(value.device)] for name, value in sites.items()}
         stats = {name: value[chosen] for name, value in stats.items()}
     groups = {"sample_stats": stats, **_data_groups(draws.particles, sites)}
+    dims = _dims(draws.particles, sites)
     groups["posterior"] = {k: _numpy(value) for k, value in sites.items()} | groups.pop("computed", {})
     data: Any = {
         name: {key: value if name == "observed_data" else value[None] for key, value in group.items()}
@@ -107,8 +108,33 @@ def to_arviz(
     }
     # From 1.0 on ``hasattr`` says nothing: the module answers for any name.
     if int(arviz.__version__.partition(".")[0]) < 1:
-        return arviz.from_dict(**data)
-    return arviz.from_dict(data)
+        return arviz.from_dict(**data, dims=dims)
+    return arviz.from_dict(data, dims=dims)
+
+
+@torch.no_grad()
+def _dims(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The plates that each site's dimensions are, by name; of event dimensions the names that ArviZ gives."""
+    with poutine.block(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = poutine.condition(particles.model, data={name: value[0] for name, value in sites.items()})
+        nodes = poutine.trace(model).get_trace(*particles.args, **particles.kwargs).nodes
+    found: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    for name, site in nodes.items():
+        if site["type"] != "sample" or not isinstance(site["value"], Tensor) or site_is_subsample(site):
+            continue
+        shape = site["value"].shape
+        plates = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+        batch = len(shape) - site["fn"].event_dim
+        dims = [f"{name}_dim_{i}" for i in range(len(shape))]
+        for i in range(batch):
+            frame = plates.get(i - batch)
+            same = frame is not None and shape[i] == frame.size == sizes.setdefault(frame.name, frame.size)
+            if frame is not None and same:
+                dims[i] = frame.name
+        found[name] = dims
+    return found
 
 
 def _sites_alone(draws: WeightedDraws, size: int, resample: bool) -> tuple[dict[str, Tensor], Group]:

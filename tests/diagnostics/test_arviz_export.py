@@ -155,3 +155,21 @@ def test_the_kind_of_data_is_that_of_the_installed_version():
     summary = az.summary(data, kind="stats")
     assert abs(float(summary["mean"]["mu"]) - MEAN) < 0.1 * SD
     assert abs(float(summary["sd"]["mu"]) / SD - 1.0) < 0.1
+
+
+def test_dimensions_have_the_names_of_plates():
+    def model(x, y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("county", 3, dim=-1):
+            effect = pyro.sample("effect", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with pyro.plate("year", 4, dim=-2):
+                pyro.sample("y", dist.Normal(effect @ x, scale), obs=y)
+            pyro.sample("pair", dist.Normal(effect, 1.0).to_event(1), obs=torch.zeros(3, 2))
+
+    guide = AutoPlanar(model, num_layers=1)
+    data = to_arviz(model, guide, torch.ones(2), torch.zeros(4, 3), num_samples=10)
+    assert data.posterior["effect"].dims == ("chain", "draw", "county", "effect_dim_1")
+    assert data.posterior["scale"].dims == ("chain", "draw")
+    assert data.log_likelihood["pair"].shape == (1, 10, 3)
+    assert data.log_likelihood["pair"].dims[2] == "county"
+    assert data.observed_data["y"].dims == ("year", "county")
