@@ -229,7 +229,7 @@ class FlowStep:
 
     def _norm(self, grad: Tensor) -> float:
         """The norm that is held against the limits."""
-        return torch.linalg.vector_norm(grad).item()
+        return float(torch.linalg.vector_norm(grad))
 
     def _move(self, grad: Tensor, lr: float) -> None:
         """Changes the values by a gradient."""

@@ -213,7 +213,7 @@ class RowGuide(FitAnswers):
 
     def draw_roots(self, num: int, fixed: bool = False) -> Tensor:
         """Unconstrained latents outside of the plate, ``(num, R)``; ``fixed``: the same at every call."""
-        like = next(self._flow.parameters())
+        like: Tensor = next(self._flow.parameters())
         if not self.latent_dim:
             return like.new_zeros(num, 0)
         drawn: Tensor

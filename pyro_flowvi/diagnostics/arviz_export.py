@@ -118,10 +118,10 @@ def _dims(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str, list[
     with poutine.block(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = poutine.condition(particles.model, data={name: value[0] for name, value in sites.items()})
-        nodes = poutine.trace(model).get_trace(*particles.args, **particles.kwargs).nodes
+        trace: Any = poutine.trace(model).get_trace(*particles.args, **particles.kwargs)
     found: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
-    for name, site in nodes.items():
+    for name, site in trace.nodes.items():
         if site["type"] != "sample" or not isinstance(site["value"], Tensor) or site_is_subsample(site):
             continue
         shape = site["value"].shape

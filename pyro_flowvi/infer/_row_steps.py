@@ -196,7 +196,7 @@ class RowStep(FlowStep):
         self._shown, self._real, self._weight = page[real], real, self._view.page.weights[real]
 
     def _norm(self, grad: Tensor) -> float:
-        return torch.linalg.vector_norm(grad[: self._count_shared]).item()
+        return float(torch.linalg.vector_norm(grad[: self._count_shared]))
 
     def _move(self, grad: Tensor, lr: float) -> None:
         shared, *own = grad.split([self._count_shared, *(param.numel() for param in self._own)])

@@ -77,8 +77,8 @@ class Elimination:
         pivots: Array = self.pivots[starts[:, None] + np.arange(width)]
         lower: Array = np.zeros((len(starts), width, width))
         if self.lower is None:
-            lower[:] = np.eye(width)
-            return lower * pivots[:, None, :]
+            lower[:, range(width), range(width)] = pivots
+            return lower
         own = np.full(len(self.pivots), -1)
         own[(starts[:, None] + np.arange(width)).ravel()] = np.repeat(np.arange(len(starts)), width)
         entries = self.lower.tocoo()
