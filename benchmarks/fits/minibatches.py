@@ -204,8 +204,7 @@ def elbo(task: Task, guide: Any, draws: int = ELBO_DRAWS) -> float:
 def new_rows(guide: Any) -> dict[str, Tensor]:
     """Draws of the locals of rows that the guide has not seen, as its encoder has them."""
     y = counts(NEW_GROUPS, NEW_SEED)
-    with pyro.plate("draws", NEW_DRAWS, dim=-2), poutine.block():
-        theta = guide(y)["theta"]
+    theta = guide.sample_new_rows(NEW_DRAWS, y, sites=["theta"])["theta"]
     return {f"new theta[{i}]": column for i, column in enumerate(theta.unbind(-1), 1)}
 
 

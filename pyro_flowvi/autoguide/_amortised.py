@@ -117,6 +117,13 @@ class AmortisedRows(Rows):
         found: Encoder = guide._flow.encoder
         return found
 
+    def new_view(self, guide: Any, call: Call, rows: Tensor) -> View:
+        made = super().new_view(guide, call, rows)
+        if self._views:  # all pages share the flows of their noise, however short they are
+            first = self.first_view().layer
+            made.layer.shapes, made.layer.shaped = first.shapes, first.shaped
+        return made
+
     def show(self, guide: Any, call: Call) -> tuple[Any, View, Tensor]:
         self._call = call
         if self.plate.known:

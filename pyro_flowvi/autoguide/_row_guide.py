@@ -152,7 +152,7 @@ class RowGuide(FitAnswers):
             flow = nn.Module()  # all latents are those of rows
         if isinstance(rows, AmortisedRows):
             values = first_values(rows, self, call, None if rows.plate.given else shown)
-            flow.encoder = Encoder(self._amortize, layer, values)
+            flow.encoder = Encoder(self._amortize, layer, loc, values)
         if rows.plate.known:
             flow.rows = RowTables(layer, rows.plate.size)
             if isinstance(rows, AmortisedRows):
