@@ -1,6 +1,6 @@
 """Rows whose messages a network reads off their data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -56,17 +56,59 @@ def find_data_plate(model: Program, call: Call, init: Any) -> RowPlate:
     return RowPlate(frame.name, frame.size, frame.size, frame.dim, given=False, known=False)
 
 
+def observed_nodes(trace: Trace, plate: RowPlate) -> list[Any]:
+    """The observed sites under a plate."""
+    return [
+        node
+        for node in trace.nodes.values()
+        if node["type"] == "sample" and node["is_observed"] and plate.holds(node["cond_indep_stack"])
+    ]
+
+
 def observed(trace: Trace, plate: RowPlate) -> list[Tensor]:
     """The observed values under a plate, each with the rows in front."""
     found = []
-    for node in trace.nodes.values():
-        if node["type"] != "sample" or not node["is_observed"] or not plate.holds(node["cond_indep_stack"]):
-            continue
+    for node in observed_nodes(trace, plate):
         value = torch.as_tensor(node["value"])
         value = value.expand(broadcast_shapes(value.shape, node["fn"].batch_shape + node["fn"].event_shape))
         axis = value.dim() - node["fn"].event_dim + plate.dim
         found.append(value.movedim(axis, 0).to(torch.get_default_dtype()))
     return found
+
+
+class _Reading:
+    """Where observed values are among the model's arguments, so that these need no run to be read.
+
+    :param places: of each observed site the number of the argument's leaf, and the axis of its rows.
+    :param size: of the plate, as its scale counts it.
+    """
+
+    def __init__(self, places: list[tuple[int, int]], size: int) -> None:
+        self._places, self.size = places, size
+
+    def read(self, leaves: Sequence[Any]) -> list[Tensor]:
+        """The values, each with the rows in front."""
+        return [leaves[i].movedim(axis, 0).to(torch.get_default_dtype()) for i, axis in self._places]
+
+
+def _find_reading(trace: Trace, plate: RowPlate, leaves: Sequence[Any], size: int) -> _Reading | None:
+    """None if an observed value is computed."""
+    places = []
+    for node in observed_nodes(trace, plate):
+        value, fn = node["value"], node["fn"]
+        place = next((i for i, leaf in enumerate(leaves) if leaf is value), None)
+        if place is None or value.shape != fn.batch_shape + fn.event_shape:
+            return None
+        places.append((place, value.dim() - fn.event_dim + plate.dim))
+    return _Reading(places, size)
+
+
+def _kind_of(leaves: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What of arguments decides whether they are read alike; None if that is their values."""
+    for leaf in leaves:
+        if not leaf.dim() if isinstance(leaf, Tensor) else not isinstance(leaf, Hashable):
+            return None
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
 def reads_rows(model: Program, call: Call, init: Any, plate: RowPlate) -> bool:
@@ -97,9 +139,15 @@ class AmortisedRows(Rows):
         self._values: list[Tensor] = []
         """The observed values of the last call's rows."""
         self._call: Call | None = None
+        self._size = plate.size
+        """Of the plate, as the last call's scale counts it."""
+        self._shown: View | None = None
+        """The view of the last call's rows."""
+        self._readings: dict[Any, _Reading] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_call": None, "_scales": {}}
+        shown = self._views[:1] if self._shown is None else [self._shown]
+        return {**super().__getstate__(), "_views": shown, "_call": None, "_readings": {}}
 
     def run(self, guide: Any, call: Call, rows: Tensor | None = None) -> Trace:
         """A run of the model, of some rows or those that it shows by itself."""
@@ -125,26 +173,47 @@ class AmortisedRows(Rows):
         return made
 
     def show(self, guide: Any, call: Call) -> tuple[Any, View, Tensor]:
-        self._call = call
         if self.plate.known:
             plates, view, rows = super().show(guide, call)
+            self._call, self._shown = call, view
             trace = self.run(guide, call, None if self.plate.given else rows)
             self._values = observed(trace, self.plate)
             return plates, view, rows
+        if not (call[0] or call[1]) and self._values:  # those of the last call
+            count, size = len(self._values[0]), self._size
+        else:
+            size = self._read(guide, call)
+            count, self._size, self._call = len(self._values[0]), size, call
+        rows = torch.arange(count)
+        plates = self._plates(guide, call, size, count)
+        self.plate = replace(self.plate, size=count, shown=count)
+        assert self._call is not None
+        self._shown = self.view(guide, self._call, rows)
+        return plates, self._shown, rows
+
+    def _read(self, guide: Any, call: Call) -> int:
+        """Takes the values of a call, with a run of the model if need be; the size of its plate."""
+        leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
+        kind = _kind_of(leaves)
+        known = None if kind is None else self._readings.get(kind)
+        if known is not None:
+            self._values = known.read(leaves)
+            return known.size
         trace = self.run(guide, call)
         self._values = observed(trace, self.plate)
-        count = len(self._values[0])
-        rows = torch.arange(count)
-        plates = self._plates(guide, call, trace, count)
-        self.plate = replace(self.plate, size=count, shown=count)
-        return plates, self.view(guide, call, rows), rows
-
-    def _plates(self, guide: Any, call: Call, trace: Trace, count: int) -> Any:
-        """The guide's plates, of which that of the rows is as long as these data."""
         nodes = [node for _, node in latent_sites(trace) if self.plate.holds(node["cond_indep_stack"])]
         frame = next(frame for frame in nodes[0]["cond_indep_stack"] if frame.name == self.plate.name)
-        size = frame.full_size or frame.size
+        size = int(frame.full_size or frame.size)
         self._scales = {node["name"]: node["scale"] / (size / frame.size) for node in nodes}
+        # A scale may be another at each call, as while one is annealed.
+        plain = all(isinstance(scale, float) and scale == 1.0 for scale in self._scales.values())
+        found = _find_reading(trace, self.plate, leaves, size) if plain and kind is not None else None
+        if found is not None:
+            self._readings[kind] = found
+        return size
+
+    def _plates(self, guide: Any, call: Call, size: int, count: int) -> Any:
+        """The guide's plates, of which that of the rows is as long as these data."""
         if guide.master is not None or guide.create_plates is not None:
             return guide._create_plates(*call[0], **call[1])
         guide.create_plates = lambda *_, **__: pyro.plate(
@@ -166,10 +235,8 @@ class AmortisedRows(Rows):
     # -- draws ---------------------------------------------------------------------------------
 
     def parts(self, guide: Any, rows: Tensor) -> Iterator[tuple[View, int, Tensor]]:
-        view = self.first_view()
+        view = self._shown or self.first_view()
         if not self.plate.known:
-            if self._call is not None and guide._raw_model[0] is not None:
-                _, view, _ = self.show(guide, self._call)
             if len(rows) != view.size:
                 raise ValueError(
                     f"rows: expected None or all of the {view.size} rows of the last data, got {len(rows)}"
@@ -177,9 +244,17 @@ class AmortisedRows(Rows):
             with self.messages(guide, view, rows):
                 yield view, view.size, rows
             return
+        if self._call is None:
+            raise RuntimeError("rows: a copy does not keep their data; call the guide with data first")
+        if not self.chooses(self._call):
+            if self._last is None or not torch.equal(rows, self._last):
+                raise RuntimeError(
+                    f"plate {self.plate.name!r}: expected `rows=` to be those of the last batch, got others, "
+                    "whose data a network would have to read; draw the latents outside with `sites=`, and "
+                    "those of rows with their batch, `guide(*batch)`"
+                )
         for some in rows.split(view.size):
             page = torch.cat([some, some[:1].expand(view.size - len(some))])
-            assert self._call is not None
             call = self.call_with(self._call, page)
             self._values = observed(self.run(guide, call, None if self.plate.given else page), self.plate)
             view.page.turn_to(page, call)

@@ -18,6 +18,8 @@ WIDTHS = 64, 400
 """Units of a hidden layer at least and at most."""
 LEAST_WEIGHT = 1.0
 """Precision that a message has at first at least, where a prior is wide."""
+NO_PRIOR = 1e-12
+"""Precision that stands for that of an unknown prior."""
 
 
 class RowNetwork(nn.Module):
@@ -34,15 +36,14 @@ class RowNetwork(nn.Module):
         torch.Size([2, 64])
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, values: Sequence[Tensor]) -> None:
         super().__init__()
         features = self._features(values)
         spread = features.std(0, correction=0)
-        self.register_buffer("loc", features.mean(0))
-        self.register_buffer("scale", torch.where(spread > 1e-6 * (1.0 + self.loc.abs()), spread, 1.0))
+        # Parameters, as the param store knows no buffers.
+        self.loc = nn.Parameter(features.mean(0))
+        varies = spread > 1e-6 * (1.0 + self.loc.detach().abs())
+        self.log_scale = nn.Parameter(torch.where(varies, spread, 1.0).log())
         count = features.shape[-1]
         width = min(WIDTHS[1], max(WIDTHS[0], count // 2))
         self.layers = nn.Sequential(nn.Linear(count, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -55,7 +56,7 @@ class RowNetwork(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         """A description of each row, ``(B, H)``."""
-        found: Tensor = self.layers((self._features(values) - self.loc) / self.scale)
+        found: Tensor = self.layers((self._features(values) - self.loc) * (-self.log_scale).exp())
         return found
 
 
@@ -88,22 +89,22 @@ class Encoder(nn.Module):
                 f"{[tuple(value.shape) for value in values]}, to ({len(like)}, H), got {got}"
             )
         first = {key: value[0] for key, value in rows_of_params(layer).items()}
-        self._read = [key for key in first if not key.endswith(("_slope", "_by_root"))]
+        self._read = [key for key in first if not key.endswith("_slope")]
         """The tables that the layer gives, the centres of messages as shifts of the mean."""
         self._shapes = [first[key].shape for key in self._read]
         self._sizes = [shape.numel() for shape in self._shapes]
         self.head = nn.Linear(found.shape[-1], sum(self._sizes)).to(like)
         precisions = _prior_precisions(layer, start)
-        for key, value in (first | precisions).items():
-            self.register_buffer(f"start_{key}", value.to(like).clone())
+        # Parameters, as the param store knows no buffers.
+        self.centres = nn.ParameterDict(
+            {key: value.to(like) for key, value in first.items() if key.endswith("_centre")}
+        )
+        self.log_precisions = nn.ParameterDict(
+            {key: (value + NO_PRIOR).log().to(like) for key, value in precisions.items()}
+        )
         with torch.no_grad():
-            parts = self.head.bias.split(self._sizes)
-            for key, part in zip(self._read, parts, strict=True):
-                part.copy_(_weak(key, first, precisions).reshape(-1))
-
-    def _start(self, key: str) -> Tensor:
-        found: Tensor = self.get_buffer(f"start_{key}")
-        return found
+            for key, part in zip(self._read, self.head.bias.split(self._sizes), strict=True):
+                part.copy_(_weak(key, first[key], precisions).reshape(-1))
 
     def forward(self, *values: Tensor) -> dict[str, Tensor]:
         """The messages of rows by the names of their tables, each ``(B, *)``."""
@@ -112,21 +113,16 @@ class Encoder(nn.Module):
             key: part.reshape(len(flat), *shape)
             for key, shape, part in zip(self._read, self._shapes, flat.split(self._sizes, -1), strict=True)
         }
-        for key in [key for key in found if key.endswith("_centre")]:
-            name, shift = key.removesuffix("_centre"), found.pop(key)
-            precision = self._start(f"{name}_precision")
+        for key, centre in self.centres.items():
+            name, shift = key.removesuffix("_centre"), found[key]
+            pull = self.log_precisions[name].exp() * shift
             if f"{name}_log_weight" in found:
-                pull = (found[f"{name}_log_weight"].exp() + precision) * shift
+                pull = pull + found[f"{name}_log_weight"].exp() * shift
             else:
                 factor = lower_of(found[f"{name}_factor"])
-                whole, last = factor @ factor.mT + precision, shift.unsqueeze(-1)
-                pull = (whole @ last).squeeze(-1)
-            found[f"{name}_slope"] = self._start(f"{name}_slope") + pull
-            found[key] = self._start(key).expand_as(shift)
-            for end in ("slope_by_root", "log_weight_by_root"):
-                if f"start_{name}_{end}" in self._buffers:
-                    still = self._start(f"{name}_{end}")
-                    found[f"{name}_{end}"] = still.expand(len(flat), *still.shape)
+                pull = pull + (factor @ (factor.mT @ shift.unsqueeze(-1))).squeeze(-1)
+            found[f"{name}_slope"] = pull
+            found[key] = centre.expand_as(shift)
         return found
 
     @contextmanager
@@ -137,7 +133,7 @@ class Encoder(nn.Module):
 
         :param corrections: what the rows have of their own, to be added.
         """
-        found = self(*values)
+        found = self(*(value.to(self.head.weight) for value in values))
         if corrections is not None:
             found = {key: value + corrections[key] for key, value in found.items()}
         with gathered(layer, found):
@@ -145,34 +141,30 @@ class Encoder(nn.Module):
 
 
 def _prior_precisions(layer: MessageMap, start: Tensor) -> dict[str, Tensor]:
-    """The precisions of a row's latents in their priors at a point, zero where none is known."""
-    plan, dense, found = layer.plan, torch.zeros_like(start), {}
-    by_site = {}
-    for site, prior in plan.priors_given(plan.split(start.unsqueeze(0))).items():
-        scale = prior[1][0].to(start)
-        if plan.priors.joint[site]:
-            by_site[site] = torch.cholesky_inverse(scale)
-        else:
-            dense[plan.places()[site].flatten()] = scale.flatten() ** -2.0
-    if plan.block_sizes:
-        order = order_of(layer, "block_centre")[1]
-        found["block_precision"] = order.by_row(taken(dense, plan.block_places()), 0)[0]
-    for i, site in enumerate(plan.joint_sites):
-        order = order_of(layer, f"joint_{i}_centre")[1]
-        each = by_site[site].expand(*plan.packing.latents[site].free_shape, -1)
-        found[f"joint_{i}_precision"] = order.by_row(each.reshape(-1, *each.shape[-2:]), 0)[0]
+    """By message the precisions of a row's latents in their priors at a point, zero where none is known."""
+    plan, whole, found = layer.plan, torch.zeros_like(start), {}
+    for prior in plan.priors_at(start.unsqueeze(0)):
+        scale = prior.scale[0].to(start)
+        precision = scale.square().reciprocal()
+        if prior.joint:
+            precision = torch.cholesky_inverse(scale).diagonal(dim1=-2, dim2=-1)
+        whole[prior.places.flatten()] = precision.expand(prior.places.shape).flatten()
+    places = {"block": plan.block_places()} if plan.block_sizes else {}
+    places |= {f"joint_{i}": where for i, where in enumerate(plan.joint_places())}
+    for name, where in places.items():
+        dim, order = order_of(layer, f"{name}_centre")
+        found[name] = order.by_row(taken(whole, where), dim)[0]
     return found
 
 
-def _weak(key: str, first: Mapping[str, Tensor], precisions: Mapping[str, Tensor]) -> Tensor:
+def _weak(key: str, start: Tensor, precisions: Mapping[str, Tensor]) -> Tensor:
     """What the layer gives at first: no shift, and messages that say about as much as the prior does."""
-    name, start = key.rsplit("_", 1)[0], first[key]
     if key.endswith("_centre"):
         return torch.zeros_like(start)
-    if key == "block_log_weight":
-        precision = precisions["block_precision"]
+    if key.endswith("_log_weight"):
+        precision = precisions[key.removesuffix("_log_weight")]
         return torch.where(precision > 0, precision.clamp(min=LEAST_WEIGHT).log(), start)
     if key.endswith("_factor"):
-        precision = precisions[f"{name}_precision"].diagonal(dim1=-2, dim2=-1)
+        precision = precisions[key.removesuffix("_factor")]
         return torch.diag_embed(0.5 * precision.clamp(min=LEAST_WEIGHT).log()).to(start)
     return start

@@ -64,7 +64,7 @@ class RowGuide(FitAnswers):
         """Mean of the roots of an earlier guide, and lower factor of their covariance, to start from."""
         self._continues = False
         """Whether the flow is that guide's."""
-        self._amortize = amortize
+        self._amortize = () if amortize is None else (amortize,)  # not a module of the guide: the flow has it
         self._wants_rows = amortize is not None
 
     _init_scale: float
@@ -84,7 +84,7 @@ class RowGuide(FitAnswers):
     def _rows_of_model(self, run: Callable[..., Any], call: Call) -> tuple[Rows, Tensor] | None:
         """The rows of a model, and some to begin with; None if it has none."""
         by_prior = self._structure_kind is not None
-        if self._amortize is not None:
+        if self._amortize:
             plate = find_data_plate(run, call, self._init_fn)
             amortised = AmortisedRows(plate, by_prior, self._init_scale)
             known = amortised.rows_of(self, call) if plate.given else torch.arange(plate.shown)
@@ -152,7 +152,7 @@ class RowGuide(FitAnswers):
             flow = nn.Module()  # all latents are those of rows
         if isinstance(rows, AmortisedRows):
             values = first_values(rows, self, call, None if rows.plate.given else shown)
-            flow.encoder = Encoder(self._amortize, layer, loc, values)
+            flow.encoder = Encoder(*self._amortize, layer, loc, values)
         if rows.plate.known:
             flow.rows = RowTables(layer, rows.plate.size)
             if isinstance(rows, AmortisedRows):
@@ -173,7 +173,8 @@ class RowGuide(FitAnswers):
             super()._trace_again(args, kwargs)
             return
         if isinstance(rows, AmortisedRows) and not rows.plate.known:
-            rows.show(self, (args, kwargs))  # any data will do
+            with self._apart():
+                rows.show(self, (args, kwargs))  # any data will do
             self._stale = False
             return
         found = find_rows(self._require_model(), (args, kwargs), self._init_fn)
