@@ -22,6 +22,21 @@ NO_PRIOR = 1e-12
 """Precision that stands for that of an unknown prior."""
 
 
+class _Unit(nn.Module):
+    """Features less the mean of the first data, in units of their standard deviation there."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        loc, spread = features.mean(0), features.std(0, correction=0)
+        varies = spread > 1e-6 * (1.0 + loc.abs())
+        # Parameters, as the param store knows no buffers.
+        self.loc = nn.Parameter(loc)
+        self.log_scale = nn.Parameter(torch.where(varies, spread, 1.0).log())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.loc) * (-self.log_scale).exp()
+
+
 class RowNetwork(nn.Module):
     """The network of ``amortize="auto"``: two hidden layers on the observed values of a row.
 
@@ -39,11 +54,7 @@ class RowNetwork(nn.Module):
     def __init__(self, values: Sequence[Tensor]) -> None:
         super().__init__()
         features = self._features(values)
-        spread = features.std(0, correction=0)
-        # Parameters, as the param store knows no buffers.
-        self.loc = nn.Parameter(features.mean(0))
-        varies = spread > 1e-6 * (1.0 + self.loc.detach().abs())
-        self.log_scale = nn.Parameter(torch.where(varies, spread, 1.0).log())
+        self.unit = _Unit(features)
         count = features.shape[-1]
         width = min(WIDTHS[1], max(WIDTHS[0], count // 2))
         self.layers = nn.Sequential(nn.Linear(count, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -56,12 +67,13 @@ class RowNetwork(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         """A description of each row, ``(B, H)``."""
-        found: Tensor = self.layers((self._features(values) - self.loc) * (-self.log_scale).exp())
+        found: Tensor = self.layers(self.unit(self._features(values)))
         return found
 
 
 class Encoder(nn.Module):
-    """From a row's data to its messages: a network, and a linear layer behind it.
+    """From a row's data to its messages: a network, and a linear layer behind it, which has the network's
+    numbers at unit scale, so that it learns at the same rate behind any.
 
     A message is a Gaussian of the row's latents, one number after another or, where their prior is joint,
     jointly.  The layer gives its weight, and how far the mean is moved where the prior is that of the start:
@@ -93,6 +105,7 @@ class Encoder(nn.Module):
         """The tables that the layer gives, the centres of messages as shifts of the mean."""
         self._shapes = [first[key].shape for key in self._read]
         self._sizes = [shape.numel() for shape in self._shapes]
+        self.unit = _Unit(found)
         self.head = nn.Linear(found.shape[-1], sum(self._sizes)).to(like)
         precisions = _prior_precisions(layer, start)
         # Parameters, as the param store knows no buffers.
@@ -108,7 +121,7 @@ class Encoder(nn.Module):
 
     def forward(self, *values: Tensor) -> dict[str, Tensor]:
         """The messages of rows by the names of their tables, each ``(B, *)``."""
-        flat = self.head(self.body(*values))
+        flat = self.head(self.unit(self.body(*values)))
         found = {
             key: part.reshape(len(flat), *shape)
             for key, shape, part in zip(self._read, self._shapes, flat.split(self._sizes, -1), strict=True)
