@@ -13,14 +13,14 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .._checks import check_positive, check_positive_int
+from .._checks import check_positive_int
 from .._compile.errors import CannotCompile
 from .._compile.flow_step import FlowStep
 from .._compile.inductor import PARALLEL_FROM
 from .._compile.log_density import TracedDensity
 from .._compile.optimizers import as_pyro_optim
 from .._compile.policy import MACHINE_CODE_FROM
-from .._program.call import as_keywords, check_batch, check_programs
+from .._program.call import as_keywords, check_batch
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._program.rows import check_rows_known
@@ -28,6 +28,7 @@ from .._types import CompileMode, Program
 from ..autoguide._protocol import FitGuide, Taken, as_fit_guide
 from ..autoguide._sweep import Sweep
 from ..objectives._choice import as_objective, objective_for
+from ._arguments import check_arguments, settings_of
 from ._batches import Supply, as_call_with
 from ._checkpoint import Checkpoint, fingerprint, restore
 from ._fit_bar import Bar
@@ -89,32 +90,6 @@ def _default_tolerance(pair: LogWeights) -> float:
     return min(TOLERANCE, TOLERANCE_EACH * max(1, size))
 
 
-def _check_arguments(options: Mapping[str, Any]) -> None:
-    check_programs(options["model"], options["guide"])
-    loss, optim = options["loss"], options["optim"]
-    if options["lr"] is not None:
-        check_positive("lr", options["lr"])
-    if options["tolerance"] is not None:
-        check_positive("tolerance", options["tolerance"])
-    if options["num_particles"] is not None:
-        check_positive_int("num_particles", options["num_particles"])
-        if loss is not None:
-            raise ValueError("num_particles: expected None with a loss, which has its own, got both")
-    if loss is not None and not isinstance(loss, ELBO):
-        raise ValueError(f"loss: expected a pyro.infer.ELBO, got {loss!r}")
-    if getattr(optim, "pt_scheduler_constructor", None) is torch.optim.lr_scheduler.ReduceLROnPlateau:
-        raise ValueError("optim: expected a schedule by steps, got ReduceLROnPlateau, which needs a metric")
-    batches = options["batches"]
-    if not (batches is None or callable(batches) or hasattr(batches, "__iter__")):
-        raise ValueError(f"batches: expected an iterable or a callable of the step, got {batches!r}")
-    if batches is not None and options["args"]:
-        raise ValueError("batches: expected no further arguments of the model with batches, got both")
-    if optim is not None and options["lr"] is not None:
-        raise ValueError("lr: expected None with an optimizer, which has its own, got both")
-    if options["compile"] not in (True, False, "auto"):
-        raise ValueError(f"compile: expected True, False or 'auto', got {options['compile']!r}")
-
-
 def _new_run(
     pair: LogWeights,
     judge: LogWeights | FlowWeights,
@@ -131,25 +106,6 @@ def _new_run(
     elif numbers * run.comparison_draws > MANY_ELEMENTS:
         run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // numbers)
     return run
-
-
-def _settings(options: Mapping[str, Any], pair: LogWeights, answers: FitGuide) -> dict[str, Any]:
-    """What of a call of ``fit`` a run can go on only with."""
-    optim_args = getattr(options["optim"], "pt_optim_args", None)
-    return {
-        **{
-            name: options[name]
-            for name in ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
-        },
-        "objective": type(options["objective"]).__name__,
-        "optim": type(options["optim"]).__name__,
-        # A function's text differs between processes.
-        "optim_args": optim_args if isinstance(optim_args, dict) else None,
-        "guide": type(pair.guide).__name__,
-        "parameters": sorted(pair.structure.params.items()),
-        "init": options["init"] is not None,
-        **answers.fit_options().settings,
-    }
 
 
 def _recorded(
@@ -338,7 +294,7 @@ def fit(
     kwargs = as_keywords(fit, model, kwargs, model_kwargs)
     loss, optim = as_objective(loss), None if optim is None else as_pyro_optim(optim)
     options = dict(locals())
-    _check_arguments(options)
+    check_arguments(options)
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
     file = None if checkpoint is None else Checkpoint(checkpoint)
     started = time.perf_counter()
@@ -403,7 +359,7 @@ def fit(
             loop.every = max(1, num_steps // ROW_CHECKS)
         saved = save = None
         if file is not None:
-            settings = _settings({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
+            settings = settings_of({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
             identity = fingerprint(settings, (first, validation))
             saved, save = file.read(identity), partial(file.write, loop, identity)
         try:
