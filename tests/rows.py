@@ -16,7 +16,9 @@ def normals(y, rows=None, size=None, num=None):
 
 def data(num=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return 1.0 + 1.2 * torch.randn(num, generator=generator, dtype=torch.float64).to(torch.get_default_dtype())
+    return 1.0 + 1.2 * torch.randn(num, generator=generator, dtype=torch.float64).to(
+        torch.get_default_dtype()
+    )
 
 
 def batches(y, size, seed=0):

@@ -25,6 +25,7 @@ __all__ = [
     "noting_plates",
     "per_row",
     "rows_in",
+    "rows_said",
     "showing",
 ]
 
@@ -109,7 +110,7 @@ def check_rows_known(model: Program, guide: Program, call: tuple[Any, Mapping[st
                 f"site {name!r}: expected latents of rows that are known, got batches in which they stand "
                 f"for others (scaled by {scale:g}), and nothing that says which rows they are of; write "
                 f"`with pyro.plate({plate!r}, N, subsample=index)` in the model, with the index of each "
-                "batch among its arguments, or draw latents by their rows' data, with the guide's `amortize=`"
+                "batch among its arguments, or draw latents from data, with the guide's `amortize=`"
             )
 
 
@@ -164,6 +165,36 @@ def noting_plates() -> Iterator[dict[str, bool]]:
     """By plate of the models that run in this context whether they say themselves which rows it shows."""
     with _Noting() as noting:
         yield noting.told
+
+
+class _Found(BaseException):  # no model catches it
+    """Ends a run of a model once the rows are known."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+
+class _Finding(Messenger):
+    def __init__(self, plate: RowPlate) -> None:
+        super().__init__()
+        self._plate = plate
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] == self._plate.name:
+            raise _Found(torch.arange(self._plate.size) if msg["value"] is None else msg["value"])
+
+
+def rows_said(model: Program, plate: RowPlate, *args: Any, **kwargs: Any) -> Tensor:
+    """The rows that a model says it shows; it is run no further than to its plate.
+
+    :raises KeyError: if it has no such plate.
+    """
+    try:
+        with _Finding(plate):
+            model(*args, **kwargs)
+    except _Found as found:
+        return torch.as_tensor(found.rows).long()
+    raise KeyError(plate.name)
 
 
 def rows_in(trace: Trace, plate: RowPlate) -> Tensor:

@@ -46,6 +46,8 @@ class Page:
         """By which the densities of each row are multiplied."""
         leaves, spec = pytree.tree_flatten((tuple(call[0]), dict(call[1])))
         self._seen, own_data = list(leaves), plate.data_change
+        self._versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves]
+        """Which a tensor counts that is changed in place."""
         self._leaves = [
             leaf.detach().clone() if own_data and isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
@@ -74,9 +76,9 @@ class Page:
         if call is None or not self._own_data:
             return
         for i, leaf in enumerate(pytree.tree_leaves((tuple(call[0]), dict(call[1])))):
-            if isinstance(leaf, Tensor) and leaf is not self._seen[i]:
+            if isinstance(leaf, Tensor) and (leaf is not self._seen[i] or leaf._version != self._versions[i]):
                 self._leaves[i].copy_(leaf)
-                self._seen[i] = leaf
+                self._seen[i], self._versions[i] = leaf, leaf._version
 
 
 class View:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._program.log_density import UnconstrainedModel
-from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in
+from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in, rows_said
 from .._shapes import broadcast_shapes
 from .._types import Program
 from ._pages import Call, Page, View, rows_that_see_others, same_shapes
@@ -183,8 +183,10 @@ class Rows:
                 return told
         try:
             with guide._apart():
-                init = InitMessenger(guide._init_fn)(guide._require_model())
-                found = rows_in(poutine.trace(init).get_trace(*call[0], **call[1]), self.plate)
+                nodes = guide.prototype_trace.nodes
+                outside = {site: nodes[site]["value"] for site in self.first_view().structure.roots}
+                model = poutine.condition(guide._require_model(), data=outside)  # draws no random numbers
+                found = rows_said(model, self.plate, *call[0], **call[1])
         except Exception:
             if self._last is None or call[0] or call[1]:
                 raise

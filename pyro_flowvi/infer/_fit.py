@@ -56,7 +56,6 @@ MANY_ELEMENTS = 5_000_000
 CHECKPOINT_SECONDS = 30.0
 REFIT_SHARE, REFIT_RATE = 0.15, 0.3
 """Of the steps and of the learning rate of a fit, what one takes that starts near its end."""
-_IDENTIFYING = ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
 RECORDED_FROM = 50
 """Steps from which a flow is recorded: it takes as long as some tens of eager ones."""
 

@@ -240,6 +240,7 @@ class RowStep(FlowStep):
             "seen": self._sweep.seen,
             "order": self._order,
             "position": self._position,
+            "control": (self._centre, self._control),
         }
 
     @torch.no_grad()
@@ -254,6 +255,7 @@ class RowStep(FlowStep):
         self._drawn.copy_(state["drawn"])
         self._sweep.seen.copy_(state["seen"])
         self._order, self._position = state["order"], state["position"]
+        self._centre, self._control = state["control"]
 
 
 class RowSteps(FlowSteps):

@@ -199,6 +199,9 @@ class TestSizes:
         assert guide.log_prob(draws).shape == (2, 3)
         tables = guide._flow.rows
         precision = 1.0 + tables.block_log_weight.flatten().exp()
-        mean = (tables.block_log_weight.flatten().exp() * tables.block_centre.flatten() + tables.block_slope.flatten())
+        mean = (
+            tables.block_log_weight.flatten().exp() * tables.block_centre.flatten()
+            + tables.block_slope.flatten()
+        )
         expected = dist.Normal(mean / precision, precision**-0.5).log_prob(draws["z"]).sum(-1)
         assert torch.allclose(guide.log_prob(draws), expected, rtol=1e-10)

@@ -71,7 +71,9 @@ class TestIndices:
             with pyro.plate("n", NUM, subsample_size=SIZE) as rows:
                 shift = pyro.param("shift", torch.linspace(0.0, 1.0, NUM), event_dim=0) if select else 0.0
                 z = pyro.sample("z", dist.Normal(mu + shift, 1.0))
-                pyro.sample("y", dist.Normal(z, 0.5), obs=pyro.subsample(y, 0) if select else y[rows])
+                pyro.sample(
+                    "y", dist.Normal(z, 0.5), obs=pyro.subsample(y, event_dim=0) if select else y[rows]
+                )
 
         guide = AutoRealNVP(model).materialize(True)
         assert svi(model, guide).step(True) > 0.0
