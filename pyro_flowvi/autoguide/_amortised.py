@@ -18,7 +18,7 @@ from .._shapes import broadcast_shapes
 from .._types import Program, Trace
 from ._encoder import Encoder
 from ._pages import Call, View
-from ._rows import Rows
+from ._row_draws import Rows
 
 __all__ = ["AmortisedRows", "find_data_plate", "first_values", "has_data_of", "reads_rows"]
 
@@ -246,13 +246,13 @@ class AmortisedRows(Rows):
             return
         if self._call is None:
             raise RuntimeError("rows: a copy does not keep their data; call the guide with data first")
-        if not self.chooses(self._call):
-            if self._last is None or not torch.equal(rows, self._last):
-                raise RuntimeError(
-                    f"plate {self.plate.name!r}: expected `rows=` to be those of the last batch, got others, "
-                    "whose data a network would have to read; draw the latents outside with `sites=`, and "
-                    "those of rows with their batch, `guide(*batch)`"
-                )
+        shown = self._last is not None and torch.equal(rows, self._last)
+        if not (shown or self.chooses(self._call)):
+            raise RuntimeError(
+                f"plate {self.plate.name!r}: expected `rows=` to be those of the last batch, got others, "
+                "whose data a network would have to read; draw the latents outside with `sites=`, and "
+                "those of rows with their batch, `guide(*batch)`"
+            )
         for some in rows.split(view.size):
             page = torch.cat([some, some[:1].expand(view.size - len(some))])
             call = self.call_with(self._call, page)

@@ -38,9 +38,7 @@ class Page:
     :param dtype: of the rows' weights.
     """
 
-    def __init__(
-        self, model: Program, plate: RowPlate, call: Call, rows: Tensor, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: Program, plate: RowPlate, call: Call, rows: Tensor, dtype: torch.dtype) -> None:
         self.rows = rows.clone()
         self.weights = torch.ones(len(rows), dtype=dtype, device=rows.device)
         """By which the densities of each row are multiplied."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..init.gaussians import normal_noise
 from ._pages import LOG_2_PI, Call, View, padded
+from ._row_draws import Rows
 from ._row_tables import RowTables, pages_of
-from ._rows import Rows
 
 __all__ = ["Shown", "Sweep", "pull_back"]
 
@@ -167,7 +167,6 @@ class Sweep:
             value = value + more[0] - outside[0]
             slope = slope + more[1] - outside[1]
         return value.reshape(len(roots), num).mean(1), slope.reshape(len(roots), num, -1).mean(1)
-
 
     @torch.no_grad()
     def log_weights(self, num: int, width: int) -> tuple[Tensor, Tensor]:

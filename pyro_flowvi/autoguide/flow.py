@@ -23,19 +23,20 @@ from ..distributions.flow import Shape
 from ..flows import FLOWS, recipe_name
 from ..transforms import Compose, HeavyTails
 from ..transforms.compose import Chain
-from ._affine import AFFINES, affine_layer
+from ._affine import affine_layer
+from ._arguments import check_arguments
 from ._latent_site import CallPosterior
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
 from ._root_tails import RootTails
-from ._row_guide import RowGuide
+from ._row_fit import RowFit
 from ._summaries import marginal_quantiles, reference_normal
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
 
 
-class AutoFlow(RowGuide):
+class AutoFlow(RowFit):
     """A guide whose posterior is a normalizing flow over all continuous latents of the model.
 
     Posterior = flow(standard normal) followed by a trainable affine map that starts from
@@ -112,25 +113,8 @@ class AutoFlow(RowGuide):
         amortize: nn.Module | str | None = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model: expected a callable, got {model!r}")
-        if isinstance(flow, str) and flow not in FLOWS:
-            raise ValueError(f"flow: expected one of {sorted(FLOWS)}, got {flow!r}")
-        if (not callable(flow) and not isinstance(flow, str)) or isinstance(flow, Transform):
-            raise ValueError(f"flow: expected a key of FLOWS or a callable dim -> Transform, got {flow!r}")
-        if affine not in ("auto", None, *AFFINES):
-            raise ValueError(f"affine: expected 'auto', None or {list(AFFINES)}, got {affine!r}")
-        if not isinstance(tails, bool):
-            raise ValueError(f"tails: expected True or False, got {tails!r}")
-        if name is not None and not (isinstance(name, str) and name):
-            raise ValueError(f"name: expected a non-empty string, got {name!r}")
-        if structure not in ("auto", "program", None):
-            raise ValueError(f"structure: expected 'auto', 'program' or None, got {structure!r}")
-        if create_plates is not None and not callable(create_plates):
-            raise ValueError(f"create_plates: expected a callable or None, got {create_plates!r}")
+        check_arguments(model, flow, name, affine, tails, structure, amortize, create_plates)
         init_scale = check_positive("init_scale", init_scale)
-        if not (amortize is None or amortize == "auto" or isinstance(amortize, nn.Module)):
-            raise ValueError(f"amortize: expected None, 'auto' or an nn.Module, got {amortize!r}")
         # Takes the name over, so after all checks.
         super().__init__(model, init_loc_fn, name, structure, amortize)
         self.create_plates = create_plates

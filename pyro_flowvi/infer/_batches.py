@@ -88,7 +88,9 @@ class Supply:
 
         :param most: batches at most, of an iterable that has no end.
         """
-        if self.batches is None or callable(self.batches) or iter(self.batches) is self.batches:
+        if callable(self.batches):
+            return [as_call_with(self.kwargs, self.batches(step)) for step in range(most)]
+        if self.batches is None or iter(self.batches) is self.batches:
             return [self.first()]
         with torch.random.fork_rng():
             torch.set_rng_state(self.start)

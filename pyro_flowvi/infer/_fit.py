@@ -39,7 +39,7 @@ from ._result import FitResult
 from ._row_steps import CHECKS as ROW_CHECKS
 from ._row_steps import COMPARISON_DRAWS as ROW_DRAWS
 from ._row_steps import NUM_STEPS as ROW_STEPS
-from ._row_steps import RowStep, RowSteps, RowWeights, row_sweep
+from ._row_steps import RowStep, RowSteps, RowWeights, row_sweep, start_by_passes
 from ._run_state import Run
 from ._start import move, take_over
 from ._training_loop import TOLERANCE, TOLERANCE_EACH, TrainingLoop
@@ -366,6 +366,7 @@ def fit(
                 if saved is None:
                     if sweep is None:
                         move(loop, answers, density if searches or near else None, near)
+                        loop.start = loop.start or start_by_passes(pair, answers, supply, particles)
                     else:
                         loop.bar.tell(f"passes over {sweep.size} rows")
                         loop.start = sweep.guide.start_rows(sweep, particles)

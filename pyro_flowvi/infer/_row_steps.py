@@ -20,7 +20,7 @@ from ..init.gaussians import normal_noise
 from ._batches import Supply
 from ._flow_steps import FlowSteps, FlowWeights
 
-__all__ = ["RowStep", "RowSteps", "RowWeights", "row_sweep"]
+__all__ = ["RowStep", "RowSteps", "RowWeights", "row_sweep", "start_by_passes"]
 
 NUM_STEPS, CHECKS = 500, 4
 """Steps of a fit by default, which only correct what the start missed; full passes on the way."""
@@ -32,8 +32,8 @@ COMPARISON_DRAWS = 32
 """Draws of all rows on which states are compared."""
 
 BETAS, EPS = (0.9, 0.99), 0.2
-"""Of Adam for the rows' messages, each of which is seen few times.  Their slopes are in units of the posterior: a
-message that is right to a hundredth of a standard deviation is not moved by the sign of what is left."""
+"""Of Adam for the rows' messages, each of which is seen few times.  Their slopes are in the posterior's units:
+a message that is right to a hundredth of a standard deviation is not moved by the sign of what is left."""
 
 
 class RowWeights(FlowWeights):
@@ -69,12 +69,27 @@ def row_sweep(
     parameters or enumerates, or it cannot be recorded.
     """
     own = (options[name] is None for name in ("loss", "optim", "validation"))
-    if (
-        not all(own)
-        or options["compile"] != "auto"
-        or pair.structure.model_params
-        or pair.structure.enumerated
-    ):
+    if not all(own) or options["compile"] != "auto" or pair.structure.model_params:
+        return None
+    return _passes(pair, answers, supply, width)
+
+
+def start_by_passes(pair: LogWeights, answers: FitGuide, supply: Supply, width: int) -> str | None:
+    """Moves a guide of rows to where it starts, of a model whose steps are Pyro's.
+
+    :return: the kind of start; None where there is none.
+    """
+    if not pair.structure.model_params:
+        return None
+    sweep = _passes(pair, answers, supply, width)
+    kind: str | None = None if sweep is None else sweep.guide.start_rows(sweep, width)
+    answers.leave_frame()
+    return kind
+
+
+def _passes(pair: LogWeights, answers: FitGuide, supply: Supply, width: int) -> Sweep | None:
+    """Passes over the rows of a model that can be recorded."""
+    if pair.structure.enumerated:
         return None
     sweep: Sweep | None = answers.sweep(supply.epoch)
     if sweep is None:

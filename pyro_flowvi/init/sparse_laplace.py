@@ -88,7 +88,8 @@ class Elimination:
         place = own[later]
         # Rows are the latents, columns those that are eliminated, later ones first.
         lower[place, earlier - starts[place], later - starts[place]] = values
-        return np.matmul(lower * pivots[:, None, :], lower.transpose(0, 2, 1))
+        joint: Array = (lower * pivots[:, None, :]) @ lower.transpose(0, 2, 1)
+        return joint
 
     def between(self, start: int, width: int, earlier: int, count: int, dense: bool) -> Array:
         """Entries of neighbouring latents with others before them, once all after them are eliminated.

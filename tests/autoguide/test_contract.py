@@ -23,6 +23,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 
 from pyro_flowvi import (
+    AutoCIF,
     AutoFlow,
     AutoPlanar,
 )
@@ -256,7 +257,8 @@ class TestLocals:
     def test_subsampled_locals_are_refused(self):
         """Fact 8: Pyro freezes the dimension of the first subsample, in silence."""
         with pytest.raises(ValueError, match=r"site 'theta'.*plate 'data' \(4 of 12\).*AutoGuideList"):
-            AutoPlanar(self.model).materialize(torch.randn(12))
+            AutoCIF(self.model).materialize(torch.randn(12))
+        assert AutoPlanar(self.model).materialize(torch.randn(12))()["theta"].shape == (4,)
 
     @pytest.mark.long
     def test_the_alternative_works(self):

@@ -93,7 +93,8 @@ class TestPlates:
         y, rows = data(), torch.tensor([3, 1, 4])
         guide = AutoRealNVP(given(NUM), create_plates=create_plates)
         svi(given(NUM), guide).step(y[rows], rows)
-        assert seen and shown(guide, y[rows], rows) == [3, 1, 4]
+        assert seen
+        assert shown(guide, y[rows], rows) == [3, 1, 4]
 
     def test_create_plates_without_latents_of_rows(self):
         """As AutoNormal's: the guide's plate says which rows the model shows."""
@@ -252,7 +253,8 @@ class TestBatches:
         }[kind]()
         guide = AutoRealNVP(given(NUM))
         result = fit(given(NUM), guide, batches=supply, num_steps=20, seed=0, progress=False)
-        assert result.losses.isfinite().all() and result.start == "program"
+        assert result.losses.isfinite().all()
+        assert result.start == "program"
         seen = torch.cat([rows for _, rows in known[:4]])
         # Conjugate rows are where they are to be as soon as they are seen.
         draws = guide.sample_posterior(4000)

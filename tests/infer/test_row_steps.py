@@ -22,7 +22,7 @@ def double():
 def started(y, size=SIZE):
     """A guide at its start, and a step of it."""
     guide = AutoRealNVP(normals).materialize(y, size=size)
-    sweep = guide.sweep([((y,), {"size": size})])
+    sweep = guide.sweep(lambda _: [((y,), {"size": size})])
     assert guide.start_rows(sweep, WIDTH) == "program"
     limits = torch.full((2,), torch.inf, dtype=torch.float64)
     return guide, RowStep(sweep, WIDTH, limits)
@@ -96,10 +96,11 @@ class TestRowsThatMove:
         for _ in range(5):
             step.turn((), {})
             step(1e-3)
-        assert step._drawn.min() == 1 and step._drawn.sum() == 25
+        assert step._drawn.min() == 1
+        assert step._drawn.sum() == 25
 
     def test_adam_of_a_row_knows_its_own_steps(self):
-        """The first step of a row is as long as the rate, whenever it comes."""
+        """The first step of a row is nearly as long as the rate, whenever it comes, if its slope is large."""
         _, step = started(data())
         step._tables.table("block_log_weight").data += 0.3
         before = numbers(step)
@@ -107,7 +108,17 @@ class TestRowsThatMove:
             step.turn((), {})
             step(1e-2)
         change = (numbers(step)["block_log_weight"] - before["block_log_weight"]).abs()
-        assert torch.allclose(change, torch.full_like(change, 1e-2), rtol=1e-3)
+        assert ((change <= 1e-2) & (change > 0.7e-2)).all()
+
+    def test_a_row_that_is_right_stays(self):
+        """With normal priors and data the start is exact, and what is left are rounding errors."""
+        _, step = started(data())
+        before = numbers(step)
+        for _ in range(5):
+            step.turn((), {})
+            step(1e-2)
+        for key, value in numbers(step).items():
+            assert (value - before[key]).abs().max() < 1e-5
 
 
 class TestBitForBit:
@@ -187,7 +198,8 @@ class TestAgainstTruth:
         guide = AutoRealNVP(model)
         result = fit(model, guide, *call, **more, seed=0, progress=False)
         for error, ratio in errors(guide, moments):
-            assert abs(error) < 0.1 and 0.93 < ratio < 1.07
+            assert abs(error) < 0.1
+            assert 0.93 < ratio < 1.07
         if how != "callable":
             assert result.best_loss == pytest.approx(-log_z, abs=0.1)
 

@@ -1,0 +1,205 @@
+"""What fit asks of a guide with rows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._program.log_density import UnconstrainedModel
+from .._program.rows import showing
+from .._types import Program
+from ..init.gaussians import normal_noise
+from ..transforms import Compose
+from ..transforms.base import forward_and_log_det
+from ._affine import FramedAffine, enter_frame, frame_of, leave_frame, set_affine
+from ._amortised import AmortisedRows
+from ._fit_answers import TOLERANCE, TOLERANCE_EACH, FitAnswers
+from ._on_roots import OnRoots
+from ._pages import Call, View
+from ._protocol import FitOptions, Frame, Taken
+from ._row_guide import RowGuide
+from ._row_start import place_rows
+from ._sweep import Sweep
+from ._take_over import check_previous, copy_flow, moments
+
+__all__ = ["RowFit"]
+
+PREVIOUS_DRAWS = 4096
+"""Draws that tell the moments of an earlier guide."""
+PARTICLES, RATE = 16, 5e-3
+"""Draws a step, and the learning rate: a page of rows says less of the roots than their start does."""
+
+
+class RowFit(RowGuide):
+    """The answers of :class:`FitGuide` where latents stand under a subsampled plate."""
+
+    @property
+    def amortised(self) -> bool:
+        return isinstance(self._rows, AmortisedRows)
+
+    def can_move(self) -> bool:
+        return self._rows is None and super().can_move()
+
+    def fit_options(self) -> FitOptions:
+        if self._rows is None:
+            return super().fit_options()
+        view, plate = self._rows.first_view(), self._rows.plate
+        messages = (view.packing.dim - len(view.root_places)) // view.size * plate.size
+        return FitOptions(
+            lr=RATE,
+            num_particles=PARTICLES,
+            tolerance=TOLERANCE + TOLERANCE_EACH * messages,
+            settings={"flow": repr(self._flow)},
+        )
+
+    def frame(self) -> Frame | None:
+        if self._rows is None:
+            return super().frame()
+        if isinstance(self._rows, AmortisedRows):
+            return None
+        tables = self._rows.tables(self)
+        if not tables.fixed:
+            return None
+        own = (None, None) if self.affine is None else frame_of(self.affine) or (None, None)
+        return *own, dict(tables.fixed), dict(tables.fixed_shared), self._rows.first_view().layer.shaped
+
+    def set_frame(self, frame: Frame | None) -> None:
+        if self._rows is None:
+            super().set_frame(frame)
+        if self._rows is None or isinstance(self._rows, AmortisedRows):
+            return
+        tables = self._rows.tables(self)
+        loc, scale, fixed, shared, shaped = frame or (None, None, {}, {}, True)
+        if isinstance(self.affine, FramedAffine):
+            self.affine.set_frame(loc, scale)
+        tables.fixed, tables.fixed_shared = dict(fixed), dict(shared)
+        self._rows.set_active(self, shaped)
+
+    def leave_frame(self) -> None:
+        if self._rows is None:
+            super().leave_frame()
+            return
+        if isinstance(self._rows, AmortisedRows):
+            return
+        if self.affine is not None:
+            leave_frame(self.affine)
+        self._rows.tables(self).leave_frame(self._rows.first_view().layer)
+
+    def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
+        if self._rows is None:
+            return super().take_over(previous, density, all_data)
+        if not isinstance(previous, FitAnswers):
+            raise ValueError(f"init: expected a fitted guide of this package, got {previous!r}")
+        check_previous(self, previous)
+        view, roots = self._rows.first_view(), list(self._rows.first_view().structure.roots)
+        known = {site: latent.free_shape for site, latent in previous._packing.latents.items()}
+        if any(known.get(site) != view.packing.latents[site].free_shape for site in roots):
+            raise ValueError(f"init: expected a guide with the latents {roots}, got {list(known)}")
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            drawn = previous.sample_posterior(PREVIOUS_DRAWS, sites=roots)
+        free = [view.packing.latents[site].unconstrain(drawn[site])[0] for site in roots]
+        whole = previous is self or (
+            isinstance(previous, RowGuide) and previous._rows is not None and self._copy(previous)
+        )
+        self._known = moments(torch.cat(free, -1)) if free else None
+        return Taken(near=True, whole=whole)
+
+    def _copy(self, previous: "RowGuide") -> bool:
+        """Gives the guide the flow of another one with rows, if it has the same layers."""
+        if not self.latent_dim or not copy_flow(self._flow, previous._flow):
+            return False
+        rows, others = self._rows, previous._rows
+        if rows is not None and others is not None and rows.plate.known and others.plate.known:
+            own, other = rows.tables(self), others.tables(previous)
+            with suppress(RuntimeError):  # of other levels
+                own.shapes.load_state_dict(other.shapes.state_dict())
+        return True
+
+    def sweep(self, epoch: Callable[[int], Sequence[Call]]) -> Sweep | None:
+        """Passes over all rows; None where there are none, or a network reads their data.
+
+        :param epoch: from how many batches there are at most to the arguments of one pass.
+        """
+        if self._rows is None or isinstance(self._rows, AmortisedRows):
+            return None
+        plate = self._rows.plate
+        return Sweep(self, self._rows, epoch(2 * -(-plate.size // plate.shown)))
+
+    def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, Program, Call] | None:
+        """Model and guide of all rows at once, and the arguments; None where there is none.
+
+        None too where a network reads the rows' data, or other rows come with other arguments.
+        """
+        rows = self._rows
+        if rows is None or isinstance(rows, AmortisedRows) or not rows.chooses((args, kwargs)):
+            return None
+        every = torch.arange(rows.plate.size)
+
+        def guide(*args: Any, **kwargs: Any) -> Any:
+            with rows.showing_all():
+                return self(*args, **kwargs)
+
+        model = showing(self._require_model(), rows.plate, None if rows.plate.given else every, None)
+        return model, guide, rows.call_with((args, kwargs), every)
+
+    def start_rows(self, sweep: Sweep, width: int) -> str | None:
+        """Moves roots and rows to where they start, into a frame; None if no such place was found.
+
+        :param width: points of the model at once.
+        """
+        tables, layer = sweep.tables, sweep.rows.first_view().layer
+        kept = {name: param.detach().clone() for name, param in tables.named_parameters()}
+        tables.zero(layer)
+        known, self._known = self._known, None
+        trained = moments(self.draw_roots(PREVIOUS_DRAWS, fixed=True)) if self._has_bends() else None
+        found = place_rows(sweep, width, known)
+        if found is None:
+            tables.fixed, tables.fixed_shared = {}, {}
+            with torch.no_grad():
+                for name, param in tables.named_parameters():
+                    param.copy_(kept[name])
+            return None
+        if self.affine is not None and trained is not None:
+            found = self._carried(trained, found)
+        if self.affine is not None and not enter_frame(self.affine, *found):
+            set_affine(self.affine, *found)
+        return "program" if known is None else "previous"
+
+    def _has_bends(self) -> bool:
+        """Whether the flow is more than its affine map, as one that was trained before."""
+        if not self.latent_dim or self.affine is None:
+            return False
+        x = normal_noise(8, self.latent_dim, next(self._flow.parameters()), seed=2)
+        y = x
+        for part in [*self._flow][:-1]:
+            y = forward_and_log_det(part, y)[0]
+        return not torch.allclose(x, y, atol=1e-3)
+
+    def _carried(self, known: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The affine map that turns the moments of a flow that was trained into those that were found."""
+        (mean, factor), (loc, scale) = known, found
+        enter_frame(self.affine)
+        frame = frame_of(self.affine)
+        if frame is None or frame[1].dim() < 2:
+            return found
+        turn = scale @ torch.linalg.solve_triangular(factor, torch.eye(len(loc)).to(loc), upper=False)
+        return loc + turn @ (frame[0].to(loc) - mean), turn @ frame[1].to(loc)
+
+    def page_flow(self, view: View) -> Compose:
+        """The map from noise to all latents of a page."""
+        dim, places = view.packing.dim, view.root_places
+        on_roots = [OnRoots(part, places, dim) for part in self._flow] if self.latent_dim else []
+        return Compose([*on_roots, view.layer], dim=dim)
+
+    def params_of_page(self, view: View) -> list[Tensor]:
+        """What is trained of that map but the messages of rows."""
+        shapes = list(view.layer.shapes.parameters()) if view.layer.shaped else []
+        return [*self.params_of_roots(), *(param for param in shapes if param.requires_grad)]
+
+    def params_of_roots(self) -> list[Tensor]:
+        """What is trained of the flow of the latents outside of the plate."""
+        own = [param for part in self._flow for param in part.parameters()] if self.latent_dim else []
+        return [param for param in own if param.requires_grad]
