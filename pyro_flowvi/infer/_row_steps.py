@@ -32,7 +32,7 @@ COMPARISON_DRAWS = 32
 """Draws of all rows on which states are compared."""
 
 BETAS, EPS = (0.9, 0.99), 0.2
-"""Of Adam for the rows' messages, each of which is seen few times.  Their slopes are in the posterior's units:
+"""Of Adam for the rows' messages, each of which is seen few times.  Slopes are in the posterior's units:
 a message that is right to a hundredth of a standard deviation is not moved by the sign of what is left."""
 
 

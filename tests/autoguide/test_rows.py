@@ -1,4 +1,4 @@
-"""Guides of latents under a subsampled plate: densities, draws, gradients against closed forms and all data."""
+"""Latents under a subsampled plate: densities, draws, gradients against closed forms and all data."""
 
 import pyro
 import pyro.distributions as dist
@@ -80,7 +80,7 @@ class TestOfEveryModel:
         return model, make()
 
     def test_shapes_and_summaries(self, name):
-        """Of all rows, as of the model with the whole plate; medians are quantiles, which half of draws pass."""
+        """Of all rows, as of the model with the whole plate; medians are quantiles."""
         model, y = self.case(name)
         guide = made(model, y, SIZE)
         whole = poutine.trace(model).get_trace(y, len(y))
