@@ -134,7 +134,8 @@ class AmortisedRows(Rows):
     follows_roots, rows_may_meet = False, True
 
     def __init__(self, plate: RowPlate, by_prior: bool, scale: float) -> None:
-        super().__init__(plate, by_prior, scale)
+        # Where rows are not known, they are those of the last data.
+        super().__init__(plate if plate.known else replace(plate, size=plate.shown), by_prior, scale)
         self._scales: dict[str, float | Tensor] = {}
         self._values: list[Tensor] = []
         """The observed values of the last call's rows."""

@@ -41,7 +41,8 @@ class RowNetwork(nn.Module):
     """The network of ``amortize="auto"``: two hidden layers on the observed values of a row.
 
     Each value enters as it is and as its area hyperbolic sine, in which counts are spread evenly, both less
-    the mean of the first data and in units of their standard deviation.
+    the mean of the first data and in units of their standard deviation.  Where the first data miss values,
+    as NaN, it is told which are there.
 
     :param values: the observed values of some rows, ``(B, *)`` of each site.
 
@@ -53,17 +54,18 @@ class RowNetwork(nn.Module):
 
     def __init__(self, values: Sequence[Tensor]) -> None:
         super().__init__()
+        self._some_miss = any(bool(value.isnan().any()) for value in values)
         features = self._features(values)
         self.unit = _Unit(features)
         count = features.shape[-1]
         width = min(WIDTHS[1], max(WIDTHS[0], count // 2))
         self.layers = nn.Sequential(nn.Linear(count, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
-    @staticmethod
-    def _features(values: Sequence[Tensor]) -> Tensor:
+    def _features(self, values: Sequence[Tensor]) -> Tensor:
         flat = torch.cat([value.reshape(len(value), -1) for value in values], -1)
+        missing = [flat.isnan().to(flat)] if self._some_miss else []
         flat = flat.nan_to_num(0.0, 0.0, 0.0)
-        return torch.cat([flat, flat.asinh()], -1)
+        return torch.cat([flat, flat.asinh(), *missing], -1)
 
     def forward(self, *values: Tensor) -> Tensor:
         """A description of each row, ``(B, H)``."""
@@ -72,8 +74,7 @@ class RowNetwork(nn.Module):
 
 
 class Encoder(nn.Module):
-    """From a row's data to its messages: a network, and a linear layer behind it, which has the network's
-    numbers at unit scale, so that it learns at the same rate behind any.
+    """From a row's data to its messages: a network, and a linear layer behind it.
 
     A message is a Gaussian of the row's latents, one number after another or, where their prior is joint,
     jointly.  The layer gives its weight, and how far the mean is moved where the prior is that of the start:
@@ -105,7 +106,8 @@ class Encoder(nn.Module):
         """The tables that the layer gives, the centres of messages as shifts of the mean."""
         self._shapes = [first[key].shape for key in self._read]
         self._sizes = [shape.numel() for shape in self._shapes]
-        self.unit = _Unit(found)
+        # Small numbers are learned from slowly; those of the network above are many.
+        self.unit = nn.Identity() if isinstance(self.body, RowNetwork) else _Unit(found)
         self.head = nn.Linear(found.shape[-1], sum(self._sizes)).to(like)
         precisions = _prior_precisions(layer, start)
         # Parameters, as the param store knows no buffers.

@@ -146,7 +146,8 @@ class RowPages:
             return False
         leaves = pytree.tree_leaves((tuple(call[0]), dict(call[1])))
         others = (leaf for i, leaf in enumerate(leaves) if i != self._place)
-        return all(not isinstance(leaf, Tensor) or self.plate.shown not in leaf.shape[:1] for leaf in others)
+        shown = len(leaves[self._place])
+        return all(not isinstance(leaf, Tensor) or shown not in leaf.shape[:1] for leaf in others)
 
     def call_with(self, call: Call, rows: Tensor) -> Call:
         """The arguments that tell other rows."""
