@@ -12,7 +12,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._program.rows import RowPlate, find_row_plate, noting_plates, showing
+from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in, showing
 from .._program.sites import latent_sites
 from .._shapes import broadcast_shapes
 from .._types import Program, Trace
@@ -23,8 +23,8 @@ from ._row_draws import Rows
 __all__ = ["AmortisedRows", "find_data_plate", "first_values", "has_data_of", "reads_rows"]
 
 
-def find_data_plate(model: Program, call: Call, init: Any) -> RowPlate:
-    """The plate whose rows a network reads.
+def find_data_plate(model: Program, call: Call, init: Any) -> tuple[RowPlate, Tensor]:
+    """The plate whose rows a network reads, and the rows that a run shows.
 
     :raises ValueError: if there is no plate with latents and data.
     """
@@ -32,7 +32,8 @@ def find_data_plate(model: Program, call: Call, init: Any) -> RowPlate:
         trace = poutine.trace(InitMessenger(init)(model)).get_trace(*call[0], **call[1])
     plate = find_row_plate(trace, told)
     if plate is not None:
-        return replace(plate, known=plate.given or reads_rows(model, call, init, plate))
+        known = plate.given or reads_rows(model, call, init, plate)
+        return replace(plate, known=known), rows_in(trace, plate)
     latents = dict(latent_sites(trace))
     seen = {
         frame
@@ -53,7 +54,8 @@ def find_data_plate(model: Program, call: Call, init: Any) -> RowPlate:
         )
     frame = max(held, key=lambda frame: (held[frame], -(frame.dim or 0)))
     assert frame.dim is not None
-    return RowPlate(frame.name, frame.size, frame.size, frame.dim, given=False, known=False)
+    plate = RowPlate(frame.name, frame.size, frame.size, frame.dim, given=False, known=False)
+    return plate, torch.arange(plate.shown)
 
 
 def observed_nodes(trace: Trace, plate: RowPlate) -> list[Any]:

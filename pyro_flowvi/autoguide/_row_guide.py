@@ -74,10 +74,8 @@ class RowGuide(FitAnswers):
         """The rows of a model, and some to begin with; None if it has none."""
         by_prior = self._structure_kind is not None
         if self._amortize:
-            plate = find_data_plate(run, call, self._init_fn)
-            amortised = AmortisedRows(plate, by_prior, self._init_scale)
-            known = amortised.rows_of(self, call) if plate.given else torch.arange(plate.shown)
-            return amortised, known
+            plate, shown = find_data_plate(run, call, self._init_fn)
+            return AmortisedRows(plate, by_prior, self._init_scale), shown
         found = find_rows(run, call, self._init_fn) if self.serves_rows else None
         if found is None:
             return None

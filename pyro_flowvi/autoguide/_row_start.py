@@ -60,6 +60,8 @@ class _Paged:
 
         By Newton's method on the total over all rows, with differences of its slope.
         """
+        if not len(u):
+            return u, scale, 0.0
         start = u
         for _ in range(NEWTON_STEPS):
             eye = torch.cat([torch.zeros_like(scale[:1]), scale.mT, -scale.mT])
@@ -77,7 +79,7 @@ class _Paged:
             if float(inside) < ARRIVED:
                 break
         moved = torch.linalg.solve_triangular(scale, (u - start).unsqueeze(-1), upper=False)
-        return u, scale, float(moved.abs().max()) if len(u) else 0.0
+        return u, scale, float(moved.abs().max())
 
     def is_gaussian(self, u: Tensor) -> bool:
         """Whether the latents of rows are what their messages say, as with conjugate priors."""
