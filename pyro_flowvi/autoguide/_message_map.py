@@ -84,7 +84,7 @@ class MessageMap(BlockMessages, FlowTransform):
             {
                 str(i): LocalShape()
                 for i, size in enumerate(plan.block_sizes)
-                if i >= first and size >= FEWEST_SHAPED
+                if i >= first and (size >= FEWEST_SHAPED or rows is not None)
             }
         )
         self.couplings = nn.ModuleList(map(self._new_coupling, range(plan.num_couplings)))
