@@ -139,8 +139,11 @@ def alone(y, size):
         pyro.sample("y", dist.Normal(z, 0.5), obs=y[rows])
 
 
+X = torch.randn(40, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
 def many_roots(y, size):
-    x = torch.randn(len(y), 50, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    x = X.to(y)
     b = pyro.sample("b", dist.Normal(torch.zeros(50), 1.0).to_event(1))
     with pyro.plate("n", len(y), subsample_size=size) as rows:
         z = pyro.sample("z", dist.Normal((x[rows] @ b.unsqueeze(-1)).squeeze(-1), 1.0))

@@ -127,7 +127,7 @@ def place_rows(
         sds = scale.norm(dim=-1)
         if (step or near) and moved < EXACT_ENOUGH:
             break
-    if not paged.renew(u, sds, RENEWED_STEPS):
+    if moved > ARRIVED and not paged.renew(u, sds, RENEWED_STEPS):
         return None
     view.layer.shaped = True
     if paged.is_gaussian(u):

@@ -69,6 +69,8 @@ class WeightAverage:
         if self.values.keys() != params.keys():
             self.values = snapshot(params)
             return
+        if not params:
+            return
         present = [params[name].detach() for name in self.values]
         torch._foreach_lerp_(list(self.values.values()), present, self.weight(num_steps))
 

@@ -38,11 +38,10 @@ from ._minibatches import AllData, all_data
 from ._result import FitResult
 from ._row_steps import CHECKS as ROW_CHECKS
 from ._row_steps import COMPARISON_DRAWS as ROW_DRAWS
-from ._row_steps import NUM_STEPS as ROW_STEPS
-from ._row_steps import RowStep, RowSteps, RowWeights, row_sweep, start_by_passes
+from ._row_steps import RowStep, RowSteps, RowWeights, row_sweep, start_by_passes, steps_of
 from ._run_state import Run
 from ._start import move, take_over
-from ._training_loop import TOLERANCE, TOLERANCE_EACH, TrainingLoop
+from ._training_loop import CHECKS, ENOUGH_STEPS, TOLERANCE, TOLERANCE_EACH, TrainingLoop
 
 __all__ = ["fit"]
 
@@ -333,7 +332,7 @@ def fit(
         if sweep is not None:
             together = True
             if options["num_steps"] is None:
-                num_steps = round((REFIT_SHARE if short else 1.0) * ROW_STEPS)
+                num_steps = round((REFIT_SHARE if short else 1.0) * steps_of(sweep))
                 bar.expect(num_steps)
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)
@@ -355,7 +354,7 @@ def fit(
             run.comparison_draws = ROW_DRAWS
         loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar, nats, short)
         if sweep is not None:
-            loop.every = max(1, num_steps // ROW_CHECKS)
+            loop.every = max(1, num_steps // (ROW_CHECKS if num_steps < ENOUGH_STEPS else CHECKS))
         saved = save = None
         if file is not None:
             settings = settings_of({**options, "num_steps": num_steps, "objective": objective}, pair, answers)

@@ -20,10 +20,12 @@ from ..init.gaussians import normal_noise
 from ._batches import Supply
 from ._flow_steps import FlowSteps, FlowWeights
 
-__all__ = ["RowStep", "RowSteps", "RowWeights", "row_sweep", "start_by_passes"]
+__all__ = ["RowStep", "RowSteps", "RowWeights", "row_sweep", "start_by_passes", "steps_of"]
 
 NUM_STEPS, CHECKS = 500, 4
 """Steps of a fit by default, which only correct what the start missed; full passes on the way."""
+FEW_LATENTS, MORE_STEPS = 1000, 1500
+"""Latents of all rows up to which passes cost next to nothing: a run has rounds, until nothing is gained."""
 WITHOUT_CONTROL = 0.3
 """Factor on the rate of the roots where no control variate takes the minibatches' noise away."""
 CONTROL_DRAWS = 8
@@ -72,6 +74,11 @@ def row_sweep(
     if not all(own) or options["compile"] != "auto" or pair.structure.model_params:
         return None
     return _passes(pair, answers, supply, width)
+
+
+def steps_of(sweep: Sweep) -> int:
+    """Steps of a fit where the user does not say."""
+    return MORE_STEPS if sweep.num_latents <= FEW_LATENTS else NUM_STEPS
 
 
 def start_by_passes(pair: LogWeights, answers: FitGuide, supply: Supply, width: int) -> str | None:

@@ -25,7 +25,7 @@ from ._result import FitDiverged
 from ._run_state import Run, is_worse
 from ._schedule import PATIENCE, PLATEAU_FACTOR, CosineSchedule, is_rising, round_lengths
 
-__all__ = ["CHECKS", "TrainingLoop"]
+__all__ = ["CHECKS", "ENOUGH_STEPS", "TrainingLoop"]
 
 CHECKS, CHECKS_SHORT = 30, 10
 """How often in a run the state is compared with the best and kept, and in one that starts near its end."""
