@@ -192,6 +192,7 @@ class AmortisedRows(Rows):
         self.plate = replace(self.plate, size=count, shown=count)
         assert self._call is not None
         self._shown = self.view(guide, self._call, rows)
+        self._shown.page.turn_to(rows, call if call[0] or call[1] else None)
         return plates, self._shown, rows
 
     def _read(self, guide: Any, call: Call) -> int:
@@ -244,6 +245,8 @@ class AmortisedRows(Rows):
                 raise ValueError(
                     f"rows: expected None or all of the {view.size} rows of the last data, got {len(rows)}"
                 )
+            if self._call is not None:  # new rows may have been shown since
+                view.page.turn_to(rows, self._call)
             with self.messages(guide, view, rows):
                 yield view, view.size, rows
             return
@@ -266,15 +269,24 @@ class AmortisedRows(Rows):
 
     def sample_new(self, guide: Any, num: int, call: Call, sites: Sequence[str] | None) -> dict[str, Tensor]:
         wanted, roots = self.check_sites(sites), guide.draw_roots(num)
-        trace = self.run(guide, call)
-        values = observed(trace, self.plate)
-        rows = torch.arange(len(values[0]))
-        found = self.first_view().constrained_roots(roots)
-        view = self.view(guide, call, rows)
-        with torch.no_grad(), self.encoder(guide).given(view.layer, values, None):
-            drawn = view.draw_rows(roots, torch.randn(num, view.packing.dim).to(roots))
-        found |= {site: view.packing.latents[site].constrain(drawn[site][0])[0] for site in drawn}
-        return {site: found[site] for site in wanted}
+        found = {site: [value] for site, value in self.first_view().constrained_roots(roots).items()}
+        for rows in self._new_pages(guide, call):
+            values = observed(self.run(guide, call, rows), self.plate)
+            rows = torch.arange(len(values[0])) if rows is None else rows
+            view = self.view(guide, call, rows)
+            view.page.turn_to(rows, call)
+            with self.encoder(guide).given(view.layer, values, None):
+                drawn = view.draw_rows(roots, torch.randn(num, view.packing.dim).to(roots))
+            for site in drawn:
+                found.setdefault(site, []).append(view.packing.latents[site].constrain(drawn[site][0])[0])
+        axis = self.first_view().axis
+        return {site: torch.cat(found[site], 1 + axis.get(site, -1)) for site in wanted}
+
+    def _new_pages(self, guide: Any, call: Call) -> Sequence[Tensor | None]:
+        """The rows of other data, page by page; None for those that the data are of."""
+        if self.plate.given or not self.plate.known:
+            return [None]
+        return torch.arange(self.count_rows(guide, call)).split(self.plate.shown)
 
 
 def first_values(rows: AmortisedRows, guide: Any, call: Call, shown: Tensor | None) -> list[Tensor]:

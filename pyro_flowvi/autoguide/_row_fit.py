@@ -45,6 +45,8 @@ class RowFit(RowGuide):
     def fit_options(self) -> FitOptions:
         if self._rows is None:
             return super().fit_options()
+        if isinstance(self._rows, AmortisedRows):
+            return FitOptions(settings={"flow": repr(self._flow)})
         view, plate = self._rows.first_view(), self._rows.plate
         messages = (view.packing.dim - len(view.root_places)) // view.size * plate.size
         return FitOptions(

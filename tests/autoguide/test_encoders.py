@@ -11,7 +11,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enume
 from pyro.optim import Adam
 from torch import nn
 
-from pyro_flowvi import AutoPlanar, fit
+from pyro_flowvi import AutoPlanar, CompiledSVI, fit
 from tests.autoguide.test_amortised import BATCH, REPEATS, SIZE, data, scaled, steps
 
 
@@ -96,8 +96,55 @@ class TestNetworks:
 
     @pytest.mark.parametrize("value", ["yes", 3, lambda x: x, True])
     def test_that_are_none(self, value):
-        with pytest.raises(ValueError, match="amortize: expected None, 'auto' or an nn.Module"):
+        with pytest.raises(ValueError, match=r"amortize: expected None, 'auto' or an nn.Module"):
             AutoPlanar(scaled, amortize=value)
+
+
+def regression(x, y):
+    slope = pyro.sample("slope", dist.Normal(1.0, 0.1))
+    with pyro.plate("d", len(y)):
+        theta = pyro.sample("theta", dist.Normal(slope * x, 0.1))
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
+
+
+class TestPriorsOfData:
+    """Priors of rows that depend on what comes with each batch."""
+
+    def batches(self):
+        near = torch.linspace(0.0, 1.0, BATCH)
+        return [(shift + near, shift + near.flip(0)) for shift in (0.0, 30.0)]
+
+    def test_each_batch_has_its_own(self):
+        first, other = self.batches()
+        guide = AutoPlanar(regression, amortize="auto").materialize(*first)
+        fresh = AutoPlanar(regression, amortize="auto")
+        fresh.load_state_dict(guide.state_dict())
+        fresh.materialize(*other)
+        for call in (lambda: guide(*other), lambda: (guide(*first), guide(*other))):
+            call()
+            found = []
+            for each in (guide, fresh):
+                torch.manual_seed(0)
+                found.append(each.sample_posterior(3)["theta"])
+            torch.testing.assert_close(*found)
+        guide(*first)
+        new = guide.sample_new_rows(500, *other)["theta"].mean(0)
+        assert bool((new > 5.0).all())
+        assert bool((guide.sample_posterior(500)["theta"].mean(0) < 5.0).all())
+
+    @pytest.mark.parametrize("kind", [SVI, CompiledSVI])
+    def test_steps(self, kind):
+        """The loss of a batch is that of a guide that has seen no other."""
+        pair = self.batches()
+        guide = AutoPlanar(regression, amortize="auto").materialize(*pair[0])
+        svi = kind(regression, guide, Adam({"lr": 0.0}), Trace_ELBO())
+        losses = torch.tensor([[svi.step(*batch) for batch in pair] for _ in range(60)]).mean(0)
+        for batch, loss in zip(pair, losses, strict=True):
+            fresh = AutoPlanar(regression, amortize="auto")
+            fresh.load_state_dict(guide.state_dict())
+            fresh.materialize(*batch)
+            expected = Trace_ELBO(num_particles=60).loss(regression, fresh, *batch)
+            assert abs(float(loss) / expected - 1.0) < 0.4
 
 
 class TestModels:
