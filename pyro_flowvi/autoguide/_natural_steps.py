@@ -18,8 +18,8 @@ __all__ = ["climb"]
 
 STEPS = 8
 """Steps at most."""
-FEWEST, MOST, ELEMENTS = 32, 256, 64_000
-"""Draws a step, and numbers of all of them together."""
+FEWEST, MOST, MOST_EACH, ELEMENTS = 32, 128, 2, 64_000
+"""Draws a step at least and at most, for each coordinate if there are many, and numbers of all draws."""
 SETTLED = 0.02
 """Standard deviations, and logarithms of scales, by which a step that changes nothing moves at most."""
 FACTOR = 4.0
@@ -36,7 +36,7 @@ def climb(flow: Any, affine: Any, places: Tensor | None, density: TracedDensity)
     :param places: the coordinates that the map sees; None for all.
     """
     dim = density.density.dim
-    num = max(FEWEST, min(MOST, ELEMENTS // dim))
+    num = max(FEWEST, min(max(MOST, MOST_EACH * affine.dim), ELEMENTS // dim))
     before, layer = _before(flow, affine), flow[-1] if isinstance(flow[-1], MessageMap) else None
     inside = slice(None) if places is None else places
     for step in range(STEPS):

@@ -53,8 +53,8 @@ COMPARISON_DRAWS_ON_DATA = 16
 MANY_ELEMENTS = 5_000_000
 """Elements of draws and data together above which states are compared on fewer draws."""
 CHECKPOINT_SECONDS = 30.0
-REFIT_SHARE, REFIT_RATE = 0.15, 0.3
-"""Of the steps and of the learning rate of a fit, what one takes that starts near its end."""
+REFIT_SHARE = 0.15
+"""Of the steps of a fit, what one takes that starts near its end."""
 RECORDED_FROM = 50
 """Steps from which a flow is recorded: it takes as long as some tens of eager ones."""
 
@@ -336,7 +336,7 @@ def fit(
                 bar.expect(num_steps)
         particles = num_particles or (default.num_particles if together else NUM_PARTICLES_APART)
         objective = _objective(loss, pair, particles)
-        rate = default.lr * (REFIT_RATE if short else 1.0) if lr is None else float(lr)
+        rate = default.lr if lr is None else float(lr)
         own_data = data is not None or (loss is None and not changing and not pair.structure.subsampled)
         # Rows that a pass does not show would have no say in which state is the best.
         ranked = validation is not None or (own_data if sweep is None else sweep.whole)
