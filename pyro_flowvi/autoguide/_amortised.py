@@ -286,7 +286,8 @@ class AmortisedRows(Rows):
         """The rows of other data, page by page; None for those that the data are of."""
         if self.plate.given or not self.plate.known:
             return [None]
-        return torch.arange(self.count_rows(guide, call)).split(self.plate.shown)
+        pages: Sequence[Tensor] = torch.arange(self.count_rows(guide, call)).split(self.plate.shown)
+        return pages
 
 
 def first_values(rows: AmortisedRows, guide: Any, call: Call, shown: Tensor | None) -> list[Tensor]:

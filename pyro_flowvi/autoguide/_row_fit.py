@@ -89,6 +89,16 @@ class RowFit(RowGuide):
             leave_frame(self.affine)
         self._rows.tables(self).leave_frame(self._rows.first_view().layer)
 
+    def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
+        """As of any guide; of rows that a network reads, those of any data."""
+        if self.amortised:
+            return self._density_of(self._require_model(), args, kwargs)
+        return super().density(*args, **kwargs)
+
+    def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
+        """None of rows, whose latents are drawn in the plates of a call."""
+        return None if self._rows is not None else super().draw_latent(size)
+
     def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
         if self._rows is None:
             return super().take_over(previous, density, all_data)

@@ -330,7 +330,8 @@ class AutoFlow(RowFit):
             density = self.density(*self._data[0], **self._data[1])
             if density.subsampled:
                 raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
-            latent = importance_resample(self.draw_latent, density, math.prod(shape))
+            draw: Any = super().draw_latent
+            latent = importance_resample(draw, density, math.prod(shape))
             latent = latent.reshape(*shape, self.latent_dim)
         else:
             latent = self.get_posterior().sample(shape)
