@@ -19,7 +19,7 @@ from ._protocol import FitOptions, Frame, Taken
 from ._rivals import falls_behind, trained_weights, weights_of
 from ._root_tails import RootTails
 from ._structured import StructuredGuide, spread_over
-from ._take_over import Learned, approach, bring_over, check_previous, gap_of, learned_of
+from ._take_over import Learned, approach, bring_over, check_previous, gap_of, learned_of, weigh
 
 __all__ = ["FitAnswers"]
 
@@ -34,8 +34,6 @@ TOLERANCE, TOLERANCE_EACH = 0.01, 5e-4
 off by a little, which adds up, and leaves the roots where they are."""
 NEAR, NEARER = 0.5, 2.0
 """Nats below the evidence up to which a posterior is near, and how many times what a fit has ended with."""
-FEW_DRAWS = 128
-"""Draws that tell so."""
 MAP_STEPS = 1500
 """Steps of a fit: it starts near its end."""
 MAP_PARTICLES, MAP_ELEMENTS = 16, 8_000
@@ -156,7 +154,7 @@ class FitAnswers(StructuredGuide):
             return Taken()
         found = approach(self, point, previous._learned, graph)
         enough = max(NEAR, NEARER * (self.fit_options().tolerance or 0.0), NEARER * previous._gap)
-        self._near = found and gap_of(weights_of(self, density, FEW_DRAWS)) < enough
+        self._near = found and gap_of(weigh(self, graph)) < enough
         if layer is not None and not self._near:
             layer.leave_frame()
         return Taken(self._near, whole)

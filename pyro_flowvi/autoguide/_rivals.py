@@ -21,11 +21,11 @@ WARM_UP, FINAL_RATE = 10, 0.05
 
 
 @torch.no_grad()
-def weights_of(guide: Any, density: UnconstrainedModel, num_draws: int = NUM_DRAWS) -> Tensor:
+def weights_of(guide: Any, density: UnconstrainedModel) -> Tensor:
     """Log weights of draws, of the same noise at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        z, log_q = guide.draw_latent(num_draws)
+        z, log_q = guide.draw_latent(NUM_DRAWS)
     weights: Tensor = traced(density, guide.fit_options().num_particles)(z)[0] - log_q
     return weights
 

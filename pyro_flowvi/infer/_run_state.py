@@ -47,15 +47,15 @@ class Distance(NamedTuple):
     deviation; the largest of all.  None where the draws are not known."""
 
 
-def _moved_by(z: Tensor, shares: Tensor) -> float:
-    """:attr:`Distance.moved` of draws with shares of the weight, beyond chance."""
+def _moved_by(z: Tensor, shares: Tensor, chance: float) -> float:
+    """:attr:`Distance.moved` of draws with shares of the weight, beyond so many standard errors."""
     # Where few weights carry most, they move a mean by chance.
     noise = float((shares.square().sum() - 1.0 / len(shares)).clamp(min=0.0).sqrt())
     mean, sd = z.mean(0), z.std(0)
     weighted = shares @ z
     scale = (shares @ (z - weighted).square()).sqrt()
     moved = torch.stack([(weighted - mean) / sd, (scale / sd).log()])
-    return max(0.0, float(moved.abs().nan_to_num(math.inf).max()) - NOISE * noise)
+    return max(0.0, float(moved.abs().nan_to_num(math.inf).max()) - chance * noise)
 
 
 @dataclass
@@ -106,10 +106,11 @@ class Run:
         except REFUSALS:
             return torch.full((size,), -math.inf)
 
-    def distance(self, multiple: int = GAP_DRAWS) -> Distance:
+    def distance(self, multiple: int = GAP_DRAWS, chance: float = NOISE) -> Distance:
         """An estimate of how far the guide is from the posterior, on draws of its own.
 
         :param multiple: how many times as many draws as in a comparison.
+        :param chance: standard errors of a weighted mean that are taken for chance.
         """
         weights = self.evaluate(multiple, seed=7).double()
         good = weights.isfinite()
@@ -120,7 +121,7 @@ class Run:
         gap = max(0.5 * float(kept.var()), float(bound))
         if not isinstance(self.judge, FlowWeights) or self.judge.last_draws is None:
             return Distance(gap, None)
-        moved = _moved_by(self.judge.last_draws[good].double(), kept.softmax(0))
+        moved = _moved_by(self.judge.last_draws[good].double(), kept.softmax(0), chance)
         return Distance(gap, WATCHED * moved if self.judge.watches else moved)
 
     def keep_unless_worse(self) -> Tensor:

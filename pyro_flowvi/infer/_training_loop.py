@@ -45,8 +45,8 @@ TOLERANCE, TOLERANCE_EACH = 0.03, 0.004
 """How far below the evidence, nats, an ELBO may be for a run to end; for each latent where there are few."""
 MOST_MOVED = 0.05
 """How much the draws' weights may move a mean, in standard deviations, or a log scale, for a run to end."""
-FEW_DRAWS = 2
-"""Draws that tell whether a start is the end, as a multiple of those of a comparison."""
+CHANCE = 3.0
+"""Standard errors by which few draws may be moved where a start is the end."""
 LEAST_GAIN = 0.02
 """Gain in ELBO, nats, in a later round, below which there is no further one."""
 RECOVERABLE: tuple[type[Exception], ...] = (NotFinite, *REFUSALS)
@@ -155,7 +155,7 @@ class TrainingLoop:
         settles = self.run.ranked and self.may_settle and not self._is_patient()
         if not settles or not bool(0.5 * self.run.best_weights.var() < self.tolerance):
             return False
-        gap, moved = self.run.distance(FEW_DRAWS)
+        gap, moved = self.run.distance(1, CHANCE)
         if moved is not None and gap < self.tolerance and moved < MOST_MOVED:
             self.progress.stop_reason = "converged"
         return self.progress.stop_reason is not None
