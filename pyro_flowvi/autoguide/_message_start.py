@@ -251,22 +251,20 @@ def place_messages(layer: MessageMap, density: TracedDensity) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def renew_messages(layer: MessageMap, density: TracedDensity, z: Tensor, scale: Tensor) -> bool:
+def renew_messages(starter: Starter, z: Tensor, scale: Tensor) -> bool:
     """Gives a map the messages at roots that are known already.
 
-    :param layer: the map; it is in a frame afterwards.
-    :param density: the model's graph.
+    :param starter: of the map, which is in a frame afterwards.
     :param z: a point with the roots where they are, and the other latents where they may be, ``(D,)``.
     :param scale: standard deviations of the roots, ``(R,)``.
     :return: False, and nothing is done, where :func:`place_messages` would give None.
     """
-    starter = Starter(layer, density)
     if not starter.given.usable:
         return False
     modes, factors = starter.given.newton(z.unsqueeze(0), NEWTON_STEPS)
     if factors[0] is None:
         return False
     starter.put(modes[0], factors[0], scale if len(scale) else None)
-    if starter.is_gaussian(modes[0], normal_noise(NODES, density.density.dim, z, seed=1)):
-        layer.leave_shapes_out()
+    if starter.is_gaussian(modes[0], normal_noise(NODES, len(z), z, seed=1)):
+        starter.layer.leave_shapes_out()
     return True

@@ -141,7 +141,7 @@ def _renewed(view: View, width: int, loc: Tensor, factor: Tensor) -> bool:
     density = view.density
     assert density is not None
     z = density.start.index_copy(0, view.root_places, loc.to(density.start))
-    return renew_messages(view.layer, view.graph(width), z, factor.to(z).norm(dim=-1))
+    return renew_messages(Starter(view.layer, view.graph(width)), z, factor.to(z).norm(dim=-1))
 
 
 EXACT_ENOUGH = 0.3

@@ -14,7 +14,7 @@ from .._program.log_density import UnconstrainedModel
 from .._program.packing import Latent, Packing
 from ..init.gaussians import MAX_DENSE_DIM, normal_noise
 from ._message_map import MessageMap
-from ._message_start import renew_messages
+from ._message_start import Starter, renew_messages
 from ._natural_steps import climb
 from ._on_roots import OnRoots
 from ._structured import spread_over
@@ -313,9 +313,9 @@ def approach(guide: Any, point: Point | None, learned: Learned, density: TracedD
     if flow is None or not guide.can_move():
         return False
     places, roots = guide._flow_places(layer), layer.plan.root_places()
-    z, sds = point.loc.clone(), point.sd[roots]
+    z, sds, starter = point.loc.clone(), point.sd[roots], Starter(layer, density)
     for _ in range(ROUNDS):
-        if not renew_messages(layer, density, z, sds):
+        if not renew_messages(starter, z, sds):
             return False
         _learn(layer, learned)
         climb(flow, affine, places, density)

@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
 from pyro_flowvi import AutoFlow, AutoFlowMixture, AutoPlanar, CompiledSVI, diagnose, fit
+from pyro_flowvi._program.param_store import adopt_stored, register, restored
 from pyro_flowvi.models import FlowVAE, VMoNF
 
 STOLEN = "a: this {} has lost its name to another of that name \\({}\\)"
@@ -316,3 +317,17 @@ def test_with_parameters_of_the_module_alone():
 def test_a_name_is_a_string(make, name):
     with pytest.raises(ValueError, match="name: expected a non-empty string"):
         make(name)
+
+
+def test_what_took_the_place_of_a_leftover_is_one():
+    """A guide of another shape and the same default name takes it for no restored value."""
+    first, second, third = (
+        nn.Parameter(torch.zeros(2)),
+        nn.Parameter(torch.ones(2)),
+        nn.Parameter(torch.ones(3)),
+    )
+    register("a.x", first)
+    adopt_stored("a.x", second)
+    assert restored("a") == []
+    adopt_stored("a.x", third)
+    assert pyro.get_param_store()._params["a.x"] is third
