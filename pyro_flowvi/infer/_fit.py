@@ -203,6 +203,9 @@ def fit(
     the ELBO is within ``tolerance`` of the evidence, as far as its draws tell, or in which it hardly rose.
     The Gaussian stays in the comparison to the end.
 
+    Latents under a subsampled plate start by full passes over its rows; steps show pages of rows in shuffled
+    epochs, or those of ``batches``, and what is compared are ELBOs of all rows.
+
     The model is recorded once as a graph of tensor operations; where it cannot run for many draws at once
     (``a[group]``, loops, matrices without batch dimensions), the graph of one draw is vectorised by
     ``torch.vmap``.  What that refuses is run draw by draw, with a :class:`CompileWarning` that names the
@@ -225,7 +228,7 @@ def fit(
     :param model: a Pyro model.
     :param guide: any Pyro guide for it.
     :param args: the model's positional arguments.
-    :param num_steps: gradient steps at most; 3000 by default.
+    :param num_steps: gradient steps at most; 3000 by default, of hierarchies 1500, in pages of rows 500.
     :param lr: the highest learning rate; by default that in :data:`pyro_flowvi.flows.DEFAULTS` for the flow
         and the number of latents, else 1e-2.
     :param num_particles: draws per step; by default of the same table, else 16, in one run of the model,
