@@ -8,6 +8,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor, nn
 
 from .._checks import check_dtype, check_positive_int
+from .._program.rows import RowPlate
 from .._types import AffineKind, InitFn, Program, StructureKind
 from ..transforms import Compose
 from ._amortised import AmortisedRows, find_data_plate, first_values, has_data_of, reads_rows
@@ -24,10 +25,6 @@ from ._summaries import reference_normal
 __all__ = ["RowGuide"]
 
 _NO_ROWS = "with other models the model draws new rows itself: Predictive(model, posterior_samples=globals)"
-PREVIOUS_DRAWS = 4096
-"""Draws that tell the moments of an earlier guide."""
-PARTICLES, RATE = 16, 5e-3
-"""Draws a step, and the learning rate: a page of rows says less of the roots than their start does."""
 
 
 class RowGuide(FitAnswers):
@@ -165,23 +162,14 @@ class RowGuide(FitAnswers):
             self._stale = False
             return
         found = find_rows(self._require_model(), (args, kwargs), self._init_fn)
-        plate, shown = (None, None) if found is None else found
         known = rows.plate
-        if (
-            plate is None
-            or shown is None
-            or (plate.name, plate.size, plate.dim)
-            != (
-                known.name,
-                known.size,
-                known.dim,
-            )
-        ):
+        if found is None or _of_plate(found[0]) != _of_plate(known):
             raise ValueError(
                 f"plate {known.name!r}: expected {known.size} rows, which the guide was set up with, got "
-                f"{'none' if plate is None else plate.size}; build a guide for this data, or draw the "
+                f"{'none' if found is None else found[0].size}; build a guide for this data, or draw the "
                 "latents of new rows with guide.sample_new_rows(num_samples, *args, **kwargs)"
             )
+        plate, shown = found
         rows.forget_views()
         self._packing = rows.view(self, (args, kwargs), shown).packing
         if plate.shown != known.shown:
@@ -259,3 +247,8 @@ class RowGuide(FitAnswers):
         self._require_model()
         call: Call = (args, {**kwargs, **(model_kwargs or {})})
         return self._rows.sample_new(self, check_positive_int("num_samples", num_samples), call, sites)
+
+
+def _of_plate(plate: RowPlate) -> tuple[str, int, int]:
+    """What of a plate may not change."""
+    return plate.name, plate.size, plate.dim
