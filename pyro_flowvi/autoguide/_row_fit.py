@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._program.log_density import UnconstrainedModel
+from .._program.log_density import REFUSALS, UnconstrainedModel
 from .._program.rows import showing
 from .._types import Program
 from ..init.gaussians import normal_noise
@@ -167,12 +167,14 @@ class RowFit(RowGuide):
         tables.zero(layer)
         known, self._known = self._known, None
         trained = moments(self.draw_roots(PREVIOUS_DRAWS, fixed=True)) if self._has_bends() else None
-        found = place_rows(sweep, width, known)
+        found = None
+        try:
+            with suppress(*REFUSALS):  # where the model has no density, or its Hessian no factor
+                found = place_rows(sweep, width, known)
+        finally:
+            if found is None:
+                tables.forget_frame(kept)
         if found is None:
-            tables.fixed, tables.fixed_shared = {}, {}
-            with torch.no_grad():
-                for name, param in tables.named_parameters():
-                    param.copy_(kept[name])
             return None
         if self.affine is not None and trained is not None:
             found = self._carried(trained, found)

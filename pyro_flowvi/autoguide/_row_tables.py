@@ -1,7 +1,7 @@
 """The messages of all rows of a subsampled plate, and those of a page of them in a map."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -185,6 +185,13 @@ class RowTables(nn.Module):
             self.table(key).zero_()
         for name in _shared(layer):
             self.table(name).zero_()
+
+    @torch.no_grad()
+    def forget_frame(self, kept: Mapping[str, Tensor]) -> None:
+        """Leaves a frame without a trace of it: the parameters are as they were kept."""
+        self.fixed, self.fixed_shared = {}, {}
+        for name, param in self.named_parameters():
+            param.copy_(kept[name])
 
     @torch.no_grad()
     def leave_frame(self, layer: MessageMap) -> None:

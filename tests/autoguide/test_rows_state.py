@@ -123,3 +123,22 @@ def test_batches_after_a_state():
     fresh = AutoRealNVP(given(NUM))
     fresh.load_state_dict(guide.state_dict())
     assert fresh(y[3:5], torch.tensor([3, 4]))["z"].shape == (2,)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.linalg.LinAlgError])
+def test_a_start_that_fails_leaves_the_guide_as_it_was(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    guide = trained()
+    before = drawn(guide)
+    monkeypatch.setattr("pyro_flowvi.autoguide._row_start._Paged.renew", fail)
+    monkeypatch.setattr("pyro_flowvi.autoguide._row_start.place_messages", fail)
+    options = {"size": SIZE, "num_steps": 1, "lr": 1e-9, "progress": False}
+    if error is KeyboardInterrupt:
+        with pytest.raises(error):
+            fit(normals, guide, data(), **options)
+        assert same(before, drawn(guide))
+    else:
+        assert fit(normals, guide, data(), **options).start is None
+        assert all(torch.allclose(value, before[site], atol=1e-5) for site, value in drawn(guide).items())
