@@ -354,7 +354,7 @@ def fit(
         own_rate = rate if optim is None else None
         nats = tolerance or default.tolerance or _default_tolerance(pair)
         if sweep is not None:
-            run.comparison_draws = ROW_DRAWS
+            run.comparison_draws = ROW_DRAWS if sweep.num_latents <= MANY_ELEMENTS // 20 else ROW_DRAWS // 2
         loop = TrainingLoop(run, num_steps, own_rate, compile, supply, changing, may_settle, bar, nats, short)
         if sweep is not None:
             loop.every = max(1, num_steps // (ROW_CHECKS if num_steps < ENOUGH_STEPS else CHECKS))
