@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
@@ -220,13 +219,7 @@ class AmortisedRows(Rows):
         """The guide's plates, of which that of the rows is as long as these data."""
         if guide.master is not None or guide.create_plates is not None:
             return guide._create_plates(*call[0], **call[1])
-        guide.create_plates = lambda *_, **__: pyro.plate(
-            self.plate.name, size, subsample_size=count, dim=self.plate.dim
-        )
-        try:
-            return guide._create_plates(*call[0], **call[1])
-        finally:
-            guide.create_plates = None
+        return self.plates_with(guide, call, size, subsample_size=count)
 
     def scale_of(self, site: str) -> float | Tensor:
         return self._scales.get(site, 1.0)

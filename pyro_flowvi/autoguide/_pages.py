@@ -18,7 +18,7 @@ from .._program.rows import RowPlate, per_row, showing
 from .._program.structure import LatentStructure
 from .._types import Program
 from ._message_map import MessageMap
-from ._message_plan import MessagePlan, joined
+from ._message_plan import MessagePlan
 from ._row_layout import RowLayout
 
 __all__ = ["Call", "Page", "View", "padded", "rows_that_see_others", "same_shapes"]
@@ -160,6 +160,11 @@ class View:
         """B, the rows of a page."""
         return len(self.page.rows)
 
+    @property
+    def numbers_each(self) -> int:
+        """Latents of a row."""
+        return (self.packing.dim - len(self.root_places)) // self.size
+
     def graph(self, width: int) -> TracedDensity:
         """The density of so many points at once."""
         assert self.density is not None
@@ -223,10 +228,6 @@ class View:
         """The roots in their supports."""
         latents = self.packing.latents
         return {site: latents[site].constrain(free)[0] for site, free in self.split_roots(roots).items()}
-
-    def root_values(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The roots side by side, ``(P, R)``, of unconstrained values by site."""
-        return joined([values[site] for site in self.structure.roots])
 
 
 LOG_2_PI = math.log(2.0 * math.pi)

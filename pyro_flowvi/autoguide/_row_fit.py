@@ -47,8 +47,7 @@ class RowFit(RowGuide):
             return super().fit_options()
         if isinstance(self._rows, AmortisedRows):
             return FitOptions(settings={"flow": repr(self._flow)})
-        view, plate = self._rows.first_view(), self._rows.plate
-        messages = (view.packing.dim - len(view.root_places)) // view.size * plate.size
+        messages = self._rows.first_view().numbers_each * self._rows.plate.size
         return FitOptions(
             lr=RATE,
             num_particles=PARTICLES,

@@ -19,6 +19,8 @@ FIRST_STEPS = 12
 """Newton steps of rows from where their priors are."""
 FAR = 6.0
 """Standard deviations that a root may move in a step."""
+EXACT_ENOUGH = 0.3
+"""Standard deviations of a root within which messages that move with the roots need not be renewed."""
 MANY_ROWS = 100_000
 """Rows from which one draw of each tells as much as several of fewer."""
 
@@ -142,10 +144,6 @@ def _renewed(view: View, width: int, loc: Tensor, factor: Tensor) -> bool:
     assert density is not None
     z = density.start.index_copy(0, view.root_places, loc.to(density.start))
     return renew_messages(Starter(view.layer, view.graph(width)), z, factor.to(z).norm(dim=-1))
-
-
-EXACT_ENOUGH = 0.3
-"""Standard deviations of a root within which messages that move with the roots need not be renewed."""
 
 
 @torch.no_grad()

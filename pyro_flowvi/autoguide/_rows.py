@@ -191,14 +191,19 @@ class RowPages:
         ours = guide.master is None and self.plate.given and guide.create_plates is None
         if not ours:
             return guide._create_plates(*args, **kwargs)
-        rows = self.rows_of(guide, (args, kwargs))
+        call: Call = (args, kwargs)
+        return self.plates_with(guide, call, self.plate.size, subsample=self.rows_of(guide, call))
+
+    def plates_with(self, guide: Any, call: Call, size: int, **options: Any) -> Any:
+        """The guide's plates, with one of a size and options in the place of the rows'."""
+        own = guide.create_plates
         guide.create_plates = lambda *_, **__: pyro.plate(
-            self.plate.name, self.plate.size, subsample=rows, dim=self.plate.dim
+            self.plate.name, size, dim=self.plate.dim, **options
         )
         try:
-            return guide._create_plates(*args, **kwargs)
+            return guide._create_plates(*call[0], **call[1])
         finally:
-            guide.create_plates = None
+            guide.create_plates = own
 
     @contextmanager
     def showing_all(self) -> Iterator[None]:
@@ -212,12 +217,8 @@ class RowPages:
     def show(self, guide: Any, call: Call) -> tuple[Any, View, Tensor]:
         """The guide's plates in a step, the view of its page, and the rows that it shows."""
         if self._shows_all:
-            rows, own = torch.arange(self.plate.size), guide.create_plates
-            guide.create_plates = lambda *_, **__: pyro.plate(self.plate.name, len(rows), dim=self.plate.dim)
-            try:
-                return guide._create_plates(*call[0], **call[1]), self.view(guide, call, rows), rows
-            finally:
-                guide.create_plates = own
+            rows = torch.arange(self.plate.size)
+            return self.plates_with(guide, call, len(rows)), self.view(guide, call, rows), rows
         plates = self.plates_of(guide, *call)
         rows = torch.as_tensor(plates[self.plate.name].indices).long()
         self._last = rows

@@ -51,8 +51,7 @@ class Sweep:
 
     def _by_choice(self) -> None:
         call, own = self.calls[0], self.rows.first_view()
-        local = (own.packing.dim - len(own.root_places)) // own.size
-        length = min(self.size, max(own.size, PAGE_NUMBERS // max(1, local)))
+        length = min(self.size, max(own.size, PAGE_NUMBERS // max(1, own.numbers_each)))
         view = own
         if length > own.size:
             with suppress(ValueError, RuntimeError, IndexError):  # a model that is written for its own length
@@ -104,8 +103,7 @@ class Sweep:
     def num_latents(self) -> int:
         """Latents of all rows, and outside."""
         view = self.rows.first_view()
-        outside = len(view.root_places)
-        return outside + (view.packing.dim - outside) // view.size * self.rows.plate.size
+        return len(view.root_places) + view.numbers_each * self.rows.plate.size
 
     def names_of_roots(self) -> list[str]:
         """A name for each number of the latents outside of the plate."""
