@@ -1,6 +1,7 @@
 """Which numbers of a page of rows belong to which row."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class RowLayout:
     def __init__(self, packing: Packing, plate: RowPlate, sites: Sequence[str], weights: Tensor) -> None:
         self.sites, self.weights, self.num = tuple(sites), weights, len(weights)
         """The sites under the plate."""
+        self.places: dict[str, Any] = {}
+        """Where the tables' parts stand in the page's map, once they were looked for."""
         self.row_of: dict[str, Tensor] = {}
         """The row of each number of those sites, in their free shapes."""
         for site in sites:

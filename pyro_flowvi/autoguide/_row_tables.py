@@ -12,7 +12,7 @@ from ._coupling import Coupling
 from ._fixed import Fixed
 from ._joint_messages import JointMessages
 from ._message_map import MessageMap
-from ._row_layout import Order
+from ._row_layout import Order, RowLayout
 
 __all__ = ["RowTables", "pages_of"]
 
@@ -30,9 +30,16 @@ class _Place(NamedTuple):
 
 
 def _places(layer: MessageMap) -> dict[str, _Place]:
-    """The numbers of a page's map that belong to rows, by the names of their tables."""
-    rows, plan = layer.rows, layer.plan
-    assert rows is not None
+    """The numbers of a page's map that belong to rows, by the names of their tables; looked for once."""
+    assert layer.rows is not None
+    known: dict[str, _Place] = layer.rows.places
+    if not known:
+        known |= _find_places(layer, layer.rows)
+    return known
+
+
+def _find_places(layer: MessageMap, rows: RowLayout) -> dict[str, _Place]:
+    plan = layer.plan
     found: dict[str, _Place] = {}
 
     def enter(prefix: str, module: Fixed, name: str, dim: int, order: Order) -> None:
