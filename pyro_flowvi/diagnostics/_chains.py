@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["Chains", "Whitening", "guarded", "run_chains"]
+__all__ = ["LEAPS", "Chains", "Whitening", "guarded", "run_chains"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 TARGET: Final = 0.8
