@@ -60,9 +60,9 @@ class Kind:
     def forms(self) -> tuple[str, ...]:
         return tuple(FORMS) if self.indexed else ("broadcasting",)
 
-    def problem(self, form: str, name: str = "") -> Problem:
+    def problem(self, form: str) -> Problem:
         model = partial(self.program, pyro, dist, torch, FORMS[form])
-        return Problem(name, model, self.data(), self.roots, self.locals)
+        return Problem("", model, self.data(), self.roots, self.locals)
 
 
 def logs(*names: str) -> Callable[[Sites], dict[str, Tensor]]:
@@ -92,7 +92,7 @@ KINDS: dict[str, Kind] = {
         normal.radon_data,
         {"m": "", "t": "log", "C": "artanh", "sigma": "log"},
         some("ab"),
-        dense=True,
+        noncentred=("ab",),
     ),
     "growth curves": Kind(
         normal.growth_curves,

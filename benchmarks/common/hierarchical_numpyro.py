@@ -18,7 +18,7 @@ import torch
 from arviz_stats.base import array_stats
 from numpyro.handlers import reparam
 from numpyro.infer import MCMC, NUTS
-from numpyro.infer.reparam import LocScaleReparam
+from numpyro.infer.reparam import LocScaleReparam, Reparam
 
 from benchmarks.common.hierarchical_models import Kind
 from benchmarks.common.posteriors_numpyro import arrays
@@ -31,6 +31,15 @@ NUM_EXACT = 40_000
 def program(kind: Kind) -> Any:
     """The kind's model, before it is given the parametrisation that NUTS has."""
     return partial(kind.program, numpyro, dist, jnp, ())
+
+
+class MultivariateNoise(Reparam):
+    """What ``LocScaleReparam(0.0)`` is for normal sites, for multivariate normal ones."""
+
+    def __call__(self, name: str, fn: Any, obs: Any) -> Any:
+        prior, shape, _ = self._unwrap(fn)
+        noise = numpyro.sample(f"{name}_noise", dist.Normal(0.0, 1.0).expand(shape).to_event(1))
+        return None, prior.loc + (prior.scale_tril @ noise[..., None])[..., 0]
 
 
 def compute(kind: Kind) -> Row:
@@ -60,7 +69,8 @@ def compute(kind: Kind) -> Row:
 
 def by_nuts(kind: Kind, args: tuple[torch.Tensor, ...]) -> tuple[dict[str, torch.Tensor], int]:
     """Draws of the sites, chain after chain, and the number of divergences."""
-    model = reparam(program(kind), config={name: LocScaleReparam(0.0) for name in kind.noncentred})
+    noise = MultivariateNoise() if "C" in kind.roots else LocScaleReparam(0.0)
+    model = reparam(program(kind), config=dict.fromkeys(kind.noncentred, noise))
     mcmc = MCMC(
         NUTS(model, target_accept_prob=kind.acceptance, dense_mass=kind.dense),
         num_warmup=WARMUP,

@@ -111,7 +111,7 @@ def ratio_text(row: Row, prefix: str = "") -> str:
 # -- report --------------------------------------------------------------------------------------
 
 HEAD = ("kind", "form", "seed", "draws", "verdict", "worst mean, sd", "worst sd ratio", "resampled", "k-hat")
-HEAD += ("ESS", "fit, s", "diagnose, s", "peak MB")
+HEAD += ("ESS", "fit, s (CPU)", "diagnose, s (CPU)", "peak MB")
 
 
 def line(row: Row) -> list[str]:
@@ -127,8 +127,10 @@ def line(row: Row) -> list[str]:
         ("right" if row["resampled_right"] else "wrong") if "resampled_right" in row else "–",
         number(row["khat"]),
         f"{number(row['ess'], 0)} of {row['num_samples']}",
-        number(row["seconds"], 1),
-        number(row["seconds_diagnose"], 1),
+        *(
+            f"{number(row[f'seconds{of}'], 1)} ({number(row[f'cpu_seconds{of}'], 1)})"
+            for of in ("", "_diagnose")
+        ),
         number(row["peak_mb"], 0),
     ]
 
