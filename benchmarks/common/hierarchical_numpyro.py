@@ -38,7 +38,9 @@ class MultivariateNoise(Reparam):
 
     def __call__(self, name: str, fn: Any, obs: Any) -> Any:
         prior, shape, _ = self._unwrap(fn)
-        noise = numpyro.sample(f"{name}_noise", dist.Normal(0.0, 1.0).expand(shape).to_event(1))
+        noise = numpyro.sample(
+            f"{name}_noise", dist.Normal(0.0, 1.0).expand((*shape, *prior.event_shape)).to_event(1)
+        )
         return None, prior.loc + (prior.scale_tril @ noise[..., None])[..., 0]
 
 
