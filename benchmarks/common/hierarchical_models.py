@@ -105,7 +105,6 @@ KINDS: dict[str, Kind] = {
         normal.three_levels_data,
         {"mu": "", "beta": "", "ts": "log", "tc": "log", "sigma": "log"},
         some("s", "c"),
-        noncentred=("s", "c"),
     ),
     "raters": Kind(
         normal.raters,

@@ -89,7 +89,7 @@ def three_levels_data() -> tuple[Tensor, ...]:
     data = Data(12)
     school = torch.arange(SCHOOLS).repeat_interleave(CLASSES // SCHOOLS)
     room, x = data.integers(0, CLASSES, PUPILS), data.normal(PUPILS)
-    c = 1.0 + 0.7 * data.normal(SCHOOLS)[school] + 0.8 * data.normal(CLASSES)
+    c = 1.0 + 1.2 * data.normal(SCHOOLS)[school] + 0.8 * data.normal(CLASSES)
     return school, room, x, c[room] + 0.4 * x + data.normal(PUPILS)
 
 
