@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._chains import LEAPS, ValueAndGrad, run_chains
+from ._chains import LEAPS_ALONE, ValueAndGrad, run_chains
 from ._ranks import LOCATION_UNIT, SCALE_UNIT, gap_of, ranks, rhat, tail_index
 from ._regions import Reach, Regions, find_regions
 from ._spaces import Space, noise_space, whitened_space
@@ -28,8 +28,8 @@ MANY, VERY_MANY = 150, 3000
 """Latents above which fewer and shorter chains run over the noise."""
 FEWEST_STATES: Final = 500
 """States of chains from which a tail can be read."""
-MORE_LEAPS: Final = LEAPS[1]
-"""Gradients at most for each further state of a chain that goes on."""
+MORE_STATES: Final = 16
+"""States at most of a chain that goes on."""
 LEVEL: Final = 0.005
 """Chance that chains of an exact guide show a significant difference in any latent."""
 UNSURE_SE: Final = 0.25
@@ -58,8 +58,10 @@ class Effort:
         """
         if not batched:
             return cls(32, 100)
-        if not in_noise or dim <= MANY:
+        if not in_noise:
             return cls()
+        if dim <= MANY:
+            return cls(128, 180)
         return cls(64, 160, 6) if dim <= VERY_MANY else cls(32, 120, 4)
 
 
@@ -186,9 +188,10 @@ def _continue(space: Space, reach: Reach, states: Tensor, log_p: Tensor, warmup:
         return 0
     start = Starts.tempered(states[-1, lost])
     alone = torch.ones_like(lost)
-    evaluations = MORE_LEAPS * (len(states) + warmup) + 1
+    evaluations = LEAPS_ALONE * (min(len(states), MORE_STATES) + warmup) + 1
     more = run_chains(space.density, start.points, alone, start.temperature, warmup, evaluations)
-    states[:, lost], log_p[:, lost] = more.states[-len(states) :], more.log_p[-len(states) :]
+    again = torch.linspace(0, len(more.states) - 1, len(states)).round().long().to(states.device)
+    states[:, lost], log_p[:, lost] = more.states[again], more.log_p[again]
     return more.num_gradients
 
 
