@@ -17,6 +17,8 @@ GOOD_SHIFT: Final = 0.08
 A tenth less what the estimate itself is off by: a mean .116 sd from the truth had a shift of .09."""
 SURE_SHARE: Final = 0.95
 """From this effective fraction of the draws on, a heavy tail of the weights is too rare to matter."""
+SMALL_DRIFT: Final = 0.25
+"""Largest error of a mean, in sd, that such weights leave room for, by Cauchy and Schwarz."""
 USABLE_SHARE: Final = 0.5
 """Least effective fraction of the draws for "usable" where k-hat is above its threshold."""
 USABLE_ESS: Final = 100.0
@@ -173,6 +175,11 @@ def resampling_holds(figures: Figures) -> bool:
     return _covers(p) and p is not None and p.resampled < RESAMPLED_SHARE
 
 
+def _within_chance(f: Figures, p: Probes) -> bool:
+    """Whether nearly equal weights rule out a drift of so little, as the chance that it is."""
+    return f.share >= SURE_SHARE and max(abs(p.location), abs(p.scale)) < SMALL_DRIFT
+
+
 def _covers(p: Probes | None) -> bool:
     """Whether chains that moved enough found nothing outside of the guide's draws."""
     return p is not None and p.conclusive and p.missed < MISSED_SHARES[0] and p.left < LEFT_SHARES[1]
@@ -265,7 +272,7 @@ def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
             0 if p.left >= LEFT_SHARES[1] else 1,
             _richer(f),
         )
-    if p.differs:
+    if p.differs and not _within_chance(f, p):
         judgement.add(
             f"chains from the guide's draws drift: centre {p.location:+.2f} ± {p.location_se:.2f} sd at "
             f"{p.location_name}, spread × {math.exp(min(p.scale, 9.0)):.2f} at {p.scale_name}",
