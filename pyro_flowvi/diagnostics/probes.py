@@ -5,7 +5,7 @@ are a fair sample of the posterior; chains that start far around them say what e
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._program.packing import Packing
 from ._chains import LEAPS_ALONE, ValueAndGrad, run_chains
 from ._ranks import LOCATION_UNIT, SCALE_UNIT, gap_of, ranks, rhat, tail_index
 from ._regions import Reach, Regions, find_regions
 from ._spaces import Space, noise_space, whitened_space
 from ._starts import Starts, far_starts, wide_starts
+from ._symmetries import Symmetry, find_symmetry
 
 __all__ = ["Probes", "probe"]
 
@@ -86,6 +88,8 @@ class Probes:
     :param tail_index: heaviest tail of a latent that the chains saw: 1/nu of a Student t, 0 of a normal.
     :param conclusive: whether the chains moved enough to decide about 0.2 sd.
     :param num_gradients: gradients of the log density that were computed.
+    :param symmetry: under which the missed regions are mirror images of where the guide draws; None if they
+        are not.
 
     Example::
 
@@ -111,6 +115,7 @@ class Probes:
     tail_index: float
     conclusive: bool
     num_gradients: int
+    symmetry: Symmetry | None = None
 
 
 def probe(
@@ -123,6 +128,7 @@ def probe(
     flow: Any = None,
     corrected: Tensor | None = None,
     watched: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Probes:
     """Runs the chains and compares them with the guide's draws.
 
@@ -135,6 +141,7 @@ def probe(
     :param flow: the guide's map from standard normal noise, in which the chains then run; None without one.
     :param watched: coordinates of which all must be known well, and most of the others; None for all.
     :param corrected: the draws as the weights hold for them, if that are others, ``(S, D)``.
+    :param packing: what the points are made of, in which symmetries are looked for.
 
     Example::
 
@@ -163,7 +170,7 @@ def probe(
     num_more = _continue(space, reach, last, log_p, effort.warmup)
     log_z = float(torch.logsumexp(torch.from_numpy(log_weights), 0)) - math.log(len(log_weights))
     regions = find_regions(space.density, space.draws, reach, last, log_p, groups, log_z)
-    return _compare(
+    found = _compare(
         z,
         z if corrected is None else corrected,
         space,
@@ -176,6 +183,13 @@ def probe(
         watched,
         chains.num_gradients + num_more,
     )
+    if packing is None or not regions.states:
+        return found
+    missed = [space.latents(states) for states in regions.states]
+    symmetry = find_symmetry(value_and_grad, packing, z, missed, regions.masses)
+    if symmetry is None:
+        return found
+    return replace(found, missed=symmetry.missed(regions.share), symmetry=symmetry)
 
 
 def _continue(space: Space, reach: Reach, states: Tensor, log_p: Tensor, warmup: int) -> int:
