@@ -281,6 +281,10 @@ class FitAnswers(StructuredGuide):
         """The pair of all rows, which the guide sees already."""
         return None
 
+    def whole_map(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """That of all rows, of which the guide has none."""
+        return None
+
     def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
         """Passes over rows, of which the guide has none."""
         return None

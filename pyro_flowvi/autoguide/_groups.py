@@ -1,6 +1,7 @@
 """Latents that are independent of each other given the roots: weights of the roots alone, group by group."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ._given_roots import GivenRoots
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
 
-__all__ = ["GroupedDraws", "GroupedLatents", "find_groups"]
+__all__ = ["GroupedDraws", "GroupedLatents", "find_groups", "group_terms", "owners_of", "stratified"]
 
 FEWEST_GROUPS = 8
 """Groups from which on they are integrated one by one."""
@@ -83,16 +84,6 @@ class GroupedLatents:
         self._layer: MessageMap = flow[-1]
         self.labels, self.num = labels, int(labels.max()) + 1
         self.roots = self._layer.plan.root_places().to(labels.device)
-        joint = set(self._layer.plan.joint_sites)
-        first = {
-            site: where[..., 0] if site in joint else where
-            for site, where in self._layer.places().items()
-            if site not in self._layer.structure.roots
-        }
-        self._order = {
-            site: torch.where(where < 0, self.num, labels[where.clamp(min=0)]).flatten()
-            for site, where in first.items()
-        }
 
     def _roots(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Draws of the roots and their log densities."""
@@ -110,17 +101,11 @@ class GroupedLatents:
         :return: latents, ``(P, K, D)``; terms of the roots alone, ``(P,)``; log p - log q of the groups,
             ``(P, K, G)``.
         """
-        x = _stratified(len(u), num, len(self.labels)).to(u).flatten(0, 1)
+        x = stratified(len(u), num, len(self.labels)).to(u).flatten(0, 1)
         x[:, self.roots] = u.repeat_interleave(num, 0)
         z, log_dets = self._layer.run_by_site(x)
-        terms = self._factors(z).double()
-        ratios = torch.zeros(len(x), self.num + 1, dtype=torch.float64).to(u.device)
-        ratios.index_add_(1, self._owners, terms)
-        outside = ratios[:, self.num].clone()
-        normal = 0.5 * (x.double().square() + LOG_2_PI)
-        ratios.index_add_(1, torch.where(self.labels < 0, self.num, self.labels), normal)
-        for site, order in self._order.items():
-            ratios.index_add_(1, order, log_dets[site].reshape(len(x), -1).double())
+        ratios = group_terms(self._layer, self._factors(z), self._owners, x, log_dets, self.labels)
+        outside = ratios[:, self.num]
         shape = len(u), num, -1
         return z.reshape(shape), outside.reshape(len(u), num)[:, 0], ratios[:, : self.num].reshape(shape)
 
@@ -132,7 +117,7 @@ class GroupedLatents:
         for each in NUM_EACH:
             log_mean = self._score(u, each)[2].logsumexp(1).sum(-1).reshape(PILOT_ROOTS, PILOTS)
             noise = float(log_mean.var(1).median())
-            dear = num_samples * 2 * each > room
+            dear = num_samples * 2 * each > room // 4
             if noise < LITTLE_NOISE or (dear and noise < NOISE) or fewest * 2 * each > room:
                 break
         return min(num_samples, max(fewest, room // each)), each
@@ -186,7 +171,39 @@ class GroupedLatents:
         )
 
 
-def _stratified(size: int, num: int, dim: int) -> Tensor:
+def group_terms(
+    layer: MessageMap,
+    terms: Tensor,
+    owners: Tensor,
+    x: Tensor,
+    log_dets: Mapping[str, Tensor],
+    labels: Tensor,
+) -> Tensor:
+    """log p - log q of each group, and last the terms of log p that are of none, ``(P, G + 1)``.
+
+    :param terms: of log p, ``(P, E)``.
+    :param owners: the group of each, G if of none, ``(E,)``.
+    :param x: the noise of the groups, ``(P, D)``.
+    :param log_dets: of the map from it, by site.
+    :param labels: the group of each latent, -1 of a root, ``(D,)``.
+    """
+    num, joint = int(labels.max()) + 1, set(layer.plan.joint_sites)
+    totals = torch.zeros(len(x), num + 1, dtype=torch.float64).to(x.device)
+    totals.index_add_(1, owners, terms.double())
+    inner = torch.nonzero(labels >= 0).squeeze(-1)
+    normal = 0.5 * (x[:, inner].double().square() + LOG_2_PI)
+    totals.index_add_(1, labels[inner], normal)
+    for site, where in layer.places().items():
+        if site not in log_dets:
+            continue
+        first = where[..., 0] if site in joint else where
+        kept = torch.nonzero(first.flatten() >= 0).squeeze(-1)
+        group = labels[first.flatten()[kept]]
+        totals.index_add_(1, group, log_dets[site].reshape(len(x), -1)[:, kept].double())
+    return totals
+
+
+def stratified(size: int, num: int, dim: int) -> Tensor:
     """Standard normal noise ``(size, num, dim)``, of which each coordinate has one draw in each stratum.
 
     Latin hypercube sampling (McKay, Beckman and Conover 1979): each draw is fair, and their mean varies less.
@@ -219,7 +236,7 @@ def find_groups(flow: Any, density: UnconstrainedModel) -> GroupedLatents | None
         if labels is None or int(labels.max()) + 1 < FEWEST_GROUPS:
             return None
         factors = LogFactors(density)
-        owners = _owners(flow, factors, labels, density.start)
+        owners = owners_of(flow, factors, labels, density.start)
     except (CannotCompile, ValueError):
         return None
     return None if owners is None else GroupedLatents(flow, labels, factors, owners)
@@ -234,7 +251,7 @@ def _labels(given: GivenRoots, dim: int) -> Tensor | None:
     return labels
 
 
-def _owners(flow: Any, factors: LogFactors, labels: Tensor, like: Tensor) -> Tensor | None:
+def owners_of(flow: Any, factors: LogFactors, labels: Tensor, like: Tensor) -> Tensor | None:
     """The group that each term depends on; None if there is a term of two.
 
     A term is known by the groups that it follows, one half of all at a time, from one draw to another.

@@ -116,6 +116,9 @@ class FitGuide(Protocol):
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Model, guide and arguments of all rows of a subsampled plate; None without latents there."""
 
+    def whole_map(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Density of all rows' latents and the map from noise to them, where :meth:`whole` gives a pair."""
+
     def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
         """Passes over the rows of a subsampled plate; None without latents there.
 
@@ -177,6 +180,9 @@ class _PyroGuide:
         return None
 
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return None
+
+    def whole_map(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return None
 
     def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:

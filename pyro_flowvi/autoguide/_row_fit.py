@@ -156,6 +156,23 @@ class RowFit(RowGuide):
         model = showing(self._require_model(), rows.plate, None if rows.plate.given else every, None)
         return model, guide, rows.call_with((args, kwargs), every)
 
+    @torch.no_grad()
+    def whole_map(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[UnconstrainedModel, Compose]:
+        """The density of all rows' latents at once, and the map from noise to them.
+
+        :param args: as :meth:`whole` gives them.
+        """
+        rows = self._rows
+        assert rows is not None
+        every = torch.arange(rows.plate.size)
+        view = rows.view(self, (args, dict(kwargs)), every)
+        view.page.turn_to(every, (args, dict(kwargs)))
+        rows.tables(self).load(view.layer, every)
+        assert view.density is not None
+        return view.density, self.page_flow(view)
+
     def start_rows(self, sweep: Sweep, width: int) -> str | None:
         """Moves roots and rows to where they start, into a frame; None if no such place was found.
 

@@ -17,7 +17,8 @@ from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._types import Program
 from ..autoguide._groups import GroupedDraws, find_groups
-from ..autoguide._protocol import as_fit_guide
+from ..autoguide._protocol import FitGuide, as_fit_guide
+from ..autoguide._row_weights import RootWeights, weigh_roots
 
 __all__ = ["WeightedDraws", "weighted_draws"]
 
@@ -48,6 +49,7 @@ class WeightedDraws:
     :param grouped: the same draws, where the weights are those of the roots, with the groups integrated.
     :param num_groups: how many groups that are.
     :param roots: the coordinates that these depend on.
+    :param by_row: the same of rows, whose latents were weighed in passes.
     """
 
     log_weights: NDArray[np.float64]
@@ -63,6 +65,7 @@ class WeightedDraws:
     grouped: GroupedDraws | None = None
     num_groups: int = 0
     roots: Tensor | None = None
+    by_row: RootWeights | None = None
 
     def names(self) -> list[str]:
         """A name for each of the D coordinates of ``z``, such as ``theta[2]``."""
@@ -109,19 +112,25 @@ def weighted_draws(
     """
     answers = as_fit_guide(model, guide)
     answers.set_up(args, kwargs or {})
+    of_rows: FitGuide | None = None
     sweep = answers.sweep(lambda _: [(args, kwargs or {})])
     whole = answers.whole(args, kwargs or {})
     if whole is not None:
         if in_passes and sweep is not None and sweep.num_latents > MOST_AT_ONCE:
-            roots, found = sweep.log_weights(num_samples, WIDTH)
             why = f"{sweep.num_latents} latents under a subsampled plate are weighed by passes over its rows"
             pair = LogWeights(model, guide, args, kwargs)
             labels = tuple(sweep.names_of_roots())
+            weighed = weigh_roots(sweep, num_samples, WIDTH)
+            if weighed is None:
+                roots, found = sweep.log_weights(num_samples, WIDTH)
+            else:
+                roots, found = weighed.roots, weighed.log_weights
             return WeightedDraws(
-                _array(found), pair, z=roots if labels else None, why=why, exact=True, labels=labels
-            )
+                _array(found), pair, z=roots if labels else None, why=why, exact=True, labels=labels,
+                by_row=weighed, num_groups=0 if weighed is None else sweep.size,
+            )  # fmt: skip
         model, guide, (args, kwargs) = whole
-        answers = as_fit_guide(model, guide)
+        of_rows, answers = answers, as_fit_guide(model, guide)
     particles = LogWeights(model, guide, args, kwargs)
     most = max(1, min(MAX_BATCH, MOST_NUMBERS // particles.structure.largest))
     try:
@@ -134,7 +143,10 @@ def weighted_draws(
         why = "the guide has discrete sites that are summed out"
     if why:
         return WeightedDraws(_array(particles.log_weights(num_samples)), particles, why=why)
-    flow = answers.pushforward(model)
+    if of_rows is not None and not why:
+        density, flow = of_rows.whole_map(args, kwargs or {})
+    else:
+        flow = answers.pushforward(model)
     flow = flow if getattr(flow, "exact_inverse", False) else None
     groups = find_groups(flow, density) if by_group else None
     if groups is not None:

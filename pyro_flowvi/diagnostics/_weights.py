@@ -66,7 +66,8 @@ def read_weights(draws: WeightedDraws) -> WeightFigures:
     if kept.std() < EVEN:
         khat = -math.inf
     grouped = draws.grouped
-    ratios = kept if grouped is None else _array(grouped.log_ratios)[finite]
+    inner = draws.by_row if grouped is None else grouped
+    ratios = kept if inner is None else _array(inner.log_ratios)[finite]
     elbo, elbo_se = float(ratios.mean()), float(ratios.std(ddof=1) / math.sqrt(len(ratios)))
     if len(kept) < total:
         elbo, elbo_se = -math.inf, math.nan

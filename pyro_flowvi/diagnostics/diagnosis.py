@@ -191,13 +191,8 @@ def diagnose(
     found = read_weights(draws)
     fixed = draws.particles.point_masses()
     skipped = _why_no_probes(draws, fixed)
-    names, moved, grouped, seen, tail_index = (
-        draws.names() or [""],
-        found.moved,
-        draws.grouped,
-        None,
-        math.nan,
-    )
+    names, moved, seen, tail_index = draws.names() or [""], found.moved, None, math.nan
+    inner = draws.grouped or draws.by_row
     if found.z is not None:
         z = found.z.double().cpu().numpy()
         tail_index = max(generalized_pareto_shape(np.abs(x - np.median(x))) for x in z.T)
@@ -221,8 +216,8 @@ def diagnose(
         guide=type(guide).__name__,
         resamples=isinstance(guide, AutoFlow),
         num_groups=draws.num_groups,
-        num_each=0 if grouped is None else grouped.num_each,
-        local_gap=math.nan if grouped is None else grouped.local_gap,
+        num_each=0 if inner is None else inner.num_each,
+        local_gap=math.nan if inner is None else inner.local_gap,
     )
     judgement = judge(figures)
     if fixed:
