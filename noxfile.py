@@ -7,7 +7,7 @@ import nox
 
 nox.options.reuse_existing_virtualenvs = True
 
-PLAIN = ["pyro-ppl", "numpy", "scipy", "tqdm", "arviz-stats", "arviz", "matplotlib", "scikit-learn"]
+PLAIN = ["pyro-ppl", "numpy", "scipy", "tqdm", "arviz-stats", "arviz", "matplotlib", "scikit-learn", "joblib"]
 TOOLS = ["pytest==9.2.0", "pytest-xdist", "hypothesis"]
 SHORT = [
     "tests/_compile/test_draw_order.py",

@@ -3,7 +3,7 @@
 from .autoguide import AutoCIF, AutoFlow, AutoFlowMixture
 from .autoguide import named as _named
 from .autoguide.named import *  # noqa: F403  what named.__all__ lists
-from .diagnostics import Comparison, Diagnosis, compare, diagnose, to_arviz
+from .diagnostics import Calibration, Comparison, Diagnosis, compare, diagnose, sbc, to_arviz
 from .flows import FLOWS
 from .infer import CompiledSVI, FitDiverged, FitResult, fit
 from .models import FlowVAE, VMoNF
@@ -15,6 +15,7 @@ __all__ = [
     "AutoCIF",
     "AutoFlow",
     "AutoFlowMixture",
+    "Calibration",
     "Comparison",
     "CompiledSVI",
     "Diagnosis",
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "diagnose",
     "fit",
+    "sbc",
     "to_arviz",
 ]
 __all__ += _named.__all__

@@ -43,6 +43,7 @@ EXTRAS = {
     "matplotlib",
     "arviz",
     "sklearn",
+    "joblib",
     "normflows",
     "nflows",
     "zuko",

@@ -14,7 +14,7 @@ from .._compile.log_density import traced
 from .._program.call import as_keywords, check_programs
 from .._program.flat_directions import flat_sites
 from ..autoguide import AutoFlow
-from ..psis import generalized_pareto_shape, khat_threshold
+from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold
 from ._verdict import Figures, judge
 from ._weighted_draws import WeightedDraws, weighted_draws
 from ._weights import WeightFigures, read_weights
@@ -22,7 +22,10 @@ from .probes import Effort, Probes, probe
 
 __all__ = ["Diagnosis", "diagnose"]
 
-MIN_SAMPLES = 100
+MIN_SAMPLES, FULL = 100, 4000
+"""Draws at least, and those that are taken where fewer leave a verdict to chance."""
+WEAK_SHARE, FEW_LATENTS = 0.5, 1000
+"""Effective fraction of the draws below which that is so, and latents up to which more take no time."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def diagnose(
     :param model: a Pyro model.
     :param guide: any Pyro guide for it.
     :param args: the model's positional arguments.
-    :param num_samples: number S of draws, at least 100.
+    :param num_samples: number S of draws, at least 100.  Where fewer than half of them are effective 4,000 are
+        taken; of the roots of very many latents fewer.
     :param kwargs: the model's keyword arguments.
     :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed first.
@@ -178,6 +182,8 @@ def diagnose(
     if seed is not None:
         pyro.set_rng_seed(seed)
     draws = weighted_draws(model, guide, args, kwargs, num_samples)
+    if num_samples < FULL and _are_weak(draws):
+        draws = weighted_draws(model, guide, args, kwargs, FULL)
     log_weights, num_samples = draws.log_weights, len(draws.log_weights)
     finite = np.isfinite(log_weights)
     dropped = int(num_samples - finite.sum())
@@ -252,6 +258,14 @@ def diagnose(
         num_groups=figures.num_groups,
         local_gap=figures.local_gap,
     )
+
+
+def _are_weak(draws: WeightedDraws) -> bool:
+    """Whether weights are so uneven that a verdict would depend on the few draws that carry them."""
+    finite = draws.log_weights[np.isfinite(draws.log_weights)]
+    if draws.density is None or draws.density.dim > FEW_LATENTS or not draws.density.batched:
+        return False
+    return not len(finite) or effective_sample_size(finite) < WEAK_SHARE * len(finite)
 
 
 def _run_probes(draws: WeightedDraws, found: WeightFigures, names: list[str]) -> Probes:

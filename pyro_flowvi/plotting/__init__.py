@@ -1,5 +1,6 @@
 """Pictures.  matplotlib, the extra ``plot``, is imported when one is drawn."""
 
+from .calibration import plot_calibration
 from .fits import COLOURS, pair_panels, plot_images, plot_khat, plot_pairs, plot_trace
 from .mixtures import animate_mixture, plot_mixture
 
@@ -7,6 +8,7 @@ __all__ = [
     "COLOURS",
     "animate_mixture",
     "pair_panels",
+    "plot_calibration",
     "plot_images",
     "plot_khat",
     "plot_mixture",
