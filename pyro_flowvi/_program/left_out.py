@@ -17,7 +17,7 @@ from torch.distributions import Independent
 from .._types import Site
 from .packing import Latent, Packing
 
-__all__ = ["check_left_out", "find_left_out", "uncounted"]
+__all__ = ["check_left_out", "counted", "find_left_out", "uncounted"]
 
 _STEPS = (0.0, 0.3, -0.7)
 """Distances from the start of the points where a gradient must be zero."""
@@ -34,22 +34,33 @@ def uncounted(site: Site) -> Tensor | None:
         >>> uncounted({**site, "value": torch.zeros(2)})
         tensor([False,  True])
     """
-    fn, value = site["fn"], site["value"]
-    counted = _counted(fn)
-    mask = site["mask"]
-    if mask is not None:
-        mask = torch.as_tensor(mask).bool()
-        counted = counted & mask.reshape(mask.shape + (1,) * fn.event_dim)
-    if bool(counted.all()):
+    touched = counted(site)
+    if bool(touched.all()):
         return None
     bijection = Latent.of(site).unit_bijection
     outer = bijection.codomain.event_dim
-    counted = counted.expand(value.shape)
     if outer:
-        counted = counted.flatten(-outer).any(-1)
-    free_shape = bijection.inverse_shape(value.shape)
+        touched = touched.flatten(-outer).any(-1)
+    free_shape = bijection.inverse_shape(site["value"].shape)
     ones = (1,) * bijection.domain.event_dim
-    return ~counted.reshape(counted.shape + ones).expand(free_shape)
+    return ~touched.reshape(touched.shape + ones).expand(free_shape)
+
+
+def counted(site: Site) -> Tensor:
+    """Which elements of a latent's value its own density counts: those that no mask leaves out.
+
+    Example::
+
+        >>> site = {"fn": dist.Normal(torch.zeros(2), 1.0), "mask": torch.tensor([True, False])}
+        >>> counted({**site, "value": torch.zeros(2)})
+        tensor([ True, False])
+    """
+    fn, mask = site["fn"], site["mask"]
+    found = _counted(fn)
+    if mask is not None:
+        mask = torch.as_tensor(mask).bool()
+        found = found & mask.reshape(mask.shape + (1,) * fn.event_dim)
+    return found.expand(site["value"].shape)
 
 
 def _counted(fn: Any) -> Tensor:

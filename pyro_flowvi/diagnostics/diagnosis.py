@@ -1,7 +1,7 @@
 """diagnose: can this fit be trusted?"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from .._program.call import as_keywords, check_programs
 from .._program.flat_directions import flat_sites
 from ..autoguide import AutoFlow
 from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis
+from ._chains import ChainStates
+from ._outputs import Outputs
+from ._predictions import Predictions, compare_outputs, judge_predictions
 from ._verdict import Figures, judge, shifts
 from ._weighted_draws import WeightedDraws, weighted_draws
 from .probes import Probes, probe
@@ -44,6 +47,12 @@ class Diagnosis:
     :param tail_index: heaviest tail of a scalar latent, a generalised Pareto shape: 1/nu of a Student t with
         nu degrees of freedom, about 0 of a normal.  Of the states of the probes' chains, else of the draws;
         NaN without either.
+    :param predictive_shift: worst |mean of the draws - mean of the resampled draws| of an output, in sd of
+        its predictions, with ``of``; NaN without.
+    :param predictive_coverage: of the draws' 90 % intervals of the outputs, under the resampled draws, what
+        is farthest from .9; NaN without ``of``.
+    :param chains_shift: as ``predictive_shift``, of the draws against the probes' chains.
+    :param chains_coverage: as ``predictive_coverage``, under the chains' states.
     :param num_nonfinite: draws whose density is not finite.
     :param probes: what the coverage probes saw; None where they make no sense, or were not wanted.
     :param log_weights: log p(x, z) - log q(z) of every draw, shape ``(S,)``.
@@ -66,6 +75,10 @@ class Diagnosis:
     shift: float = math.nan
     scale_shift: float = math.nan
     tail_index: float = math.nan
+    predictive_shift: float = math.nan
+    predictive_coverage: float = math.nan
+    chains_shift: float = math.nan
+    chains_coverage: float = math.nan
     num_nonfinite: int = 0
     probes: Probes | None = field(default=None, repr=False)
     log_weights: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
@@ -106,6 +119,7 @@ def diagnose(
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
     probes: bool = True,
+    of: str | Sequence[str] | None = None,
     fit_result: Any = None,
     **kwargs: Any,
 ) -> Diagnosis:
@@ -133,6 +147,12 @@ def diagnose(
     :param seed: sets Pyro's seed first.
     :param probes: whether to run the chains, at most 36,000 gradients of the log density in 280 batches;
         a tenth of that where the model does not run for many points at once.
+    :param of: what is judged: None for the latents; "predictions" for the observed sites; or names of
+        observed and ``pyro.deterministic`` sites.  For networks and other models whose parameters are not
+        identified: their latents have many modes with the same predictions.  "Good" then are predictive means
+        within .1 predictive sd and 90 % intervals within 3 points of coverage, by the weights where these are
+        informative and by the chains, those from far starts as far as they settled; "usable" is what
+        resampling mends.  At most 1,000 outputs are compared.
     :param fit_result: what :func:`pyro_flowvi.fit` returned: a fit that had not converged is never good.
     :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, the guide
         has not been set up and cannot be, model and guide are swapped, the data are no tensors, or Pyro's
@@ -163,6 +183,7 @@ def diagnose(
     if seed is not None:
         pyro.set_rng_seed(seed)
     draws = weighted_draws(model, guide, args, kwargs, num_samples)
+    outputs = None if of is None else Outputs(draws, of)
     log_weights = draws.log_weights
     finite = np.isfinite(log_weights)
     dropped = int(num_samples - finite.sum())
@@ -182,7 +203,8 @@ def diagnose(
     fixed = draws.particles.point_masses()
     skipped = _why_no_probes(draws, fixed)
     shift, scale_shift, worst, names, found = math.nan, math.nan, 0, draws.names() or [""], None
-    tail_index = math.nan
+    tail_index, seen = math.nan, list[ChainStates]()
+    predictions: Predictions | None = None
     if draws.z is not None:
         z = draws.z.detach()[torch.from_numpy(finite).to(draws.z.device)]
         array = z.double().cpu().numpy()
@@ -191,7 +213,9 @@ def diagnose(
         if probes and not skipped:
             assert draws.density is not None
             density = traced(draws.density)
-            found = probe(density, z, kept, weights, names, batched=density.batched)
+            found = probe(density, z, kept, weights, names, density.batched, seen.append)
+        if outputs is not None:
+            predictions = compare_outputs(outputs, z, weights, *seen)
     figures = Figures(
         khat=khat,
         khat_threshold=khat_threshold(num_samples),
@@ -209,7 +233,7 @@ def diagnose(
         guide=type(guide).__name__,
         resamples=isinstance(guide, AutoFlow),
     )
-    judgement = judge(figures)
+    judgement = judge(figures) if predictions is None else judge_predictions(figures, predictions)
     if fixed:
         judgement.add(f"the guide is a point mass at {fixed}: it has no density there to weigh by", 0)
     flat = [] if draws.density is None else flat_sites(draws.density)
@@ -236,6 +260,7 @@ def diagnose(
         tail_index=tail_index if found is None else found.tail_index,
         num_nonfinite=dropped,
         probes=found,
+        **({} if predictions is None else predictions.figures()),
         log_weights=log_weights,
     )
 

@@ -5,6 +5,7 @@ are a fair sample of the posterior; chains that start far around them say what e
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .._program.batching import in_parts
 from ..psis import generalized_pareto_shape
-from ._chains import Chains, ValueAndGrad, Whitening, guarded, run_chains
+from ._chains import Chains, ChainStates, ValueAndGrad, Whitening, guarded, run_chains
 from ._regions import Regions, find_regions
 
 __all__ = ["Probes", "probe"]
@@ -107,6 +108,7 @@ def probe(
     weights: Array,
     names: list[str],
     batched: bool = True,
+    watch: Callable[[ChainStates], None] | None = None,
 ) -> Probes:
     """Runs the chains and compares them with the guide's draws.
 
@@ -116,6 +118,7 @@ def probe(
     :param weights: their smoothed weights, which sum to one, ``(S,)``.
     :param names: of the coordinates.
     :param batched: whether many points cost about as much as one: otherwise fewer and shorter chains.
+    :param watch: is shown the states.
 
     Example::
 
@@ -145,6 +148,9 @@ def probe(
 
     chains = run_chains(density, torch.cat([near, far]), groups, temperature, WARMUP, evaluations)
     last = chains.states[len(chains.states) // 2 :]
+    if watch is not None:
+        start = whitening.inverse(torch.cat([near, far]))
+        watch(ChainStates(start, whitening.inverse(last), groups == 0, value_and_grad))
     log_z = float(torch.logsumexp(torch.from_numpy(log_weights), 0)) - math.log(len(log_weights))
     regions = find_regions(
         density, draws, last, chains.log_p[-len(last) :], groups, log_z - whitening.log_det

@@ -1,0 +1,347 @@
+"""Whether a guide's predictions can be trusted, whatever its latents: by weights and by chains.
+
+Networks and other models whose parameters are not identified have many modes with the same predictions.
+"""
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._chains import ChainStates
+from ._outputs import Evaluated, Outputs
+from ._settled import settled_weights
+from ._verdict import EASIER, LONGER, USABLE_ESS, USABLE_SHARE, Figures, Judgement, _richer
+
+__all__ = ["Agreement", "Predictions", "compare_outputs", "judge_predictions"]
+
+Array = NDArray[np.float64]
+MEAN_LIMIT: Final = 0.1
+"""Largest difference of a predictive mean, in predictive sd."""
+COVERAGE: Final = 0.9
+COVERAGE_LIMIT: Final = 0.03
+"""Largest difference of an interval's coverage."""
+RESAMPLE: Final = "use resampled draws for predictions: to_arviz(..., resample=True)"
+LEVEL: Final = 0.005
+"""Chance that an exact guide shows a significant difference in any output."""
+MEMORY: Final = 0.95
+"""Most of its start that a chain may be taken to remember."""
+WINSORISED: Final = (0.005, 0.995)
+"""Quantiles of the guide's draws at which an output without a mean is cut off."""
+FEWEST: Final = 4.0
+"""Settled chains from far starts, by effective number, that say something."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the predictions of a guide's draws differ from others.
+
+    :param gap: of a predictive mean, in predictive sd, at the output where it is worst, less its noise.
+    :param gap_se: its standard error.
+    :param name: that output.
+    :param low: least coverage of a 90 % interval of the guide.
+    :param high: largest one.
+    :param coverage_se: the larger of their standard errors.
+    :param differs: whether a gap or a coverage is beyond its limit, and significantly so.
+    :param unsure: whether one may be, as far as its standard error tells.
+    """
+
+    gap: float
+    gap_se: float
+    name: str
+    low: float
+    high: float
+    coverage_se: float
+    differs: bool
+    unsure: bool
+
+    @property
+    def coverage(self) -> float:
+        """The coverage that is farther from 90 %."""
+        return max(self.low, self.high, key=lambda value: abs(value - COVERAGE))
+
+    def __str__(self) -> str:
+        return (
+            f"means are off by {self.gap:.2f} ± {self.gap_se:.2f} sd (at {self.name}), 90 % intervals hold "
+            f"{100 * self.low:.0f} to {100 * self.high:.0f} % (± {100 * self.coverage_se:.1f})"
+        )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A guide's predictions against those of resampled draws and of chains.
+
+    :param sites: the outputs' sites.
+    :param num_outputs: outputs that were compared.
+    :param total: outputs that there are.
+    :param by_weights: resampled draws; as far as the weights can tell.
+    :param by_chains: chains from the guide's draws; None without.
+    :param by_chains_resampled: these against the resampled draws.
+    :param by_far: chains from far starts that settled, as a sample of the posterior; None where too few did.
+    :param by_far_resampled: these against the resampled draws.
+    :param settled: how many there are.
+    """
+
+    sites: list[str]
+    num_outputs: int
+    total: int
+    by_weights: Agreement
+    by_chains: Agreement | None = None
+    by_chains_resampled: Agreement | None = None
+    by_far: Agreement | None = None
+    by_far_resampled: Agreement | None = None
+    settled: int = 0
+
+    @property
+    def chains(self) -> list[Agreement]:
+        """Those of the chains that there are."""
+        return [found for found in (self.by_chains, self.by_far) if found is not None]
+
+    @property
+    def mended(self) -> bool:
+        """Whether the resampled draws agree with the chains."""
+        found = (self.by_chains_resampled, self.by_far_resampled)
+        return not any(agreement.differs for agreement in found if agreement is not None)
+
+    def figures(self) -> dict[str, float]:
+        """Those of :class:`Diagnosis`."""
+        found = {
+            "predictive_shift": self.by_weights.gap,
+            "predictive_coverage": self.by_weights.coverage,
+        }
+        if self.chains:
+            coverages = [agreement.coverage for agreement in self.chains]
+            found["chains_shift"] = max(agreement.gap for agreement in self.chains)
+            found["chains_coverage"] = max(coverages, key=lambda value: abs(value - COVERAGE))
+        return found
+
+
+class _Reference:
+    """The guide's own predictions, on which all comparisons are made."""
+
+    def __init__(self, guide: Evaluated, names: list[str]) -> None:
+        self.names = names
+        self.low, self.high = np.quantile(
+            guide.drawn.reshape(-1, guide.drawn.shape[-1]), [0.5 - COVERAGE / 2, 0.5 + COVERAGE / 2], axis=0
+        )
+        self.size = len(guide.first)
+        self.first, self.second = guide.first, guide.second
+        self.inside = self.covered(guide)
+        self.mean, self.own = guide.first.mean(0), self.inside.mean(0)
+        self.sd = _sd(self.mean, guide.second.mean(0))
+
+    def covered(self, found: Evaluated) -> Array:
+        """Share of the draws at each point that fall into the guide's intervals, ``(S, N)``."""
+        inside: Array = ((found.drawn >= self.low) & (found.drawn <= self.high)).mean(0)
+        return inside
+
+    def agreement(self, found: "_Found") -> Agreement:
+        """What differences say, all outputs together."""
+        from scipy.special import stdtrit
+
+        scale = np.maximum(found.sd, 1e-9 * (np.abs(self.mean) + self.sd + 1e-300))
+        gap, se = np.abs(found.gap) / scale, found.se / scale
+        covered, covered_se = found.covered, found.covered_se
+        bar = float(stdtrit(max(found.df, 3.0), 1.0 - LEVEL / (4 * len(gap))))
+        sides = np.abs(covered)
+        differs = (gap > MEAN_LIMIT) & (gap > bar * se)
+        differs |= (sides > COVERAGE_LIMIT) & (sides > bar * covered_se)
+        unsure = (gap - 2.0 * se > MEAN_LIMIT) | (sides - 2.0 * covered_se > COVERAGE_LIMIT)
+        unsure |= (se > MEAN_LIMIT) | (covered_se > COVERAGE_LIMIT)
+        worst = int(np.argmax(gap - 2.0 * se))
+        low, high = int(np.argmin(covered + 2.0 * covered_se)), int(np.argmax(covered - 2.0 * covered_se))
+        return Agreement(
+            float(gap[worst]),
+            float(se[worst]),
+            self.names[worst],
+            COVERAGE + float(covered[low]),
+            COVERAGE + float(covered[high]),
+            float(max(covered_se[low], covered_se[high])),
+            bool(differs.any()),
+            bool(unsure.any()),
+        )
+
+
+def compare_outputs(
+    outputs: Outputs,
+    z: Tensor,
+    weights: Array,
+    chains: ChainStates | None = None,
+) -> Predictions:
+    """Compares the guide's predictions with the resampled draws' and the chains'.
+
+    :param outputs: what is predicted.
+    :param z: draws of the guide, ``(S, D)``.
+    :param weights: their smoothed weights, which sum to one, ``(S,)``.
+    :param chains: those of the probes.
+    """
+    some = slice(outputs.most_draws)
+    guide = outputs.at(z[some])
+    weights = weights[some] / weights[some].sum()
+    parts = [guide]
+    if chains is not None:
+        parts.append(outputs.at(chains.start[chains.from_guide]))
+        parts.append(outputs.at(chains.states.reshape(-1, z.shape[-1])))
+    guide, *others = _with_moments(parts)
+    reference = _Reference(guide, outputs.names)
+    moved = _moved(reference, weights)
+    known = (outputs.sites, len(outputs.names), outputs.total, reference.agreement(moved))
+    if chains is None:
+        return Predictions(*known)
+    start, states = others
+    shape = (*chains.states.shape[:2], -1)
+    first, second = (part.reshape(shape).mean(0) for part in (states.first, states.second))
+    inside = reference.covered(states).reshape(shape).mean(0)
+    near = chains.from_guide.cpu().numpy()
+    found = _Found(
+        *_drift(start.first, first[near], reference.first),
+        *_drift(reference.covered(start), inside[near], reference.inside),
+        _sd(first[near].mean(0), second[near].mean(0)),
+        near.sum() - 1.0,
+    )
+    by_chains, resampled = reference.agreement(found), reference.agreement(found.less(moved))
+    settled = settled_weights(chains, z)
+    fewest = settled.sum() ** 2 / max(float(settled @ settled), 1e-300)
+    if fewest < FEWEST:
+        return Predictions(*known, by_chains, resampled)
+    far = _Found(
+        *_pooled(first, settled, reference.first),
+        *_pooled(inside, settled, reference.inside),
+        _sd(settled @ first / settled.sum(), settled @ second / settled.sum()),
+        fewest - 1.0,
+    )
+    return Predictions(
+        *known,
+        by_chains,
+        resampled,
+        reference.agreement(far),
+        reference.agreement(far.less(moved)),
+        int((settled > 0.0).sum()),
+    )
+
+
+class _Found(NamedTuple):
+    """Differences from the guide in every output: of means and of coverages, with their standard errors."""
+
+    gap: Array
+    se: Array
+    covered: Array
+    covered_se: Array
+    sd: Array
+    """The others' predictive sd."""
+    df: float
+    """Degrees of freedom of the standard errors."""
+
+    def less(self, other: "_Found") -> "_Found":
+        """From what the other has found."""
+        return self._replace(
+            gap=self.gap - other.gap,
+            se=np.hypot(self.se, other.se),
+            covered=self.covered - other.covered,
+            covered_se=np.hypot(self.covered_se, other.covered_se),
+        )
+
+
+def _moved(reference: _Reference, weights: Array) -> _Found:
+    """By how much resampling changes the predictions."""
+    change = weights - 1.0 / len(weights)
+    mean, inside = weights @ reference.first, weights @ reference.inside
+    return _Found(
+        change @ reference.first,
+        np.sqrt(change**2 @ (reference.first - mean) ** 2),
+        change @ reference.inside,
+        np.sqrt(change**2 @ (reference.inside - inside) ** 2),
+        _sd(mean, weights @ reference.second),
+        1.0 / float(weights @ weights) - 1.0,
+    )
+
+
+def _pooled(values: Array, weights: Array, guide: Array) -> tuple[Array, Array]:
+    """Weighted mean of independent chains' values ``(P, N)`` less the guide's, and its standard error."""
+    weights = weights / weights.sum()
+    mean = weights @ values
+    fewest = 1.0 / float(weights @ weights)
+    variance = weights**2 @ (values - mean) ** 2 * fewest / (fewest - 1.0)
+    return mean - guide.mean(0), np.sqrt(variance + guide.var(0) / len(guide))
+
+
+def _sd(mean: Array, second: Array) -> Array:
+    """The predictive sd, of the mean of the first and second moments."""
+    sd: Array = np.sqrt(np.maximum(second - mean**2, 0.0))
+    return sd
+
+
+def _with_moments(parts: list[Evaluated]) -> list[Evaluated]:
+    """The same, with outputs that have no mean cut off at quantiles of the first part's draws."""
+    bad = ~np.all([np.isfinite(part.first).all(0) & np.isfinite(part.second).all(0) for part in parts], 0)
+    if not bad.any():
+        return parts
+    drawn = parts[0].drawn[..., bad]
+    low, high = np.quantile(drawn.reshape(-1, drawn.shape[-1]), WINSORISED, axis=0)
+    for part in parts:
+        cut = np.clip(part.drawn[..., bad], low, high)
+        part.first[:, bad], part.second[:, bad] = cut.mean(0), (cut**2).mean(0)
+    return parts
+
+
+def _drift(start: Array, mean: Array, guide: Array) -> tuple[Array, Array]:
+    """E_p f - E_q f of each column and its standard error, by chains that start at draws of q.
+
+    Where chains remember a share b of their start, E[mean - b start] = (1 - b) E_p f.
+
+    :param start: f at the starts, ``(P, N)``.
+    :param mean: f averaged over each chain, ``(P, N)``.
+    :param guide: f at all draws of q, ``(S, N)``.
+    """
+    expected = guide.mean(0)
+    centred = start - start.mean(0)
+    memory = (centred * mean).mean(0) / np.maximum((centred**2).mean(0), 1e-300)
+    memory = np.clip(memory, 0.0, MEMORY)
+    residual = (mean - expected - memory * (start - expected)) / (1.0 - memory)
+    variance = residual.var(0, ddof=1) / len(start) + guide.var(0) / len(guide)
+    return residual.mean(0), np.sqrt(variance)
+
+
+def judge_predictions(f: Figures, p: Predictions) -> Judgement:
+    """The verdict on a fit by its predictions alone."""
+    judgement = Judgement()
+    part = f"{p.num_outputs} of {p.total}" if p.num_outputs < p.total else f"{p.total}"
+    judgement.add(f"judged by {part} outputs of {', '.join(p.sites)} alone, whatever the latents")
+    informative = (f.khat <= f.khat_threshold and f.ess >= USABLE_ESS) or f.share >= USABLE_SHARE
+    if not informative:
+        told = f"the weights say nothing of them: k-hat {f.khat:.2f}, {f.ess:.0f} effective draws"
+        judgement.add(told, 2 if p.chains else 0, "" if p.chains else LONGER)
+    elif p.by_weights.differs:
+        judgement.add(f"predictions differ from the resampled draws': {p.by_weights}", 1, RESAMPLE)
+    else:
+        told = f"predictions agree with the resampled draws': {p.by_weights}"
+        judgement.add(told, 1 if p.by_weights.unsure and not p.chains else 2)
+    for found, chains in (
+        (p.by_chains, "chains from the guide's draws"),
+        (p.by_far, f"{p.settled} chains from far starts that settled"),
+    ):
+        if found is None:
+            continue
+        if found.differs:
+            mended = informative and p.mended
+            judgement.add(
+                f"predictions differ from those of {chains}: {found}",
+                1 if mended else 0,
+                RESAMPLE if mended else _richer(f),
+            )
+        elif not found.unsure:
+            judgement.add(f"predictions agree with those of {chains}: {found}")
+        elif found is p.by_chains:
+            told = f"{chains} are too noisy to confirm the predictions: {found}"
+            judgement.add(told, 1 if informative else 0, EASIER)
+    return _others(judgement, f)
+
+
+def _others(judgement: Judgement, f: Figures) -> Judgement:
+    if f.converged is False:
+        judgement.add("the training had not converged", 1, LONGER)
+    if f.num_nonfinite:
+        judgement.add(f"{f.num_nonfinite} of {f.num_samples} draws have a density that is not finite", 0)
+    return judgement
