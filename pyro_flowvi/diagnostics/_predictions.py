@@ -202,10 +202,11 @@ def compare_outputs(
         near.sum() - 1.0,
     )
     by_chains, resampled = reference.agreement(found), reference.agreement(found.less(moved))
-    settled = settled_weights(chains, z)
+    settled = settled_weights(chains, z, first / np.maximum(reference.sd, 1e-300))
+    num = int((settled[~near] > 0.0).sum())
     fewest = settled.sum() ** 2 / max(float(settled @ settled), 1e-300)
-    if fewest < FEWEST:
-        return Predictions(*known, by_chains, resampled)
+    if not num or fewest < FEWEST:
+        return Predictions(*known, by_chains, resampled, settled=num)
     far = _Found(
         *_pooled(first, settled, reference.first),
         *_pooled(inside, settled, reference.inside),
@@ -218,7 +219,7 @@ def compare_outputs(
         resampled,
         reference.agreement(far),
         reference.agreement(far.less(moved)),
-        int((settled > 0.0).sum()),
+        num,
     )
 
 
@@ -318,25 +319,29 @@ def judge_predictions(f: Figures, p: Predictions) -> Judgement:
     else:
         told = f"predictions agree with the resampled draws': {p.by_weights}"
         judgement.add(told, 1 if p.by_weights.unsure and not p.chains else 2)
-    for found, chains in (
-        (p.by_chains, "chains from the guide's draws"),
-        (p.by_far, f"{p.settled} chains from far starts that settled"),
-    ):
-        if found is None:
-            continue
-        if found.differs:
-            mended = informative and p.mended
-            judgement.add(
-                f"predictions differ from those of {chains}: {found}",
-                1 if mended else 0,
-                RESAMPLE if mended else _richer(f),
-            )
-        elif not found.unsure:
-            judgement.add(f"predictions agree with those of {chains}: {found}")
-        elif found is p.by_chains:
-            told = f"{chains} are too noisy to confirm the predictions: {found}"
-            judgement.add(told, 1 if informative else 0, EASIER)
+    if p.by_chains is not None:
+        _by_chains(judgement, f, p, p.by_chains, "chains from the guide's draws", informative)
+        if p.by_far is None:
+            judgement.add(f"{p.settled or 'none'} of the chains from far starts settled, too few to tell")
+        else:
+            _by_chains(judgement, f, p, p.by_far, f"{p.settled} settled chains from far starts", informative)
     return _others(judgement, f)
+
+
+def _by_chains(
+    judgement: Judgement, f: Figures, p: Predictions, found: Agreement, chains: str, informative: bool
+) -> None:
+    if found.differs:
+        mended = informative and p.mended
+        told = f"predictions differ from those of {chains}: {found}"
+        judgement.add(told, 1 if mended else 0, RESAMPLE if mended else _richer(f))
+    elif not found.unsure:
+        judgement.add(f"predictions agree with those of {chains}: {found}")
+    elif found is p.by_chains:
+        told = f"{chains} are too noisy to confirm the predictions: {found}"
+        judgement.add(told, 1 if informative else 0, EASIER)
+    else:
+        judgement.add(f"{chains} are too noisy to say more: {found}")
 
 
 def _others(judgement: Judgement, f: Figures) -> Judgement:
