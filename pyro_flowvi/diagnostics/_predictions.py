@@ -3,6 +3,7 @@
 Networks and other models whose parameters are not identified have many modes with the same predictions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ._chains import ChainStates
 from ._outputs import Evaluated, Outputs
-from ._settled import settled_weights
+from ._settled import settled_elsewhere
 from ._verdict import EASIER, LONGER, USABLE_ESS, USABLE_SHARE, Figures, Judgement, _richer
 
 __all__ = ["Agreement", "Predictions", "compare_outputs", "judge_predictions"]
@@ -30,8 +31,6 @@ MEMORY: Final = 0.95
 """Most of its start that a chain may be taken to remember."""
 WINSORISED: Final = (0.005, 0.995)
 """Quantiles of the guide's draws at which an output without a mean is cut off."""
-FEWEST: Final = 4.0
-"""Settled chains from far starts, by effective number, that say something."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +76,27 @@ class Predictions:
     :param num_outputs: outputs that were compared.
     :param total: outputs that there are.
     :param by_weights: resampled draws; as far as the weights can tell.
-    :param by_chains: chains from the guide's draws; None without.
-    :param by_chains_resampled: these against the resampled draws.
-    :param by_far: chains from far starts that settled, as a sample of the posterior; None where too few did.
-    :param by_far_resampled: these against the resampled draws.
-    :param settled: how many there are.
+    :param by_chains: chains from the guide's draws; then these with those from far starts that settled in
+        other modes, if any did; empty without chains.
+    :param resampled: these against the resampled draws.
+    :param elsewhere: chains that settled in other modes.
+    :param share: of the posterior mass there.
     """
 
     sites: list[str]
     num_outputs: int
     total: int
     by_weights: Agreement
-    by_chains: Agreement | None = None
-    by_chains_resampled: Agreement | None = None
-    by_far: Agreement | None = None
-    by_far_resampled: Agreement | None = None
-    settled: int = 0
+    by_chains: Sequence[Agreement] = ()
+    resampled: Sequence[Agreement] = ()
+    elsewhere: int = 0
+    share: float = 0.0
 
     @property
-    def chains(self) -> list[Agreement]:
-        """Those of the chains that there are."""
-        return [found for found in (self.by_chains, self.by_far) if found is not None]
-
-    @property
-    def mended(self) -> bool:
-        """Whether the resampled draws agree with the chains."""
-        found = (self.by_chains_resampled, self.by_far_resampled)
-        return not any(agreement.differs for agreement in found if agreement is not None)
+    def of_chains(self) -> Agreement | None:
+        """What the chains say: that of other modes where it is a clear no."""
+        clear = [found for found in self.by_chains if found.differs]
+        return next(iter([*clear, *self.by_chains]), None)
 
     def figures(self) -> dict[str, float]:
         """Those of :class:`Diagnosis`."""
@@ -111,10 +104,8 @@ class Predictions:
             "predictive_shift": self.by_weights.gap,
             "predictive_coverage": self.by_weights.coverage,
         }
-        if self.chains:
-            coverages = [agreement.coverage for agreement in self.chains]
-            found["chains_shift"] = max(agreement.gap for agreement in self.chains)
-            found["chains_coverage"] = max(coverages, key=lambda value: abs(value - COVERAGE))
+        if self.of_chains is not None:
+            found |= {"chains_shift": self.of_chains.gap, "chains_coverage": self.of_chains.coverage}
         return found
 
 
@@ -156,8 +147,8 @@ class _Reference:
             float(gap[worst]),
             float(se[worst]),
             self.names[worst],
-            COVERAGE + float(covered[low]),
-            COVERAGE + float(covered[high]),
+            max(COVERAGE + float(covered[low]), 0.0),
+            min(COVERAGE + float(covered[high]), 1.0),
             float(max(covered_se[low], covered_se[high])),
             bool(differs.any()),
             bool(unsure.any()),
@@ -195,32 +186,25 @@ def compare_outputs(
     first, second = (part.reshape(shape).mean(0) for part in (states.first, states.second))
     inside = reference.covered(states).reshape(shape).mean(0)
     near = chains.from_guide.cpu().numpy()
-    found = _Found(
-        *_drift(start.first, first[near], reference.first),
-        *_drift(reference.covered(start), inside[near], reference.inside),
-        _sd(first[near].mean(0), second[near].mean(0)),
-        near.sum() - 1.0,
-    )
-    by_chains, resampled = reference.agreement(found), reference.agreement(found.less(moved))
-    settled = settled_weights(chains, z, first / np.maximum(reference.sd, 1e-300))
-    num = int((settled[~near] > 0.0).sum())
-    fewest = settled.sum() ** 2 / max(float(settled @ settled), 1e-300)
-    if not num or fewest < FEWEST:
-        return Predictions(*known, by_chains, resampled, settled=num)
-    far = _Found(
-        *_pooled(first, settled, reference.first),
-        *_pooled(inside, settled, reference.inside),
-        _sd(settled @ first / settled.sum(), settled @ second / settled.sum()),
-        fewest - 1.0,
-    )
-    return Predictions(
-        *known,
-        by_chains,
-        resampled,
-        reference.agreement(far),
-        reference.agreement(far.less(moved)),
-        num,
-    )
+    gap, se = _drift(start.first, first[near], reference.first)
+    covered, covered_se = _drift(reference.covered(start), inside[near], reference.inside)
+    other = settled_elsewhere(chains, z, first / np.maximum(reference.sd, 1e-300))
+    sd = _sd(first[near].mean(0), second[near].mean(0))
+    found = [_Found(gap, se, covered, covered_se, sd, near.sum() - 1.0)]
+    other = settled_elsewhere(chains, z, first / np.maximum(reference.sd, 1e-300))
+    if other.num:
+        weights = other.share * other.weights + np.where(near, (1.0 - other.share) / near.sum(), 0.0)
+        there = _pooled(inside, other.weights, reference.inside)
+        whole = _Found(
+            *_mixed(gap, se, *_pooled(first, other.weights, reference.first), other.share),
+            *_mixed(covered, covered_se, *there, other.share),
+            _sd(weights @ first, weights @ second),
+            min(near.sum(), other.effective) - 1.0,
+        )
+        found.append(whole)
+    by_chains = [reference.agreement(part) for part in found]
+    resampled = [reference.agreement(part.less(moved)) for part in found]
+    return Predictions(*known, by_chains, resampled, other.num, other.share)
 
 
 class _Found(NamedTuple):
@@ -261,11 +245,14 @@ def _moved(reference: _Reference, weights: Array) -> _Found:
 
 def _pooled(values: Array, weights: Array, guide: Array) -> tuple[Array, Array]:
     """Weighted mean of independent chains' values ``(P, N)`` less the guide's, and its standard error."""
-    weights = weights / weights.sum()
     mean = weights @ values
-    fewest = 1.0 / float(weights @ weights)
-    variance = weights**2 @ (values - mean) ** 2 * fewest / (fewest - 1.0)
+    variance = weights**2 @ (values - mean) ** 2 / max(1.0 - float(weights @ weights), 1e-9)
     return mean - guide.mean(0), np.sqrt(variance + guide.var(0) / len(guide))
+
+
+def _mixed(gap: Array, se: Array, other: Array, other_se: Array, share: float) -> tuple[Array, Array]:
+    """Differences of the whole posterior, of those of two parts."""
+    return (1.0 - share) * gap + share * other, np.hypot((1.0 - share) * se, share * other_se)
 
 
 def _sd(mean: Array, second: Array) -> Array:
@@ -313,35 +300,28 @@ def judge_predictions(f: Figures, p: Predictions) -> Judgement:
     informative = (f.khat <= f.khat_threshold and f.ess >= USABLE_ESS) or f.share >= USABLE_SHARE
     if not informative:
         told = f"the weights say nothing of them: k-hat {f.khat:.2f}, {f.ess:.0f} effective draws"
-        judgement.add(told, 2 if p.chains else 0, "" if p.chains else LONGER)
+        judgement.add(told, 2 if p.by_chains else 0, "" if p.by_chains else LONGER)
     elif p.by_weights.differs:
         judgement.add(f"predictions differ from the resampled draws': {p.by_weights}", 1, RESAMPLE)
     else:
         told = f"predictions agree with the resampled draws': {p.by_weights}"
-        judgement.add(told, 1 if p.by_weights.unsure and not p.chains else 2)
-    if p.by_chains is not None:
-        _by_chains(judgement, f, p, p.by_chains, "chains from the guide's draws", informative)
-        if p.by_far is None:
-            judgement.add(f"{p.settled or 'none'} of the chains from far starts settled, too few to tell")
-        else:
-            _by_chains(judgement, f, p, p.by_far, f"{p.settled} settled chains from far starts", informative)
-    return _others(judgement, f)
-
-
-def _by_chains(
-    judgement: Judgement, f: Figures, p: Predictions, found: Agreement, chains: str, informative: bool
-) -> None:
+        judgement.add(told, 1 if p.by_weights.unsure and not p.by_chains else 2)
+    found = p.of_chains
+    if found is None:
+        return _others(judgement, f)
+    chains = "those of chains from the guide's draws"
+    if p.elsewhere and (found is p.by_chains[-1] or not p.by_chains[-1].unsure):
+        chains += f" and of {p.elsewhere} that settled in other modes, with {100 * p.share:.0f} % of the mass"
     if found.differs:
-        mended = informative and p.mended
-        told = f"predictions differ from those of {chains}: {found}"
+        mended = informative and not any(other.differs for other in p.resampled)
+        told = f"predictions differ from {chains}: {found}"
         judgement.add(told, 1 if mended else 0, RESAMPLE if mended else _richer(f))
-    elif not found.unsure:
-        judgement.add(f"predictions agree with those of {chains}: {found}")
-    elif found is p.by_chains:
-        told = f"{chains} are too noisy to confirm the predictions: {found}"
+    elif found.unsure:
+        told = f"predictions are not confirmed by {chains}, which are too noisy: {found}"
         judgement.add(told, 1 if informative else 0, EASIER)
     else:
-        judgement.add(f"{chains} are too noisy to say more: {found}")
+        judgement.add(f"predictions agree with {chains}: {found}")
+    return _others(judgement, f)
 
 
 def _others(judgement: Judgement, f: Figures) -> Judgement:

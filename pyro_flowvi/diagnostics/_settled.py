@@ -1,6 +1,7 @@
-"""Which chains have settled, and of how much of the posterior each speaks."""
+"""Which chains have settled where a guide does not draw, and of how much of the posterior they speak."""
 
 import math
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -10,37 +11,63 @@ from torch import Tensor
 
 from ._chains import ChainStates, ValueAndGrad, Whitening
 
-__all__ = ["settled_weights"]
+__all__ = ["Elsewhere", "settled_elsewhere"]
 
 Array = NDArray[np.float64]
-SETTLED_SD: Final = 4.0
-"""How far the mean log density of a settled chain may lie below that of the chains from the guide's draws, in
-sd of the log density."""
+SETTLED_LEVEL: Final = 0.05
+"""Share of the chains from the guide's draws whose mean log density is below that of any settled chain."""
 LEAST_SD: Final = 0.5
 """Of the log density, nats: what it is with half of a latent."""
 NOISE_SD: Final = 2.0
-"""Difference in log mass, in the same sd, that is noise of a short chain."""
+"""How much likelier than the guide's a mode may seem, in sd of the log density, by noise of short chains."""
 MOST_ODDS: Final = 2.0
 """Log odds of a mode that is likelier than the guide's, at most: no chain is ever all there is."""
 MOST_CURVED: Final = 64
 """Up to this many latents the width of a mode is that of its second derivatives."""
 NUM_CURVED: Final = 16
 """Chains from the guide's draws with which the width of another mode is compared."""
-MIN_CHAINS: Final = 8
-"""Chains from far starts that speak for the guide's own mode without those from its draws."""
+NUM_REFERENCES: Final = 2000
+"""Draws of the guide to which distances are taken."""
+NUM_STATES: Final = 5
+"""States of each chain that are."""
+WIDER_RADIUS: Final = 0.3
+"""Squared distance, for each latent, that is left to a guide that is somewhat too narrow everywhere."""
+MOST_SHARE: Final = 0.6
+"""Share of distant states that makes a chain one of another mode."""
 STEP: Final = 0.01
 """Step of their differences, in sd of the guide."""
 LEAST_CURVATURE: Final = 1e-3
 """Curvature that a flat direction is taken to have, in the same unit."""
 
 
-def settled_weights(chains: ChainStates, z: Tensor, outputs: Array) -> Array:
-    """Weights of the chains as a sample of the posterior, ``(P,)``: each mode counts by its mass.
+@dataclass(frozen=True)
+class Elsewhere:
+    """Chains that settled where the guide does not draw.
 
-    Of chains from far starts the ones whose log density is far below the others' have not settled, and say
-    nothing; nor does one that predicts what no other does.  The others are gathered to modes.  How many start
-    in the reach of a mode says nothing of its mass: modes count alike, unless log density and width say
-    clearly otherwise.
+    :param weights: of each chain as a sample of what is there, ``(P,)``, summing to one; 0 of all others.
+    :param share: of the posterior mass, as far as short chains can tell.
+    """
+
+    weights: Array
+    share: float
+
+    @property
+    def num(self) -> int:
+        """How many there are."""
+        return int((self.weights > 0.0).sum())
+
+    @property
+    def effective(self) -> float:
+        """How many equally weighted chains say as much."""
+        return float(1.0 / (self.weights @ self.weights)) if self.num else 0.0
+
+
+def settled_elsewhere(chains: ChainStates, z: Tensor, outputs: Array) -> Elsewhere:
+    """Chains from far starts in other modes than the guide's, each mode with its mass.
+
+    A chain whose log density is far below the others', or that does not move, has not settled, and says
+    nothing; nor does one that predicts what no other does.  How many start in the reach of a mode says
+    nothing of its mass: that is of log density and width.
 
     :param z: draws of the guide, ``(S, D)``.
     :param outputs: mean of the outputs over each chain, in units of their sd, ``(P, N)``.
@@ -50,27 +77,43 @@ def settled_weights(chains: ChainStates, z: Tensor, outputs: Array) -> Array:
     log_p = value.reshape(chains.states.shape[:2]).cpu().numpy()
     near = chains.from_guide.cpu().numpy()
     level, at_guide = log_p.mean(0), log_p[:, near]
-    usual = float(np.median(level[near]))
+    usual, least = np.quantile(level[near], [0.5, SETTLED_LEVEL])
     sd = max(float(at_guide[np.isfinite(at_guide)].std()), LEAST_SD)
-    settled = ~near & (level > usual - SETTLED_SD * sd)
-    settled[settled] = _confirmed(outputs[settled], outputs[near])
-    scales = z.double().std(0).clamp_min(1e-12)
-    odds = np.zeros(len(near))
-    for i in (*np.flatnonzero(settled), *np.flatnonzero(near)[:NUM_CURVED]):
-        odds[i] = level[i] - usual + _log_width(chains.density, chains.states[-1, i], scales, z)
-    home = float(np.median(odds[np.flatnonzero(near)[:NUM_CURVED]]))
+    stuck = (chains.states == chains.states[0]).all(-1).all(0).cpu().numpy()
+    whitening = Whitening.of(z)
+    away = _beyond(whitening(z), whitening(chains.states))
+    other = ~near & ~stuck & (level > least) & away
+    other[other] = _confirmed(outputs[other], outputs[near])
     weights = np.zeros(len(near))
-    for members in _modes(Whitening.of(z)(chains.states.mean(0)).cpu().numpy(), near, settled):
-        if near[members].any():
-            mass = 1.0
-        else:
-            found = float(odds[members].mean()) - home
-            clear = math.copysign(max(abs(found) - NOISE_SD * sd, 0.0), found)
-            mass = math.exp(min(clear, MOST_ODDS))
-        far = members[settled[members]]
-        of_mode = far if len(far) >= MIN_CHAINS else members
-        weights[of_mode] += mass / len(of_mode)
-    return weights
+    if not other.any():
+        return Elsewhere(weights, 0.0)
+    home, scales = np.flatnonzero(near)[:NUM_CURVED], z.double().std(0).clamp_min(1e-12)
+    odds = np.zeros(len(near))
+    for i in (*home, *np.flatnonzero(other)):
+        odds[i] = level[i] - usual + _log_width(chains.density, chains.states[-1, i], scales, z)
+    for members in _modes(whitening(chains.states.mean(0)).cpu().numpy(), other):
+        found = float(odds[members].mean() - np.median(odds[home]))
+        better = min(max(found - NOISE_SD * sd, 0.0), MOST_ODDS)
+        weights[members] = math.exp(min(found, better)) / len(members)
+    total = float(weights.sum())
+    return Elsewhere(weights / total, total / (1.0 + total))
+
+
+def _beyond(draws: Tensor, states: Tensor) -> NDArray[np.bool_]:
+    """Whether a chain is mostly farther from all draws than these are from one another.
+
+    :param draws: whitened, ``(S, D)``.
+    :param states: whitened, ``(T, P, D)``.
+    """
+    references = draws[torch.randperm(len(draws))[:NUM_REFERENCES]]
+    distances = torch.cdist(references[:500], references)
+    distances.fill_diagonal_(torch.inf)
+    usual = distances.amin(-1).quantile(0.99)
+    reach = (usual.square() + max(1.0, WIDER_RADIUS * draws.shape[-1])).sqrt()
+    some = states[:: -(-len(states) // NUM_STATES)]
+    nearest = torch.stack([torch.cdist(state, references).amin(-1) for state in some])
+    beyond: NDArray[np.bool_] = ((nearest > reach).double().mean(0) >= MOST_SHARE).cpu().numpy()
+    return beyond
 
 
 def _confirmed(outputs: Array, usual: Array) -> NDArray[np.bool_]:
@@ -85,17 +128,15 @@ def _confirmed(outputs: Array, usual: Array) -> NDArray[np.bool_]:
     return confirmed
 
 
-def _modes(means: Array, near: NDArray[np.bool_], settled: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-    """The chains from the guide's draws and those that settled among them, and the other modes' chains.
+def _modes(means: Array, other: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """The chains of each mode.
 
     :param means: of each chain, whitened, ``(P, D)``.
     """
     from scipy.cluster.hierarchy import fcluster, linkage
 
-    counted = np.flatnonzero(near | settled)
+    counted = np.flatnonzero(other)
     labels = fcluster(linkage(means[counted], "average"), 4.0 + means.shape[-1] ** 0.5, "distance")
-    # The guide's own chains are one mode, however far they have gone.
-    labels[np.isin(labels, labels[near[counted]])] = 0
     return [counted[labels == label] for label in np.unique(labels)]
 
 

@@ -148,9 +148,7 @@ class TestSymmetries:
         def guide():
             """log a and log b: nearly normal on the ridge, a b = 2."""
             log_a = pyro.sample("log_a", dist.Normal(0.35, 0.4), infer={"is_auxiliary": True})
-            log_ab = dist.Normal(loc, scale)
-            log_b = pyro.sample("log_b", dist.TransformedDistribution(
-                log_ab, dist.transforms.AffineTransform(-log_a, 1.0)), infer={"is_auxiliary": True})  # fmt: skip
+            log_b = pyro.sample("log_b", dist.Normal(loc - log_a, scale), infer={"is_auxiliary": True})
             pyro.sample("a", dist.Delta(log_a.exp(), log_density=-log_a))
             pyro.sample("b", dist.Delta(log_b.exp(), log_density=-log_b))
 
@@ -303,18 +301,18 @@ class TestKindsOfOutputs:
     def test_many_outputs_are_thinned(self):
         def model():
             mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-            with pyro.plate("rows", 3000):
-                pyro.sample("y", dist.Normal(mu, 50.0), obs=torch.zeros(3000))
+            with pyro.plate("rows", 1500):
+                pyro.sample("y", dist.Normal(mu, 50.0), obs=torch.zeros(1500))
 
         def guide():
-            pyro.sample("mu", dist.Normal(0.0, (1.0 + 3000 / 2500.0) ** -0.5))
+            pyro.sample("mu", dist.Normal(0.0, 1.02 * (1.0 + 1500 / 2500.0) ** -0.5))
 
         outputs = outputs_of(model, guide)
-        assert (len(outputs.names), outputs.total) == (MOST_OUTPUTS, 3000)
-        assert outputs.names[-1] == "y[2999]"
-        found = diagnose(model, guide, seed=0, of="y")
+        assert (len(outputs.names), outputs.total) == (MOST_OUTPUTS, 1500)
+        assert outputs.names[-1] == "y[1499]"
+        found = diagnose(model, guide, seed=0, of="y", num_samples=400)
         assert found.verdict == "good"
-        assert any("1000 of 3000" in reason for reason in found.reasons)
+        assert any("1000 of 1500" in reason for reason in found.reasons)
 
     def test_one_by_one(self):
         """A model that reads single elements of a latent does not take many of its values at once."""
@@ -335,7 +333,7 @@ class TestKindsOfOutputs:
         found = outputs.at(torch.tensor([[0.5, 0.25], [1.0, 3.0]]))
         np.testing.assert_allclose(found.first, [[0.25, 0.25], [-2.0, 3.0]])
         np.testing.assert_allclose(found.second, [[0.0625, 1.0625], [4.0, 10.0]])
-        assert diagnose(model, guide, y, seed=0, of="predictions", num_samples=500).verdict != "poor"
+        assert diagnose(model, guide, y, seed=0, of="predictions", num_samples=200).verdict != "poor"
 
     def test_sites_that_are_summed_out(self):
         """The prediction of a mixture is that of data to come, whose component is not known."""
@@ -370,7 +368,7 @@ class TestBadArguments:
         def model():
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
-        with pytest.raises(ValueError, match="of: expected observed sites .there are none"):
+        with pytest.raises(ValueError, match=r"of: expected observed sites .there are none"):
             diagnose(model, model, of="predictions", num_samples=100)
 
     def test_subsampled_data(self):
