@@ -25,9 +25,11 @@ Array = NDArray[np.float64]
 MOST_OUTPUTS: Final = 1000
 """Numbers of which an output is told apart; of more, so many are taken at even distances."""
 REPEATS: Final = 4
-"""Values of a random output that are drawn at each value of the latents."""
+"""Values of a random output that are drawn at each value of the latents, unless there are very many."""
 FEW_DRAWS: Final = 500
 """Values of the latents at which a model is run that takes them one by one."""
+MOST_DRAWN: Final = 100_000_000
+"""Numbers that are drawn in all, unless so few draws tell nothing."""
 MOST_NUMBERS: Final = 10_000_000
 """Numbers of all sites at once."""
 
@@ -80,6 +82,8 @@ class Outputs:
         self._batched = self._density.batched
         self._random = self._pair.structure.sums_out
         self._sites = self._find(of)
+        self._size = sum(site["value"].numel() for site in self._sites.values())
+        self._repeats = REPEATS if self._size <= MOST_OUTPUTS else 1
         self._columns, self.total = self._choose()
         self.names: list[str] = [label for site in self._sites for label in self._labels(site)]
         """Of each output, such as ``y[3]``."""
@@ -92,9 +96,9 @@ class Outputs:
         return list(self._sites)
 
     @property
-    def most_draws(self) -> int | None:
-        """Values of the latents that are enough; None for any number."""
-        return None if self._batched else FEW_DRAWS
+    def most_draws(self) -> int:
+        """Values of the latents that are enough."""
+        return max(FEW_DRAWS, MOST_DRAWN // self._size) if self._batched else FEW_DRAWS
 
     def _find(self, of: str | Sequence[str]) -> dict[str, Site]:
         (one,) = self._run(self._density.start.unsqueeze(0))
@@ -174,23 +178,23 @@ class Outputs:
 
     def at(self, z: Tensor) -> Evaluated:
         """The outputs at points ``(S, D)`` of the unconstrained space."""
-        largest = max(
-            self._pair.structure.largest, sum(site["value"].numel() for site in self._sites.values())
-        )
-        sizes = even_sizes(len(z), max(1, MOST_NUMBERS // (REPEATS * largest)))
+        largest = max(self._pair.structure.largest, self._size)
+        sizes = even_sizes(len(z), max(1, MOST_NUMBERS // (self._repeats * largest)))
         parts = [self._evaluate(part, self._batched) for part in z.split(sizes)]
         first, second, drawn = zip(*parts, strict=True)
         return Evaluated(np.concatenate(first), np.concatenate(second), np.concatenate(drawn, 1))
 
     def _evaluate(self, z: Tensor, together: bool) -> Evaluated:
         # Where sites are summed out, each run draws these anew, as data to come would.
-        runs = [self._moments(self._run(z, together), len(z)) for _ in range(REPEATS if self._random else 1)]
+        runs = [
+            self._moments(self._run(z, together), len(z)) for _ in range(self._repeats if self._random else 1)
+        ]
         first, second, drawn = zip(*runs, strict=True)
         return Evaluated(np.mean(first, 0), np.mean(second, 0), np.concatenate(drawn))
 
     def _moments(self, traces: list[Trace], size: int) -> Evaluated:
         columns: list[list[Tensor]] = [[], [], []]
-        repeats = 1 if self._random else REPEATS
+        repeats = 1 if self._random else self._repeats
         for name, one in self._sites.items():
             shape, size_of_one = self._shape(one), size // len(traces)
             found = [_site_moments(trace.nodes[name], repeats) for trace in traces]

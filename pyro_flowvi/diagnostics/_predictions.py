@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._chains import ChainStates
 from ._outputs import Evaluated, Outputs
-from ._settled import settled_elsewhere
+from ._settled import elsewhere, settled
 from ._verdict import EASIER, LONGER, USABLE_ESS, USABLE_SHARE, Figures, Judgement, _richer
 
 __all__ = ["Agreement", "Predictions", "compare_outputs", "judge_predictions"]
@@ -25,8 +25,10 @@ COVERAGE: Final = 0.9
 COVERAGE_LIMIT: Final = 0.03
 """Largest difference of an interval's coverage."""
 RESAMPLE: Final = "use resampled draws for predictions: to_arviz(..., resample=True)"
-LEVEL: Final = 0.005
+LEVEL: Final = 0.05
 """Chance that an exact guide shows a significant difference in any output."""
+NOISY: Final = 2.0 / 3.0
+"""Standard error, in units of the limit, from which on a comparison decides nothing."""
 MEMORY: Final = 0.95
 """Most of its start that a chain may be taken to remember."""
 WINSORISED: Final = (0.005, 0.995)
@@ -43,8 +45,9 @@ class Agreement:
     :param low: least coverage of a 90 % interval of the guide.
     :param high: largest one.
     :param coverage_se: the larger of their standard errors.
-    :param differs: whether a gap or a coverage is beyond its limit, and significantly so.
-    :param unsure: whether one may be, as far as its standard error tells.
+    :param differs: whether a gap or a coverage is beyond its limit, significantly among all of them.
+    :param close: whether one is significant, and beyond its limit by twice its standard error.
+    :param noisy: whether the standard errors leave open what is within the limits.
     """
 
     gap: float
@@ -54,7 +57,8 @@ class Agreement:
     high: float
     coverage_se: float
     differs: bool
-    unsure: bool
+    close: bool
+    noisy: bool
 
     @property
     def coverage(self) -> float:
@@ -137,10 +141,10 @@ class _Reference:
         covered, covered_se = found.covered, found.covered_se
         bar = float(stdtrit(max(found.df, 3.0), 1.0 - LEVEL / (4 * len(gap))))
         sides = np.abs(covered)
-        differs = (gap > MEAN_LIMIT) & (gap > bar * se)
-        differs |= (sides > COVERAGE_LIMIT) & (sides > bar * covered_se)
-        unsure = (gap - 2.0 * se > MEAN_LIMIT) | (sides - 2.0 * covered_se > COVERAGE_LIMIT)
-        unsure |= (se > MEAN_LIMIT) | (covered_se > COVERAGE_LIMIT)
+        differs = (gap - bar * se > MEAN_LIMIT) | (sides - bar * covered_se > COVERAGE_LIMIT)
+        close = (gap > bar * se) & (gap - 2.0 * se > MEAN_LIMIT)
+        close |= (sides > bar * covered_se) & (sides - 2.0 * covered_se > COVERAGE_LIMIT)
+        noisy = (se > NOISY * MEAN_LIMIT) | (covered_se > NOISY * COVERAGE_LIMIT)
         worst = int(np.argmax(gap - 2.0 * se))
         low, high = int(np.argmin(covered + 2.0 * covered_se)), int(np.argmax(covered - 2.0 * covered_se))
         return Agreement(
@@ -151,7 +155,8 @@ class _Reference:
             min(COVERAGE + float(covered[high]), 1.0),
             float(max(covered_se[low], covered_se[high])),
             bool(differs.any()),
-            bool(unsure.any()),
+            bool(close.any()),
+            bool(noisy.any()),
         )
 
 
@@ -168,35 +173,37 @@ def compare_outputs(
     :param weights: their smoothed weights, which sum to one, ``(S,)``.
     :param chains: those of the probes.
     """
-    some = slice(outputs.most_draws)
-    guide = outputs.at(z[some])
-    weights = weights[some] / weights[some].sum()
+    most = outputs.most_draws
+    guide = outputs.at(z[:most])
+    weights = weights[:most] / weights[:most].sum()
     parts = [guide]
     if chains is not None:
+        chains = settled(chains, z)
+        every = max(1, chains.states.shape[0] * chains.states.shape[1] // most)
+        states = chains.states[every - 1 :: every]
         parts.append(outputs.at(chains.start[chains.from_guide]))
-        parts.append(outputs.at(chains.states.reshape(-1, z.shape[-1])))
+        parts.append(outputs.at(states.reshape(-1, z.shape[-1])))
     guide, *others = _with_moments(parts)
     reference = _Reference(guide, outputs.names)
     moved = _moved(reference, weights)
     known = (outputs.sites, len(outputs.names), outputs.total, reference.agreement(moved))
     if chains is None:
         return Predictions(*known)
-    start, states = others
-    shape = (*chains.states.shape[:2], -1)
-    first, second = (part.reshape(shape).mean(0) for part in (states.first, states.second))
-    inside = reference.covered(states).reshape(shape).mean(0)
+    start, found_there = others
+    shape = (len(states), len(chains.start), -1)
+    first, second = (part.reshape(shape).mean(0) for part in (found_there.first, found_there.second))
+    inside = reference.covered(found_there).reshape(shape).mean(0)
     near = chains.from_guide.cpu().numpy()
     gap, se = _drift(start.first, first[near], reference.first)
     covered, covered_se = _drift(reference.covered(start), inside[near], reference.inside)
-    other = settled_elsewhere(chains, z, first / np.maximum(reference.sd, 1e-300))
     sd = _sd(first[near].mean(0), second[near].mean(0))
     found = [_Found(gap, se, covered, covered_se, sd, near.sum() - 1.0)]
-    other = settled_elsewhere(chains, z, first / np.maximum(reference.sd, 1e-300))
+    other = elsewhere(chains, z, first / np.maximum(reference.sd, 1e-300))
     if other.num:
         weights = other.share * other.weights + np.where(near, (1.0 - other.share) / near.sum(), 0.0)
-        there = _pooled(inside, other.weights, reference.inside)
+        there = _pooled(inside, other.weights, near, reference.inside)
         whole = _Found(
-            *_mixed(gap, se, *_pooled(first, other.weights, reference.first), other.share),
+            *_mixed(gap, se, *_pooled(first, other.weights, near, reference.first), other.share),
             *_mixed(covered, covered_se, *there, other.share),
             _sd(weights @ first, weights @ second),
             min(near.sum(), other.effective) - 1.0,
@@ -243,11 +250,15 @@ def _moved(reference: _Reference, weights: Array) -> _Found:
     )
 
 
-def _pooled(values: Array, weights: Array, guide: Array) -> tuple[Array, Array]:
-    """Weighted mean of independent chains' values ``(P, N)`` less the guide's, and its standard error."""
-    mean = weights @ values
-    variance = weights**2 @ (values - mean) ** 2 / max(1.0 - float(weights @ weights), 1e-9)
-    return mean - guide.mean(0), np.sqrt(variance + guide.var(0) / len(guide))
+def _pooled(values: Array, weights: Array, near: NDArray[np.bool_], guide: Array) -> tuple[Array, Array]:
+    """Weighted mean of chains' values ``(P, N)`` less the guide's, and its standard error.
+
+    A few chains may agree by chance: each is at least as noisy as one from the guide's draws.
+    """
+    mean, squares = weights @ values, float(weights @ weights)
+    among = weights**2 @ (values - mean) ** 2 / max(1.0 - squares, 1e-9)
+    variance = np.maximum(among, squares * values[near].var(0, ddof=1)) + guide.var(0) / len(guide)
+    return mean - guide.mean(0), np.sqrt(variance)
 
 
 def _mixed(gap: Array, se: Array, other: Array, other_se: Array, share: float) -> tuple[Array, Array]:
@@ -301,26 +312,29 @@ def judge_predictions(f: Figures, p: Predictions) -> Judgement:
     if not informative:
         told = f"the weights say nothing of them: k-hat {f.khat:.2f}, {f.ess:.0f} effective draws"
         judgement.add(told, 2 if p.by_chains else 0, "" if p.by_chains else LONGER)
-    elif p.by_weights.differs:
+    elif p.by_weights.differs or p.by_weights.close:
         judgement.add(f"predictions differ from the resampled draws': {p.by_weights}", 1, RESAMPLE)
     else:
         told = f"predictions agree with the resampled draws': {p.by_weights}"
-        judgement.add(told, 1 if p.by_weights.unsure and not p.by_chains else 2)
+        judgement.add(told, 1 if p.by_weights.noisy and not p.by_chains else 2)
     found = p.of_chains
     if found is None:
         return _others(judgement, f)
-    chains = "those of chains from the guide's draws"
-    if p.elsewhere and (found is p.by_chains[-1] or not p.by_chains[-1].unsure):
+    chains = "chains from the guide's draws"
+    if p.elsewhere and (found is p.by_chains[-1] or not p.by_chains[-1].noisy):
         chains += f" and of {p.elsewhere} that settled in other modes, with {100 * p.share:.0f} % of the mass"
     if found.differs:
         mended = informative and not any(other.differs for other in p.resampled)
-        told = f"predictions differ from {chains}: {found}"
+        told = f"predictions differ from those of {chains}: {found}"
         judgement.add(told, 1 if mended else 0, RESAMPLE if mended else _richer(f))
-    elif found.unsure:
+    elif found.close:
+        told = f"predictions are close to those of {chains}, hardly within the limits: {found}"
+        judgement.add(told, 1, LONGER)
+    elif found.noisy:
         told = f"predictions are not confirmed by {chains}, which are too noisy: {found}"
         judgement.add(told, 1 if informative else 0, EASIER)
     else:
-        judgement.add(f"predictions agree with {chains}: {found}")
+        judgement.add(f"predictions agree with those of {chains}: {found}")
     return _others(judgement, f)
 
 

@@ -1,7 +1,7 @@
 """Which chains have settled where a guide does not draw, and of how much of the posterior they speak."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._chains import ChainStates, ValueAndGrad, Whitening
 
-__all__ = ["Elsewhere", "settled_elsewhere"]
+__all__ = ["Elsewhere", "elsewhere", "settled"]
 
 Array = NDArray[np.float64]
 SETTLED_LEVEL: Final = 0.05
@@ -62,41 +62,59 @@ class Elsewhere:
         return float(1.0 / (self.weights @ self.weights)) if self.num else 0.0
 
 
-def settled_elsewhere(chains: ChainStates, z: Tensor, outputs: Array) -> Elsewhere:
-    """Chains from far starts in other modes than the guide's, each mode with its mass.
+def settled(chains: ChainStates, z: Tensor) -> ChainStates:
+    """The chains from the guide's draws, and of those from far starts the ones that settled elsewhere.
 
-    A chain whose log density is far below the others', or that does not move, has not settled, and says
-    nothing; nor does one that predicts what no other does.  How many start in the reach of a mode says
-    nothing of its mass: that is of log density and width.
+    A chain whose log density is far below the others', or that does not move, has not settled.
 
+    :param z: draws of the guide, ``(S, D)``.
+    """
+    near = chains.from_guide.cpu().numpy()
+    level = _log_p(chains, z).mean(0)
+    whitening = Whitening.of(z)
+    away = _beyond(whitening(z), whitening(chains.states))
+    moving = (chains.states != chains.states[0]).any(-1).any(0).cpu().numpy()
+    kept = near | (moving & away & (level > np.quantile(level[near], SETTLED_LEVEL)))
+    rows = torch.from_numpy(kept).to(chains.from_guide.device)
+    return replace(
+        chains, start=chains.start[rows], states=chains.states[:, rows], from_guide=chains.from_guide[rows]
+    )
+
+
+def elsewhere(chains: ChainStates, z: Tensor, outputs: Array) -> Elsewhere:
+    """The chains in other modes than the guide's, each mode with its mass.
+
+    A chain that predicts what no other does says nothing.  How many start in the reach of a mode says nothing
+    of its mass: that is of log density and width.
+
+    :param chains: that settled.
     :param z: draws of the guide, ``(S, D)``.
     :param outputs: mean of the outputs over each chain, in units of their sd, ``(P, N)``.
     """
-    flat = chains.states.reshape(-1, z.shape[-1])
-    value = chains.density(flat.to(z))[0].double().nan_to_num(-torch.inf)
-    log_p = value.reshape(chains.states.shape[:2]).cpu().numpy()
     near = chains.from_guide.cpu().numpy()
-    level, at_guide = log_p.mean(0), log_p[:, near]
-    usual, least = np.quantile(level[near], [0.5, SETTLED_LEVEL])
-    sd = max(float(at_guide[np.isfinite(at_guide)].std()), LEAST_SD)
-    stuck = (chains.states == chains.states[0]).all(-1).all(0).cpu().numpy()
-    whitening = Whitening.of(z)
-    away = _beyond(whitening(z), whitening(chains.states))
-    other = ~near & ~stuck & (level > least) & away
+    weights, other = np.zeros(len(near)), ~near
     other[other] = _confirmed(outputs[other], outputs[near])
-    weights = np.zeros(len(near))
     if not other.any():
         return Elsewhere(weights, 0.0)
+    log_p = _log_p(chains, z)
     home, scales = np.flatnonzero(near)[:NUM_CURVED], z.double().std(0).clamp_min(1e-12)
-    odds = np.zeros(len(near))
+    odds = log_p.mean(0)
     for i in (*home, *np.flatnonzero(other)):
-        odds[i] = level[i] - usual + _log_width(chains.density, chains.states[-1, i], scales, z)
-    for members in _modes(whitening(chains.states.mean(0)).cpu().numpy(), other):
+        odds[i] += _log_width(chains.density, chains.states[-1, i], scales, z)
+    at_guide = log_p[:, near]
+    noise = NOISE_SD * max(float(at_guide[np.isfinite(at_guide)].std()), LEAST_SD)
+    for members in _modes(Whitening.of(z)(chains.states.mean(0)).cpu().numpy(), other):
         found = float(odds[members].mean() - np.median(odds[home]))
-        better = min(max(found - NOISE_SD * sd, 0.0), MOST_ODDS)
-        weights[members] = math.exp(min(found, better)) / len(members)
+        weights[members] = math.exp(min(found, max(found - noise, 0.0), MOST_ODDS)) / len(members)
     total = float(weights.sum())
     return Elsewhere(weights / total, total / (1.0 + total))
+
+
+def _log_p(chains: ChainStates, z: Tensor) -> Array:
+    """Log density of each state, ``(T, P)``."""
+    value = chains.density(chains.states.reshape(-1, z.shape[-1]).to(z))[0].double().nan_to_num(-torch.inf)
+    log_p: Array = value.reshape(chains.states.shape[:2]).cpu().numpy()
+    return log_p
 
 
 def _beyond(draws: Tensor, states: Tensor) -> NDArray[np.bool_]:

@@ -329,7 +329,7 @@ class TestKindsOfOutputs:
             pyro.sample("theta", dist.Normal(0.5 * y, scale).to_event(1))
 
         outputs = outputs_of(model, guide, y, of=["difference", "y_1"])
-        assert outputs.most_draws is not None
+        assert outputs.most_draws < 1000
         found = outputs.at(torch.tensor([[0.5, 0.25], [1.0, 3.0]]))
         np.testing.assert_allclose(found.first, [[0.25, 0.25], [-2.0, 3.0]])
         np.testing.assert_allclose(found.second, [[0.0625, 1.0625], [4.0, 10.0]])
