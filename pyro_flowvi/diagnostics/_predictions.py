@@ -121,10 +121,9 @@ class _Reference:
         self.low, self.high = np.quantile(
             guide.drawn.reshape(-1, guide.drawn.shape[-1]), [0.5 - COVERAGE / 2, 0.5 + COVERAGE / 2], axis=0
         )
-        self.size = len(guide.first)
-        self.first, self.second = guide.first, guide.second
+        self.first = guide.first
         self.inside = self.covered(guide)
-        self.mean, self.own = guide.first.mean(0), self.inside.mean(0)
+        self.mean = guide.first.mean(0)
         self.sd = _sd(self.mean, guide.second.mean(0))
 
     def covered(self, found: Evaluated) -> Array:
@@ -161,10 +160,7 @@ class _Reference:
 
 
 def compare_outputs(
-    outputs: Outputs,
-    z: Tensor,
-    weights: Array,
-    chains: ChainStates | None = None,
+    outputs: Outputs, z: Tensor, weights: Array, chains: ChainStates | None = None
 ) -> Predictions:
     """Compares the guide's predictions with the resampled draws' and the chains'.
 
