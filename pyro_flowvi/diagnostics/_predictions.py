@@ -121,7 +121,7 @@ class _Reference:
         self.low, self.high = np.quantile(
             guide.drawn.reshape(-1, guide.drawn.shape[-1]), [0.5 - COVERAGE / 2, 0.5 + COVERAGE / 2], axis=0
         )
-        self.first = guide.first
+        self.first, self.second = guide.first, guide.second
         self.inside = self.covered(guide)
         self.mean = guide.first.mean(0)
         self.sd = _sd(self.mean, guide.second.mean(0))
