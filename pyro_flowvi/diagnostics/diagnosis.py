@@ -154,10 +154,10 @@ def diagnose(
         informative and by the chains, those from far starts as far as they settled; "usable" is what
         resampling mends.  At most 1,000 outputs are compared.
     :param fit_result: what :func:`pyro_flowvi.fit` returned: a fit that had not converged is never good.
-    :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, ``of``
-        names no output of the model, or outputs that depend on which rows a run shows, the guide has not been set up
-        and cannot be, model and guide are swapped, the data are no tensors, or Pyro's validation refuses the
-        shape of a site.
+    :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, the outputs
+        that ``of`` names are none of the model's or change with the rows that a run shows, the guide has not
+        been set up and cannot be, model and guide are swapped, the data are no tensors, or Pyro's validation
+        refuses the shape of a site.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
     References: Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling*, 2024
