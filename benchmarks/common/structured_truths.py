@@ -344,11 +344,13 @@ def truth(problem: Problem, path: Path = RESULTS) -> Row:
 
 
 def errors(draws: Mapping[str, Tensor], truth: Row) -> Row:
-    """The worst error of a mean, in sds, which it is, and the lowest and highest ratio of sds."""
-    off, ratios = {}, []
+    """The worst error of a mean, in sds, and which it is; the lowest and highest ratio of sds, and which."""
+    off, ratios = {}, {}
     for name, values in draws.items():
-        mean, sd = truth["scalars"][name]
+        mean, sd, *_ = truth["scalars"][name]
         off[name] = abs(float(values.mean()) - mean) / sd
-        ratios.append(float(values.std()) / sd)
-    worst = max(off, key=lambda name: off[name])
-    return {"worst_mean": off[worst], "worst_name": worst, "sd_low": min(ratios), "sd_high": max(ratios)}
+        ratios[name] = float(values.std()) / sd
+    worst, low, high = max(off, key=off.__getitem__), *(f(ratios, key=ratios.__getitem__) for f in (min, max))
+    found: Row = {"worst_mean": off[worst], "worst_name": worst}
+    found |= {"sd_low": ratios[low], "sd_low_name": low, "sd_high": ratios[high], "sd_high_name": high}
+    return found

@@ -21,7 +21,7 @@ from .run_by_operation import as_function, without_repetition
 from .step import StepStats
 from .trace import trace
 
-__all__ = ["FlowStep"]
+__all__ = ["FlowStep", "call_between"]
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
 """How far the graph's results may be from the modules', relative to their norm."""
@@ -160,7 +160,7 @@ class FlowStep:
             raise CannotCompile("what the flow does depends on the values of its noise")
         static = [*(p.detach() for p in self.params), *self._changing, *graph.constants]
         nodes, held = without_repetition(graph.graph, static, [x, slope], frozen=len(graph.constants))
-        _call_between(nodes, len(static), self._weigh)
+        call_between(nodes, len(static), self._weigh)
         self.size = sum(node.op == "call_function" for node in nodes.nodes)
         return as_function(nodes, static, held)
 
@@ -236,7 +236,7 @@ class FlowStep:
         self._values += _ADAM.change(grad, *self.moments, self.count, lr)
 
 
-def _call_between(nodes: fx.Graph, num_static: int, weigh: Any) -> None:
+def call_between(nodes: fx.Graph, num_static: int, weigh: Any) -> None:
     """Replaces a graph's second argument by what a function makes of its first three results.
 
     These stay no results: the graph gives the gradient alone.

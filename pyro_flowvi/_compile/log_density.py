@@ -17,7 +17,7 @@ from .simplify import copy, mutated, shared_memory
 from .torch_private import private
 from .trace import Traced, trace
 
-__all__ = ["TracedDensity", "ValueAndGrad", "batch_memory", "log_densities", "traced"]
+__all__ = ["TracedDensity", "ValueAndGrad", "batch_memory", "log_densities", "record_batch", "traced"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Points, shape ``(P, D)``, to log densities ``(P,)`` and their gradients ``(P, D)``."""
@@ -61,15 +61,23 @@ def _record_many(density: UnconstrainedModel, points: Tensor) -> Traced:
 
     :raises CannotCompile: naming the operation that has no batched form, and its line.
     """
+    return record_batch(density, _unguarded(density), points)
+
+
+def record_batch(density: UnconstrainedModel, function: Callable[..., Any], points: Tensor) -> Traced:
+    """The graph of a function of one point of a model, ``(D,)``, to tensors, for a batch of points.
+
+    :raises CannotCompile: naming the operation that has no batched form, and its line.
+    """
     changing = density.changing
-    one = trace(_unguarded(density), changing, [density.start])
+    one = trace(function, changing, [density.start])
     if one.pinned_args:
         raise CannotCompile("what the model does depends on the values of its latents", one.read_at)
     run = _Blame(batch_memory(one.graph)).run
 
-    def many(z: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = torch.vmap(functools.partial(run, *changing, *one.constants))(z)
-        return value, gradient
+    def many(z: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.vmap(functools.partial(run, *changing, *one.constants))(z)
+        return found
 
     warn = private("_set_vmap_fallback_warning_enabled")
     try:
@@ -79,7 +87,8 @@ def _record_many(density: UnconstrainedModel, points: Tensor) -> Traced:
         failed: fx.Node | None = run.__self__.failed  # type: ignore[attr-defined]
         if failed is None:
             raise
-        raise CannotCompile(f"torch.vmap refuses {failed.target}", _line_of(density, failed)) from error
+        line = _line_of(density, function, failed)
+        raise CannotCompile(f"torch.vmap refuses {failed.target}", line) from error
     finally:
         warn(True)
     batch.pinned += one.pinned
@@ -111,9 +120,9 @@ def batch_memory(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), nodes)
 
 
-def _line_of(density: UnconstrainedModel, node: fx.Node) -> str | None:
+def _line_of(density: UnconstrainedModel, function: Callable[..., Any], node: fx.Node) -> str | None:
     """The user's line that made an operation, found by recording the graph once more."""
-    again = trace(_unguarded(density), [], [density.start], lines=True)
+    again = trace(function, [], [density.start], lines=True)
     return next((n.meta.get("line") for n in again.graph.graph.nodes if n.name == node.name), None)
 
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import pyro
@@ -159,7 +159,7 @@ class UnconstrainedModel:
             return torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)
 
     def _values(self, z: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, value with the points at dimension ``-1 - nesting``, log |det J| for each point."""
+        """Name, value with the points at dimension ``-1 - nesting``, terms of log |det J| of each point."""
         for name, free in self.packing.split(z).items():
             latent = self.packing.latents[name]
             if z.dim() == 2:
@@ -168,7 +168,7 @@ class UnconstrainedModel:
             value, log_det = latent.constrain(free)
             if self.weigh is not None:
                 log_det = self.weigh(name, log_det)
-            yield name, value, log_det.reshape(z.shape[:-1] + (-1,)).sum(-1)
+            yield name, value, log_det.reshape(z.shape[:-1] + (-1,))
 
     def log_density(self, z: Tensor) -> Tensor:
         """log p(data, x(z)) + log |det dx/dz|, with gradient.
@@ -185,24 +185,49 @@ class UnconstrainedModel:
         values, log_dets = {}, []
         for name, value, log_det in self._values(rows):
             values[name] = value.to(dtype=self._dtype)
-            log_dets.append(log_det)
+            log_dets.append(log_det.sum(-1))
         density = self._log_prob(values, size) + torch.stack(log_dets).sum(0)
         return density.reshape(z.shape[:-1])
 
-    def _log_prob(self, values: Mapping[str, Tensor], size: int = 1) -> Tensor:
-        """The model's log density of values by site, a scalar; of many points at once shape ``(size,)``."""
-        model = poutine.condition(self._model, data=dict(values))
+    def log_factors(self, z: Tensor) -> Tensor:
+        """The terms that the log density of a point ``(D,)`` is the sum of, with gradient, ``(E,)``.
+
+        :raises ValueError: if discrete sites are summed out, of which no term is left.
+        """
+        if self._enumerated:
+            raise ValueError("discrete sites are summed out")
+        values, terms = {}, []
+        for name, value, log_det in self._values(z):
+            values[name] = value
+            terms.append(log_det.reshape(-1))
+        with self._conditioned(values) as model:
+            trace = self._run(model)
+            trace.compute_log_prob()
+            sites = trace.nodes.values()
+            terms += [site["log_prob"].reshape(-1) for site in sites if site["type"] == "sample"]
+        return torch.cat([term.to(z) for term in terms])
+
+    def _run(self, model: Program) -> Trace:
+        trace: Trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
+        pruned: Trace = prune_subsample_sites(trace)
+        return pruned
+
+    @contextmanager
+    def _conditioned(self, values: Mapping[str, Tensor]) -> Iterator[Program]:
+        """The model at values by site, of which every run sees the same part of the data."""
         fixed = torch.random.fork_rng() if self.subsampled else ExitStack()
         with fixed, poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             if self.subsampled:
                 torch.manual_seed(0)
             warnings.filterwarnings("ignore", "Encountered NaN")
+            yield poutine.condition(self._model, data=dict(values))
+
+    def _log_prob(self, values: Mapping[str, Tensor], size: int = 1) -> Tensor:
+        """The model's log density of values by site, a scalar; of many points at once shape ``(size,)``."""
+        with self._conditioned(values) as model:
             if self._enumerated:
                 return self._sum_out(model, size)
-            if size > 1:
-                model = batched(model, size, self._nesting)
-            trace: Trace = poutine.trace(model).get_trace(*self._args, **self._kwargs)
-            trace = prune_subsample_sites(trace)
+            trace = self._run(batched(model, size, self._nesting) if size > 1 else model)
             parts = site_log_probs(trace, size if size > 1 else None, self._nesting)
             return torch.stack(list(parts.values())).sum(0)
 

@@ -77,6 +77,10 @@ class GivenRoots:
         """Whether the Hessian has a pattern that can be used."""
         return self._hessian.usable
 
+    def components(self) -> Tensor:
+        """Which of them are coupled with each other, directly or through others: a number for each group."""
+        return torch.from_numpy(self._hessian.components()).long()
+
     # -- the model -----------------------------------------------------------------------------
 
     def _products(self, points: Tensor, directions: Tensor) -> Tensor:

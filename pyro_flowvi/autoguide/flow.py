@@ -331,7 +331,8 @@ class AutoFlow(RowFit):
             if density.subsampled:
                 raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
             draw: Any = super().draw_latent
-            latent = importance_resample(draw, density, math.prod(shape))
+            flow = self.pushforward(self._require_model())
+            latent = importance_resample(draw, density, math.prod(shape), flow)
             latent = latent.reshape(*shape, self.latent_dim)
         else:
             latent = self.get_posterior().sample(shape)

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["ChainStates", "Chains", "Whitening", "guarded", "run_chains"]
+__all__ = ["LEAPS", "ChainStates", "Chains", "Whitening", "guarded", "run_chains"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 TARGET: Final = 0.8
@@ -34,7 +34,7 @@ class Whitening:
         z = z.double()
         loc, (size, dim) = z.mean(0), z.shape
         scale = z.std(0).clamp_min(1e-12)
-        if dim > MAX_FULL_DIM or size < 5 * dim:
+        if dim > MAX_FULL_DIM or size < 20 * dim:
             return cls(loc, scale)
         correlation = torch.cov(((z - loc) / scale).T).reshape(dim, dim)
         factor, failed = torch.linalg.cholesky_ex(correlation + 1e-9 * torch.eye(dim).to(z))

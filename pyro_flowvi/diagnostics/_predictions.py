@@ -9,12 +9,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ._chains import ChainStates
 from ._outputs import Evaluated, Outputs
+from ._ranks import gap_of
 from ._settled import elsewhere, settled
-from ._verdict import EASIER, LONGER, USABLE_ESS, USABLE_SHARE, Figures, Judgement, _richer
+from ._verdict import LONGER, USABLE_ESS, USABLE_SHARE, Figures, Judgement, _resample, _richer, _slow
+from ._weights import WeightFigures
 
 __all__ = ["Agreement", "Predictions", "compare_outputs", "judge_predictions"]
 
@@ -24,13 +25,10 @@ MEAN_LIMIT: Final = 0.1
 COVERAGE: Final = 0.9
 COVERAGE_LIMIT: Final = 0.03
 """Largest difference of an interval's coverage."""
-RESAMPLE: Final = "use resampled draws for predictions: to_arviz(..., resample=True)"
 LEVEL: Final = 0.05
 """Chance that an exact guide shows a significant difference in any output."""
 NOISY: Final = 2.0 / 3.0
 """Standard error, in units of the limit, from which on a comparison decides nothing."""
-MEMORY: Final = 0.95
-"""Most of its start that a chain may be taken to remember."""
 WINSORISED: Final = (0.005, 0.995)
 """Quantiles of the guide's draws at which an output without a mean is cut off."""
 
@@ -121,7 +119,7 @@ class _Reference:
         self.low, self.high = np.quantile(
             guide.drawn.reshape(-1, guide.drawn.shape[-1]), [0.5 - COVERAGE / 2, 0.5 + COVERAGE / 2], axis=0
         )
-        self.first, self.second = guide.first, guide.second
+        self.first = guide.first
         self.inside = self.covered(guide)
         self.mean = guide.first.mean(0)
         self.sd = _sd(self.mean, guide.second.mean(0))
@@ -159,54 +157,53 @@ class _Reference:
         )
 
 
-def compare_outputs(
-    outputs: Outputs, z: Tensor, weights: Array, chains: ChainStates | None = None
-) -> Predictions:
+def compare_outputs(outputs: Outputs, found: WeightFigures, chains: ChainStates | None = None) -> Predictions:
     """Compares the guide's predictions with the resampled draws' and the chains'.
 
     :param outputs: what is predicted.
-    :param z: draws of the guide, ``(S, D)``.
-    :param weights: their smoothed weights, which sum to one, ``(S,)``.
+    :param found: draws of the guide and their weights.
     :param chains: those of the probes.
     """
-    most = outputs.most_draws
-    guide = outputs.at(z[:most])
-    weights = weights[:most] / weights[:most].sum()
-    parts = [guide]
+    most, z = outputs.most_draws, found.z
+    assert z is not None
+    weights = found.weights[:most] / found.weights[:most].sum()
+    parts = [outputs.at(z[:most])]
+    parts.append(parts[0] if found.corrected is None else outputs.at(found.corrected[:most]))
     if chains is not None:
         chains = settled(chains, z)
         every = max(1, chains.states.shape[0] * chains.states.shape[1] // most)
         states = chains.states[every - 1 :: every]
         parts.append(outputs.at(chains.start[chains.from_guide]))
         parts.append(outputs.at(states.reshape(-1, z.shape[-1])))
-    guide, *others = _with_moments(parts)
+    guide, weighted, *others = _with_moments(parts)
     reference = _Reference(guide, outputs.names)
-    moved = _moved(reference, weights)
+    moved = _moved(reference, weighted, weights)
     known = (outputs.sites, len(outputs.names), outputs.total, reference.agreement(moved))
     if chains is None:
         return Predictions(*known)
-    start, found_there = others
+    start, there = others
     shape = (len(states), len(chains.start), -1)
-    first, second = (part.reshape(shape).mean(0) for part in (found_there.first, found_there.second))
-    inside = reference.covered(found_there).reshape(shape).mean(0)
+    first, second = (part.reshape(shape).mean(0) for part in (there.first, there.second))
+    inside = reference.covered(there).reshape(shape).mean(0)
     near = chains.from_guide.cpu().numpy()
     gap, se = _drift(start.first, first[near], reference.first)
     covered, covered_se = _drift(reference.covered(start), inside[near], reference.inside)
     sd = _sd(first[near].mean(0), second[near].mean(0))
-    found = [_Found(gap, se, covered, covered_se, sd, near.sum() - 1.0)]
+    differences = [_Found(gap, se, covered, covered_se, sd, near.sum() - 1.0)]
     other = elsewhere(chains, z, first / np.maximum(reference.sd, 1e-300))
     if other.num:
         weights = other.share * other.weights + np.where(near, (1.0 - other.share) / near.sum(), 0.0)
-        there = _pooled(inside, other.weights, near, reference.inside)
         whole = _Found(
             *_mixed(gap, se, *_pooled(first, other.weights, near, reference.first), other.share),
-            *_mixed(covered, covered_se, *there, other.share),
+            *_mixed(
+                covered, covered_se, *_pooled(inside, other.weights, near, reference.inside), other.share
+            ),
             _sd(weights @ first, weights @ second),
             min(near.sum(), other.effective) - 1.0,
         )
-        found.append(whole)
-    by_chains = [reference.agreement(part) for part in found]
-    resampled = [reference.agreement(part.less(moved)) for part in found]
+        differences.append(whole)
+    by_chains = [reference.agreement(part) for part in differences]
+    resampled = [reference.agreement(part.less(moved)) for part in differences]
     return Predictions(*known, by_chains, resampled, other.num, other.share)
 
 
@@ -232,18 +229,28 @@ class _Found(NamedTuple):
         )
 
 
-def _moved(reference: _Reference, weights: Array) -> _Found:
-    """By how much resampling changes the predictions."""
-    change = weights - 1.0 / len(weights)
-    mean, inside = weights @ reference.first, weights @ reference.inside
-    return _Found(
-        change @ reference.first,
-        np.sqrt(change**2 @ (reference.first - mean) ** 2),
-        change @ reference.inside,
-        np.sqrt(change**2 @ (reference.inside - inside) ** 2),
-        _sd(mean, weights @ reference.second),
-        1.0 / float(weights @ weights) - 1.0,
-    )
+def _moved(reference: _Reference, weighted: Evaluated, weights: Array) -> _Found:
+    """By how much resampling changes the predictions.
+
+    :param weighted: outputs of the draws that the weights hold for; as a rule the guide's own.
+    """
+    same = weighted.first is reference.first
+    inside = reference.inside if same else reference.covered(weighted)
+    sd = _sd(weights @ weighted.first, weights @ weighted.second)
+    moved = _change(weights, weighted.first, reference.first, same)
+    covered = _change(weights, inside, reference.inside, same)
+    return _Found(*moved, *covered, sd, 1.0 / float(weights @ weights) - 1.0)
+
+
+def _change(weights: Array, values: Array, raw: Array, same: bool) -> tuple[Array, Array]:
+    """Weighted mean of values less the mean of raw ones, and its standard error.
+
+    :param same: whether these are the same, so that noise that both have is none of the difference.
+    """
+    mean = weights @ values
+    squares = ((weights - 1.0 / len(weights)) if same else weights) ** 2
+    variance = squares @ (values - mean) ** 2
+    return mean - raw.mean(0), np.sqrt(variance if same else variance + raw.var(0) / len(raw))
 
 
 def _pooled(values: Array, weights: Array, near: NDArray[np.bool_], guide: Array) -> tuple[Array, Array]:
@@ -284,19 +291,12 @@ def _with_moments(parts: list[Evaluated]) -> list[Evaluated]:
 def _drift(start: Array, mean: Array, guide: Array) -> tuple[Array, Array]:
     """E_p f - E_q f of each column and its standard error, by chains that start at draws of q.
 
-    Where chains remember a share b of their start, E[mean - b start] = (1 - b) E_p f.
-
     :param start: f at the starts, ``(P, N)``.
     :param mean: f averaged over each chain, ``(P, N)``.
     :param guide: f at all draws of q, ``(S, N)``.
     """
-    expected = guide.mean(0)
-    centred = start - start.mean(0)
-    memory = (centred * mean).mean(0) / np.maximum((centred**2).mean(0), 1e-300)
-    memory = np.clip(memory, 0.0, MEMORY)
-    residual = (mean - expected - memory * (start - expected)) / (1.0 - memory)
-    variance = residual.var(0, ddof=1) / len(start) + guide.var(0) / len(guide)
-    return residual.mean(0), np.sqrt(variance)
+    gap, se = gap_of(start, mean, guide.mean(0))
+    return gap, np.sqrt(se**2 + guide.var(0) / len(guide))
 
 
 def judge_predictions(f: Figures, p: Predictions) -> Judgement:
@@ -309,7 +309,7 @@ def judge_predictions(f: Figures, p: Predictions) -> Judgement:
         told = f"the weights say nothing of them: k-hat {f.khat:.2f}, {f.ess:.0f} effective draws"
         judgement.add(told, 2 if p.by_chains else 0, "" if p.by_chains else LONGER)
     elif p.by_weights.differs or p.by_weights.close:
-        judgement.add(f"predictions differ from the resampled draws': {p.by_weights}", 1, RESAMPLE)
+        judgement.add(f"predictions differ from the resampled draws': {p.by_weights}", 1, _resample(f))
     else:
         told = f"predictions agree with the resampled draws': {p.by_weights}"
         judgement.add(told, 1 if p.by_weights.noisy and not p.by_chains else 2)
@@ -322,13 +322,13 @@ def judge_predictions(f: Figures, p: Predictions) -> Judgement:
     if found.differs:
         mended = informative and not any(other.differs for other in p.resampled)
         told = f"predictions differ from those of {chains}: {found}"
-        judgement.add(told, 1 if mended else 0, RESAMPLE if mended else _richer(f))
+        judgement.add(told, 1 if mended else 0, _resample(f) if mended else _richer(f))
     elif found.close:
         told = f"predictions are close to those of {chains}, hardly within the limits: {found}"
         judgement.add(told, 1, LONGER)
     elif found.noisy:
         told = f"predictions are not confirmed by {chains}, which are too noisy: {found}"
-        judgement.add(told, 1 if informative else 0, EASIER)
+        judgement.add(told, 1 if informative else 0, _slow(f))
     else:
         judgement.add(f"predictions agree with those of {chains}: {found}")
     return _others(judgement, f)

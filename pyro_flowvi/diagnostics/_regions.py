@@ -1,5 +1,6 @@
 """Regions in which chains settle and a guide does not draw, and their share of the mass."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +11,7 @@ from torch import Tensor
 from .._program.batching import in_parts
 from ._chains import ValueAndGrad
 
-__all__ = ["Regions", "find_regions"]
+__all__ = ["Reach", "Regions", "find_regions"]
 
 MARGIN: Final = 1.0
 """Distance beyond the usual one to the nearest draw, in sd of the guide, that makes a point a far one."""
@@ -53,21 +54,38 @@ class Regions:
     settled: Tensor
 
 
-class _Reach:
-    """Whether points are far from all draws of a guide, whitened."""
+class Reach:
+    """Whether points are far from all draws of a guide.
 
-    def __init__(self, draws: Tensor, directions: Tensor) -> None:
+    :param draws: of about unit spread, ``(S, D)``.
+    :param states: of chains, ``(T, P, D)``: two modes far apart in many dimensions differ along one direction
+        only, that of the chains' means.
+    """
+
+    def __init__(self, draws: Tensor, states: Tensor) -> None:
         order = torch.randperm(len(draws))
         self.references = draws[order[:NUM_REFERENCES]]
         distances = torch.cdist(self.references[:500], self.references)
         distances[torch.arange(len(distances)), torch.arange(len(distances))] = torch.inf
         usual = distances.amin(-1).quantile(0.99)
         self.reach = (usual.square() + max(MARGIN**2, WIDER_RADIUS * draws.shape[-1])).sqrt()
-        self.directions = directions
-        projected = self._project(draws)
-        beyond = BEYOND_SD if draws.shape[-1] <= MAX_SPREAD_DIM else 3.0 * BEYOND_SD
+        self._draws = draws
+        self._look_along(states)
+
+    def _look_along(self, states: Tensor) -> None:
+        means = states.mean(0)
+        _, _, axes = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+        self.directions = axes[:NUM_DIRECTIONS].T
+        projected = self._project(self._draws)
+        beyond = BEYOND_SD if self._draws.shape[-1] <= MAX_SPREAD_DIM else 3.0 * BEYOND_SD
         self.low = projected.amin(0) - beyond
         self.high = projected.amax(0) + beyond
+
+    def along(self, states: Tensor) -> "Reach":
+        """The same along directions of other chains."""
+        other = copy.copy(self)
+        other._look_along(states)
+        return other
 
     def _project(self, points: Tensor) -> Tensor:
         along = points @ self.directions
@@ -82,27 +100,35 @@ class _Reach:
         outside = ((projected < self.low) | (projected > self.high)).any(-1)
         return ((nearest > self.reach) | outside).reshape(points.shape[:-1])
 
+    def lost(self, states: Tensor, log_p: Tensor) -> Tensor:
+        """Which chains are mostly far, ``(P,)``."""
+        often = self.far(states).double().mean(0)
+        return (often >= MOST_SHARE) & log_p.isfinite().all(0)
+
 
 def find_regions(
-    density: ValueAndGrad, draws: Tensor, states: Tensor, log_p: Tensor, groups: Tensor, log_z: float
+    density: ValueAndGrad,
+    draws: Tensor,
+    reach: Reach,
+    states: Tensor,
+    log_p: Tensor,
+    groups: Tensor,
+    log_z: float,
 ) -> Regions:
     """Clusters the chains that settled away from a guide's draws, and weighs them.
 
-    :param density: of whitened points.
-    :param draws: whitened draws of the guide, ``(S, D)``.
-    :param states: whitened states of the chains, ``(T, P, D)``.
+    :param density: of points.
+    :param draws: of the guide, ``(S, D)``.
+    :param reach: from before the chains that are far went on: along a direction that a chain has chosen
+        itself it is always far.
+    :param states: of the chains, ``(T, P, D)``.
     :param log_p: their log densities, ``(T, P)``.
     :param groups: 0 of the chains that started at the guide's draws, ``(P,)``.
-    :param log_z: log of the mass where the guide draws, in whitened coordinates.
+    :param log_z: log of the mass where the guide draws.
     """
-    means = states.mean(0)
-    # Two modes far apart in many dimensions differ along one direction only: that of the chains' means.
-    _, _, axes = torch.linalg.svd(means - means.mean(0), full_matrices=False)
-    reach = _Reach(draws, axes[:NUM_DIRECTIONS].T)
-    far = reach.far(states)
-    often = far.double().mean(0)
-    left = float(often[groups == 0].mean()) - float(reach.far(draws[:NUM_REFERENCES]).double().mean())
-    lost = (often >= MOST_SHARE) & log_p.isfinite().all(0)
+    means, often = states.mean(0), reach.far(states).double().mean(0)
+    left = _left(reach, states[:, groups == 0])
+    lost = reach.lost(states, log_p)
     settled = (often < 0.1) & ~lost
     masses: list[tuple[float, float]] = []
     if bool(lost.any()):
@@ -116,6 +142,16 @@ def find_regions(
     total = torch.logsumexp(torch.tensor([log_z, *(mass for mass, _ in masses)], dtype=torch.float64), 0)
     share = float(sum(math.exp(mass - float(total)) for mass, _ in masses))
     return Regions(share, max(masses)[1] if masses else 0.0, max(left, 0.0), settled)
+
+
+def _left(reach: Reach, states: Tensor) -> float:
+    """Share of states that are far, more than of the draws, each along directions of other chains."""
+    size, parts = states.shape[1], []
+    for own in (torch.arange(size) % 2 == 0, torch.arange(size) % 2 == 1):
+        seen = reach.along(states[:, ~own.to(states.device)])
+        parts.append(seen.far(states[:, own.to(states.device)]).double().mean())
+        parts.append(-seen.far(reach.references).double().mean())
+    return 0.5 * float(torch.stack(parts).sum())
 
 
 def _clusters(means: Tensor, lost: Tensor, log_p: Tensor) -> list[Tensor]:
@@ -135,7 +171,7 @@ def _clusters(means: Tensor, lost: Tensor, log_p: Tensor) -> list[Tensor]:
 
 
 def _usual_mass(
-    density: ValueAndGrad, states: Tensor, log_p: Tensor, groups: Tensor, count: int, reach: _Reach
+    density: ValueAndGrad, states: Tensor, log_p: Tensor, groups: Tensor, count: int, reach: Reach
 ) -> float:
     """What :func:`_log_mass` says of as many chains from the guide's draws: its bias is alike."""
     near = torch.nonzero(groups == 0).squeeze(-1)
@@ -153,7 +189,7 @@ def _by_entropy(log_p: Tensor, scale: Tensor) -> float:
     return float(log_p.mean() + entropy)
 
 
-def _log_mass(density: ValueAndGrad, region: Tensor, log_p: Tensor, reach: _Reach) -> float:
+def _log_mass(density: ValueAndGrad, region: Tensor, log_p: Tensor, reach: Reach) -> float:
     """log of the integral of p over the far points around chains' states ``(n, D)``.
 
     By importance sampling from a normal with the states' means and variances; where too few of its draws

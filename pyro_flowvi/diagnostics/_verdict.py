@@ -4,13 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ._regions import MAX_SPREAD_DIM
 from .probes import Probes
 
-__all__ = ["Figures", "Judgement", "judge", "shifts", "sound_moments"]
+__all__ = ["Figures", "Judgement", "judge", "sound_moments"]
 
 GOOD_KHAT: Final = 0.5
 """Up to this k-hat the weights have a finite variance."""
@@ -26,20 +23,24 @@ USABLE_ESS: Final = 100.0
 """Least effective sample size for "usable"."""
 MISSED_SHARES: Final = (0.005, 0.03)
 """Share of missed mass from which a fit is not "good", and from which it is "poor"."""
-RESAMPLED_SHARE: Final = 0.3
+RESAMPLED_SHARE: Final = 0.2
 """Significant difference between chains and resampled draws, in sd, from which these are of no use."""
+WEAK_SHARE: Final = 0.1
+"""Effective fraction of the draws below which resampled draws are of use only if chains confirm them."""
+LARGE_SCALE: Final = math.log(1.2)
+"""Change of a scale by resampling, in its logarithm, from which the same holds."""
 MISSED_SHARE_HIGH_DIM: Final = 0.3
 """The latter with more than 20 latents, where short chains measure a mass but roughly."""
-LEFT_SHARE: Final = 0.1
-"""Share of time outside the region of the guide's draws from which chains are said to leave it."""
+LEFT_SHARES: Final = (0.02, 0.1)
+"""Share of time outside the region of the guide's draws from which a fit is not "good", and is "poor"."""
+SETTLED_RHAT: Final = 1.1
+"""Potential scale reduction up to which chains from different starts agree."""
 HEAVY_TAIL_INDEX: Final = 0.25
 """Excess of the chains' tail index over the guide's that is worth a word."""
 HIGH_DIM: Final = 100
 """From this many latents on, weights of a fit with sound moments are often useless."""
 MIXED_RHAT: Final = 1.5
 """Potential scale reduction above which chains from different starts do not agree."""
-MIXED_SHARE: Final = 0.8
-"""Effective fraction of the draws from which that is the chains' fault: between two modes, say."""
 LARGE_SE: Final = 0.1
 """Standard error of the ELBO, nats, above which it is a reason of its own."""
 
@@ -65,6 +66,13 @@ class Figures:
     """The name of the guide's class."""
     resamples: bool = True
     """Whether the guide is one of this package, with ``sample_posterior`` and ``tails``."""
+    scale_name: str = ""
+    num_groups: int = 0
+    """Groups of latents that are integrated, so that the weights are those of the roots; 0 without any."""
+    num_each: int = 0
+    """Draws of each group."""
+    local_gap: float = math.nan
+    """Nats that all groups together are from their posterior given the roots."""
 
     @property
     def share(self) -> float:
@@ -91,8 +99,7 @@ class Judgement:
         return ("poor", "usable", "good")[self.rank]
 
 
-LONGER = "train longer, or with more particles"
-EASIER = "reparameterise the model (LocScaleReparam for a funnel)"
+LONGER = "train longer, with a larger num_steps"
 RICH_GUIDES = ("AutoRealNVP", "AutoNeuralSpline")
 
 
@@ -104,22 +111,29 @@ def _resample(f: Figures) -> str:
 def _richer(f: Figures) -> str:
     if f.guide == "AutoFlowMixture":
         return "give AutoFlowMixture more components, or a richer flow"
-    others = " or ".join(name for name in RICH_GUIDES if name != f.guide)
     if f.guide in RICH_GUIDES:
-        return f"give {f.guide} more layers, or take another guide: {others}, AutoFlowMixture"
-    return f"take a richer guide: {others}{', or more layers' if f.resamples else ''}"
+        other = next(name for name in RICH_GUIDES if name != f.guide)
+        return f"give {f.guide} more layers, or take {other}"
+    return f"take a richer guide, AutoRealNVP{' or AutoNeuralSpline' if f.resamples else ''}"
+
+
+def _slow(f: Figures) -> str:
+    if f.resamples:
+        return "reparameterise the model (LocScaleReparam for a funnel)"
+    return (
+        "take AutoRealNVP, over whose noise the chains run, or reparameterise (LocScaleReparam for a funnel)"
+    )
 
 
 def _tails(f: Figures) -> str:
-    name = f.guide if f.resamples and f.guide else "AutoFlow"
+    name = f.guide if f.resamples and f.guide else "AutoRealNVP"
     return f"{name}(..., tails=True) for tails heavier than a normal's"
 
 
 def _modes(f: Figures) -> str:
-    several = (
-        "give it more components" if f.guide == "AutoFlowMixture" else "AutoFlowMixture holds several modes"
-    )
-    return f"fit from other starts (init_loc_fn, seed) and compare the ELBOs; {several}"
+    if f.guide == "AutoFlowMixture":
+        return "give AutoFlowMixture more components"
+    return "take AutoFlowMixture, which holds several modes"
 
 
 def judge(figures: Figures) -> Judgement:
@@ -136,7 +150,8 @@ def judge(figures: Figures) -> Judgement:
     if figures.probes is not None:
         _probes(judgement, figures, figures.probes)
     if figures.converged is False:
-        judgement.add("the training had not converged", 1, LONGER)
+        cleared = judgement.rank and (_sound_weights(figures) or resampling_holds(figures))
+        judgement.add("the training had not converged", 1 if cleared else 0, LONGER)
     if figures.num_nonfinite:
         judgement.add(
             f"{figures.num_nonfinite} of {figures.num_samples} draws have a density that is not finite",
@@ -149,9 +164,22 @@ def judge(figures: Figures) -> Judgement:
 def sound_moments(figures: Figures) -> bool:
     """Whether chains from the guide's draws confirm its moments, whatever its weights are."""
     p = figures.probes
-    if p is None:
-        return False
-    return not p.differs and p.conclusive and p.missed < MISSED_SHARES[0] and p.left < LEFT_SHARE
+    return _covers(p) and p is not None and not p.differs
+
+
+def resampling_holds(figures: Figures) -> bool:
+    """Whether chains from the guide's draws confirm the moments of the resampled ones."""
+    p = figures.probes
+    return _covers(p) and p is not None and p.resampled < RESAMPLED_SHARE
+
+
+def _covers(p: Probes | None) -> bool:
+    """Whether chains that moved enough found nothing outside of the guide's draws."""
+    return p is not None and p.conclusive and p.missed < MISSED_SHARES[0] and p.left < LEFT_SHARES[1]
+
+
+def _sound_weights(f: Figures) -> bool:
+    return f.share >= SURE_SHARE or (f.khat <= f.khat_threshold and f.share >= USABLE_SHARE)
 
 
 def _weights(judgement: Judgement, f: Figures) -> None:
@@ -159,37 +187,48 @@ def _weights(judgement: Judgement, f: Figures) -> None:
     within, sure = f.khat <= f.khat_threshold, f.share >= SURE_SHARE
     told = f"k-hat {f.khat:.3f} is {'within' if within else 'above'} {f.khat_threshold:.3f}"
     effective = f"{100 * f.share:.1f} % of the draws are effective"
-    if within or sure:
-        rare = "" if within else ": rare draws carry much weight, which matters little here"
-        judgement.add(told + rare, 2 if f.khat <= GOOD_KHAT or sure else 1, "" if sure else _resample(f))
-        judgement.add(effective, 2 if f.ess >= USABLE_ESS else 0, "" if f.ess >= USABLE_ESS else _richer(f))
-        _shifts(judgement, f)
-    elif f.share >= USABLE_SHARE:
-        judgement.add(
-            f"{told}: rare draws carry much weight, the guide's tails are too light", 1, _resample(f)
+    if f.num_groups:
+        effective += (
+            f", by weights of the roots with {f.num_groups:,} groups of latents integrated by "
+            f"{f.num_each} draws each"
         )
-        judgement.add(effective)
-        _shifts(judgement, f)
+    confirmed = resampling_holds(f) or sound_moments(f)
+    if within or f.share >= USABLE_SHARE:
+        light = "" if within else ": rare draws carry much weight"
+        if math.isfinite(f.khat):
+            good = f.khat <= GOOD_KHAT or sure
+            judgement.add(
+                told + (light and light + ", which matters little here" * sure),
+                2 if good else 1,
+                "" if good else _resample(f),
+            )
+        enough = f.ess >= USABLE_ESS and (f.share >= WEAK_SHARE or confirmed)
+        judgement.add(effective, 2 if enough else 0, "" if enough else _richer(f))
+        _shifts(judgement, f, confirmed)
     elif sound_moments(f):
         where = f", as often with {f.dim} latents" if f.dim >= HIGH_DIM else ""
         judgement.add(
-            f"the moments are sound, the weights are not{where}: k-hat {f.khat:.3f} is above "
-            f"{f.khat_threshold:.3f} and {effective}, but chains confirm means and spreads",
+            f"the moments are sound, the weights are not{where}: {told} and {effective}, but chains confirm "
+            "means and spreads",
             1,
             "use the draws as they are, without resampling, for means and intervals, not for rare events",
         )
     else:
         judgement.add(f"{told}: rare draws carry much weight, the guide's tails are too light", 0, _richer(f))
-        judgement.add(effective, advice=LONGER)
+        judgement.add(effective)
         judgement.add(
-            f"resampling would move {f.shift_name} by {f.shift:.2f} sd, as far as the weights can tell",
-            advice=EASIER,
+            f"resampling would move {f.shift_name} by {f.shift:.2f} sd, as far as the weights can tell"
         )
     if f.elbo_se > LARGE_SE:
         judgement.add(f"the ELBO itself is uncertain, ± {f.elbo_se:.2f}")
+    if f.num_groups and f.local_gap >= LARGE_SE:
+        judgement.add(
+            f"given the roots the groups are {f.local_gap:.2f} nats from their posterior, "
+            f"{f.local_gap / f.num_groups:.2g} each"
+        )
 
 
-def _shifts(judgement: Judgement, f: Figures) -> None:
+def _shifts(judgement: Judgement, f: Figures, confirmed: bool) -> None:
     if math.isnan(f.shift):
         return
     small = f.shift < GOOD_SHIFT
@@ -201,12 +240,17 @@ def _shifts(judgement: Judgement, f: Figures) -> None:
         "" if small else _resample(f),
     )
     if f.scale_shift >= GOOD_SHIFT:
+        large = f.scale_shift >= LARGE_SCALE and not confirmed
+        change = 100.0 * math.expm1(min(f.scale_shift, 9.0))
         judgement.add(
-            f"resampling changes an sd by {100 * math.expm1(min(f.scale_shift, 9.0)):.0f} %", 1, _resample(f)
+            f"resampling changes the sd of {f.scale_name} by {change:.0f} %",
+            0 if large else 1,
+            _richer(f) if large else _resample(f),
         )
 
 
 def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
+    holds = p.resampled < RESAMPLED_SHARE
     if p.missed >= MISSED_SHARES[0]:
         enough = MISSED_SHARES[1] if f.dim <= MAX_SPREAD_DIM else MISSED_SHARE_HIGH_DIM
         judgement.add(
@@ -215,50 +259,33 @@ def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
             0 if p.missed >= enough else 1,
             _modes(f),
         )
-    if p.left >= LEFT_SHARE:
+    if p.left >= LEFT_SHARES[0]:
         judgement.add(
             f"chains from the guide's draws spend {100 * p.left:.0f} % of the time where it does not draw",
-            1 if judgement.rank > 0 and p.resampled < RESAMPLED_SHARE else 0,
-            LONGER,
+            0 if p.left >= LEFT_SHARES[1] else 1,
+            _richer(f),
         )
     if p.differs:
         judgement.add(
             f"chains from the guide's draws drift: centre {p.location:+.2f} ± {p.location_se:.2f} sd at "
             f"{p.location_name}, spread × {math.exp(min(p.scale, 9.0)):.2f} at {p.scale_name}",
-            0 if p.resampled >= RESAMPLED_SHARE else 1,
-            _resample(f) if judgement.rank and p.resampled < RESAMPLED_SHARE else LONGER,
+            1 if holds else 0,
+            _resample(f) if judgement.rank and holds else _richer(f),
         )
     elif not p.conclusive:
         judgement.add(
             f"chains mix too slowly to confirm the moments (± {max(p.location_se, p.scale_se):.2f} sd)",
             1,
-            EASIER,
+            _slow(f),
         )
-    elif p.rhat > MIXED_RHAT and f.share < MIXED_SHARE:
-        judgement.add(f"chains from different starts do not agree yet, R-hat {p.rhat:.2f}", 1, EASIER)
-    elif p.missed < MISSED_SHARES[0] and p.left < LEFT_SHARE:
+    elif p.rhat > MIXED_RHAT:
+        judgement.add(f"chains from different starts do not agree yet, R-hat {p.rhat:.2f}", 1, _slow(f))
+    elif p.missed < MISSED_SHARES[0] and p.left < LEFT_SHARES[0]:
         judgement.add("chains from the guide's draws and from far around them agree with it")
-    if p.tail_index - f.guide_tail_index > HEAVY_TAIL_INDEX and p.missed < MISSED_SHARES[0]:
+    heavier = p.tail_index - f.guide_tail_index > HEAVY_TAIL_INDEX
+    if heavier and p.rhat < SETTLED_RHAT and p.missed < MISSED_SHARES[0]:
         judgement.add(
             f"the posterior has heavier tails (index {p.tail_index:.2f}) than the guide "
             f"({f.guide_tail_index:.2f})",
             advice=_tails(f),
         )
-
-
-def shifts(z: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float, int]:
-    """Worst |raw mean - weighted mean| / weighted sd and where; worst |log(weighted sd / raw sd)|.
-
-    :param z: draws, ``(S, D)``.
-    :param weights: smoothed, summing to one, ``(S,)``.
-    """
-    centre = z.mean(0)
-    centred = z - centre
-    moved = weights @ centred
-    variance = np.maximum(weights @ (centred - moved) ** 2, 0.0)
-    sd, raw = np.sqrt(variance), centred.std(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean_shift = np.nan_to_num(np.abs(moved) / sd, nan=0.0, posinf=np.inf)
-        log_ratio = np.nan_to_num(np.abs(np.log(sd / raw)), nan=0.0, posinf=np.inf)
-    worst = int(np.argmax(mean_shift))
-    return float(mean_shift[worst]), float(log_ratio.max()), worst

@@ -16,6 +16,7 @@ from .._program.batching import even_sizes
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._types import Program
+from ..autoguide._groups import GroupedDraws, find_groups
 from ..autoguide._protocol import as_fit_guide
 
 __all__ = ["WeightedDraws", "weighted_draws"]
@@ -43,6 +44,10 @@ class WeightedDraws:
     :param why: why ``z`` is None, in words.
     :param exact: whether the weights are of all data although the model shows a part of them.
     :param labels: names of the coordinates of ``z`` where these are some of the latents.
+    :param flow: the map from standard normal noise to ``z``, if the guide has one with an inverse.
+    :param grouped: the same draws, where the weights are those of the roots, with the groups integrated.
+    :param num_groups: how many groups that are.
+    :param roots: the coordinates that these depend on.
     """
 
     log_weights: NDArray[np.float64]
@@ -54,6 +59,10 @@ class WeightedDraws:
     why: str = ""
     exact: bool = False
     labels: tuple[str, ...] = ()
+    flow: Any = None
+    grouped: GroupedDraws | None = None
+    num_groups: int = 0
+    roots: Tensor | None = None
 
     def names(self) -> list[str]:
         """A name for each of the D coordinates of ``z``, such as ``theta[2]``."""
@@ -81,11 +90,14 @@ def weighted_draws(
     kwargs: Mapping[str, Any] | None,
     num_samples: int,
     in_passes: bool = True,
+    by_group: bool = True,
 ) -> WeightedDraws:
     """Draws from any guide with their log weights, located in the unconstrained space where that exists.
 
     :param in_passes: whether many latents under a subsampled plate may be weighed by passes over its rows,
         which keep the others alone.
+    :param by_group: whether the weights are those of the roots alone, where all other latents fall into
+        groups that are independent given these.
 
     Example::
 
@@ -122,23 +134,33 @@ def weighted_draws(
         why = "the guide has discrete sites that are summed out"
     if why:
         return WeightedDraws(_array(particles.log_weights(num_samples)), particles, why=why)
+    flow = answers.pushforward(model)
+    flow = flow if getattr(flow, "exact_inverse", False) else None
+    groups = find_groups(flow, density) if by_group else None
+    if groups is not None:
+        drawn = groups.draw(num_samples, density.start)
+        sites = density.packing.constrain(drawn.z)
+        return WeightedDraws(
+            _array(drawn.log_weights), particles, sites, drawn.z, density=density, flow=flow,
+            grouped=drawn, num_groups=groups.num, roots=groups.roots,
+        )  # fmt: skip
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     values: list[dict[str, Tensor]] = []
     with torch.no_grad(), pyro.validation_enabled(False):
         for size in even_sizes(num_samples, most):
-            drawn = answers.draw_latent(size)
-            if drawn is None:
+            latent = answers.draw_latent(size)
+            if latent is None:
                 sites, log_q = _score_draws(particles, size)
                 z, log_det = density.packing.unconstrain(sites)
                 log_q = log_q + log_det
             else:
-                z, log_q = drawn
+                z, log_q = latent
                 sites = density.packing.constrain(z)
             parts.append((z, log_densities(density, z), log_q))
             values.append(sites)
         z, log_p, log_q = (torch.cat([part[i] for part in parts]) for i in range(3))
         sites = {name: torch.cat([part[name] for part in values]) for name in density.packing.latents}
-    return WeightedDraws(_array(log_p - log_q), particles, sites, z, log_p, density)
+    return WeightedDraws(_array(log_p - log_q), particles, sites, z, log_p, density, flow=flow)
 
 
 def _array(value: Tensor) -> NDArray[np.float64]:

@@ -43,9 +43,10 @@ def to_arviz(
     ``pyro.deterministic``), ``posterior_predictive`` (the observed sites drawn anew), ``log_likelihood`` (of
     each observed value, nats), ``observed_data``, and ``sample_stats`` with ``log_p`` and ``log_q``, the
     unnormalised log density of model and guide at the draw in the unconstrained coordinates, and
-    ``log_weight``, their difference, nats.  What a model has not, such as pointwise likelihoods where
-    discrete sites are summed out, is left out; ``log_p`` and ``log_q`` where the latents are no vector of
-    fixed support.
+    ``log_weight``, their difference, nats; of resampled draws with groups of latents that are independent
+    given the others, the weight of these others alone.  What a model has not, such as pointwise likelihoods
+    where discrete sites are summed out, is left out; ``log_p`` and ``log_q`` where the latents are no vector
+    of fixed support.
 
     The draws are independent.  They are the guide's: unless :func:`diagnose` finds the guide good, pass
     ``resample=True`` for draws resampled by Pareto-smoothed weights.
@@ -87,8 +88,11 @@ def to_arviz(
     kwargs = as_keywords(to_arviz, model, kwargs, model_kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    draws = weighted_draws(model, guide, args, kwargs, num_samples, in_passes=False)
-    if draws.sites is None or draws.z is None or draws.log_p is None:
+    draws = weighted_draws(model, guide, args, kwargs, num_samples, in_passes=False, by_group=resample)
+    if draws.grouped is not None and draws.density is not None:
+        sites = draws.density.packing.constrain(draws.grouped.corrected)
+        stats: Group = {"log_weight": draws.log_weights}
+    elif draws.sites is None or draws.log_p is None:
         sites, stats = _sites_alone(draws, num_samples, resample)
     else:
         log_p = draws.log_p.detach().double().cpu().numpy()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyro
-import torch
 from numpy.typing import NDArray
 
 from .._checks import check_positive_int
@@ -15,13 +14,14 @@ from .._compile.log_density import traced
 from .._program.call import as_keywords, check_programs
 from .._program.flat_directions import flat_sites
 from ..autoguide import AutoFlow
-from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold, psis
+from ..psis import generalized_pareto_shape, khat_threshold
 from ._chains import ChainStates
 from ._outputs import Outputs
-from ._predictions import Predictions, compare_outputs, judge_predictions
-from ._verdict import Figures, judge, shifts
+from ._predictions import compare_outputs, judge_predictions
+from ._verdict import Figures, judge
 from ._weighted_draws import WeightedDraws, weighted_draws
-from .probes import Probes, probe
+from ._weights import WeightFigures, read_weights
+from .probes import Effort, Probes, probe
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -55,7 +55,13 @@ class Diagnosis:
     :param chains_coverage: as ``predictive_coverage``, under the chains' states.
     :param num_nonfinite: draws whose density is not finite.
     :param probes: what the coverage probes saw; None where they make no sense, or were not wanted.
-    :param log_weights: log p(x, z) - log q(z) of every draw, shape ``(S,)``.
+    :param log_weights: log p(x, z) - log q(z) of every draw, shape ``(S,)``; with ``num_groups`` those of the
+        roots, log p(x, u) - log q(u), whose density is estimated without bias.
+    :param log_evidence: log p(x), nats, by smoothed weights (Vehtari et al. 2024, section 3).
+    :param log_evidence_se: its standard error; infinite where k-hat says that there is none to rely on.
+    :param num_groups: how many groups of latents, independent given the roots, were integrated one by one;
+        0 where the weights are those of all latents together.
+    :param local_gap: nats that these groups together are from their posterior given the roots; NaN without.
 
     Example::
 
@@ -82,6 +88,10 @@ class Diagnosis:
     num_nonfinite: int = 0
     probes: Probes | None = field(default=None, repr=False)
     log_weights: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    log_evidence: float = math.nan
+    log_evidence_se: float = math.nan
+    num_groups: int = 0
+    local_gap: float = math.nan
 
     @property
     def gap(self) -> float:
@@ -96,19 +106,23 @@ class Diagnosis:
     def __repr__(self) -> str:
         return (
             f"Diagnosis({self.verdict}: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f}, IW-ELBO "
-            f"{self.iw_elbo:.2f}, ESS {self.ess:.0f} of {self.num_samples}, k-hat {self.khat:.2f}; "
+            f"{self.iw_elbo:.2f}, ESS {self.ess:.0f} of {self.num_samples}, k-hat {_tail_text(self.khat)}; "
             f"{'; '.join(self.reasons)})"
         )
 
     def __str__(self) -> str:
         lines = [
             f"{self.verdict}: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f}, IW-ELBO {self.iw_elbo:.2f} "
-            f"(gap {self.gap:.2f}), ESS {self.ess:.0f} of {self.num_samples}, k-hat {self.khat:.2f}, "
+            f"(gap {self.gap:.2f}), ESS {self.ess:.0f} of {self.num_samples}, k-hat {_tail_text(self.khat)}, "
             f"shift {self.shift:.2f} sd",
             *(f"  - {reason}" for reason in self.reasons),
             *(f"  try: {advice}" for advice in self.advice),
         ]
         return "\n".join(lines)
+
+
+def _tail_text(khat: float) -> str:
+    return f"{khat:.2f}" if math.isfinite(khat) else "-"
 
 
 def diagnose(
@@ -185,7 +199,7 @@ def diagnose(
         pyro.set_rng_seed(seed)
     draws = weighted_draws(model, guide, args, kwargs, num_samples)
     outputs = None if of is None else Outputs(draws, of)
-    log_weights = draws.log_weights
+    log_weights, num_samples = draws.log_weights, len(draws.log_weights)
     finite = np.isfinite(log_weights)
     dropped = int(num_samples - finite.sum())
     if finite.sum() < MIN_SAMPLES:
@@ -195,44 +209,44 @@ def diagnose(
             -math.inf, math.nan, math.nan, 1.0, math.inf, num_samples, "poor", (reason,), advice,
             num_nonfinite=dropped, log_weights=log_weights,
         )  # fmt: skip
-    kept = log_weights[finite]
-    smoothed, khat = psis(kept)
-    weights = np.exp(smoothed)
-    elbo, elbo_se = float(kept.mean()), float(kept.std(ddof=1) / math.sqrt(len(kept)))
-    if dropped:
-        elbo, elbo_se = -math.inf, math.nan
+    found = read_weights(draws)
     fixed = draws.particles.point_masses()
     skipped = _why_no_probes(draws, fixed)
-    shift, scale_shift, worst, names, found = math.nan, math.nan, 0, draws.names() or [""], None
-    tail_index, seen = math.nan, list[ChainStates]()
-    predictions: Predictions | None = None
-    if draws.z is not None:
-        z = draws.z.detach()[torch.from_numpy(finite).to(draws.z.device)]
-        array = z.double().cpu().numpy()
-        shift, scale_shift, worst = shifts(array, weights)
-        tail_index = max(generalized_pareto_shape(np.abs(x - np.median(x))) for x in array.T)
+    names, moved, grouped, seen, tail_index = (
+        draws.names() or [""],
+        found.moved,
+        draws.grouped,
+        None,
+        math.nan,
+    )
+    chains, predictions = list[ChainStates](), None
+    if found.z is not None:
+        z = found.z.double().cpu().numpy()
+        tail_index = max(generalized_pareto_shape(np.abs(x - np.median(x))) for x in z.T)
         if probes and not skipped:
-            assert draws.density is not None
-            density = traced(draws.density)
-            found = probe(density, z, kept, weights, names, density.batched, seen.append)
+            seen = _run_probes(draws, found, names, chains.append)
         if outputs is not None:
-            predictions = compare_outputs(outputs, z, weights, *seen)
+            predictions = compare_outputs(outputs, found, *chains)
     figures = Figures(
-        khat=khat,
+        khat=found.khat,
         khat_threshold=khat_threshold(num_samples),
-        ess=effective_sample_size(kept),
-        elbo_se=elbo_se,
+        ess=found.ess,
+        elbo_se=found.elbo_se,
         num_samples=num_samples,
         num_nonfinite=dropped,
         dim=len(names),
-        shift=shift,
-        scale_shift=scale_shift,
-        shift_name=names[worst],
+        shift=moved.location,
+        scale_shift=moved.scale,
+        shift_name=names[moved.place],
+        scale_name=names[moved.scale_place],
         guide_tail_index=tail_index,
-        probes=found,
+        probes=seen,
         converged=getattr(fit_result, "converged", None),
         guide=type(guide).__name__,
         resamples=isinstance(guide, AutoFlow),
+        num_groups=draws.num_groups,
+        num_each=0 if grouped is None else grouped.num_each,
+        local_gap=math.nan if grouped is None else grouped.local_gap,
     )
     judgement = judge(figures) if predictions is None else judge_predictions(figures, predictions)
     if fixed:
@@ -247,23 +261,41 @@ def diagnose(
     if probes and skipped:
         judgement.add(f"no coverage probes: {skipped}")
     return Diagnosis(
-        elbo=elbo,
-        elbo_se=elbo_se,
-        iw_elbo=float(torch.logsumexp(torch.from_numpy(kept), 0)) - math.log(num_samples),
-        ess=figures.ess,
-        khat=khat,
+        elbo=found.elbo,
+        elbo_se=found.elbo_se,
+        iw_elbo=found.iw_elbo,
+        ess=found.ess,
+        khat=found.khat,
         num_samples=num_samples,
         verdict=judgement.verdict,
         reasons=tuple(judgement.reasons),
         advice=tuple(judgement.advice) if judgement.rank < 2 else (),
-        shift=shift,
-        scale_shift=scale_shift,
-        tail_index=tail_index if found is None else found.tail_index,
+        shift=moved.location,
+        scale_shift=moved.scale,
+        tail_index=tail_index if seen is None or math.isnan(seen.tail_index) else seen.tail_index,
         num_nonfinite=dropped,
-        probes=found,
+        probes=seen,
         **({} if predictions is None else predictions.figures()),
         log_weights=log_weights,
+        log_evidence=found.log_evidence,
+        log_evidence_se=found.log_evidence_se,
+        num_groups=figures.num_groups,
+        local_gap=figures.local_gap,
     )
+
+
+def _run_probes(
+    draws: WeightedDraws, found: WeightFigures, names: list[str], watch: Callable[[ChainStates], None]
+) -> Probes:
+    """The chains, over the noise of the guide's map if it has one."""
+    assert draws.density is not None
+    assert found.z is not None
+    effort = Effort.of(found.z.shape[-1], traced(draws.density).batched, draws.flow is not None)
+    density = traced(draws.density, effort.num_chains)
+    return probe(
+        density, found.z, found.log_weights, found.weights, names, effort, draws.flow, found.corrected,
+        draws.roots, watch,
+    )  # fmt: skip
 
 
 def _why_no_probes(draws: WeightedDraws, fixed: list[str]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix, csc_matrix
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import SuperLU, splu
 from torch import Tensor
 
@@ -269,6 +270,13 @@ class SparseHessian:
         weight = 1.0 / np.bincount(place)[place]
         self._entries = rows[kept], columns[kept], groups[kept], weight[kept]
         self.diagonal = bool((later[kept] == earlier[kept]).all())
+
+    def components(self) -> NDArray[np.int64]:
+        """A number for each group of latents that are coupled, directly or through others, ``(M,)``."""
+        rows, columns, *_ = self._entries
+        pattern = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(self.size, self.size))
+        labels: NDArray[np.int64] = connected_components(pattern, directed=False)[1].astype(np.int64)
+        return labels
 
     def _directions(self) -> Tensor:
         """The sum of each group's coordinates, ``(G, D)``."""

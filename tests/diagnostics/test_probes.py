@@ -11,7 +11,8 @@ from scipy import stats
 
 from pyro_flowvi.diagnostics import diagnose
 from pyro_flowvi.diagnostics._chains import Whitening, guarded, run_chains
-from pyro_flowvi.diagnostics.probes import LOCATION_UNIT, SCALE_UNIT, _gap, probe
+from pyro_flowvi.diagnostics._ranks import LOCATION_UNIT, SCALE_UNIT, gap_of
+from pyro_flowvi.diagnostics.probes import Effort, probe
 from tests import zoo
 
 
@@ -89,7 +90,7 @@ class TestGap:
         rng = np.random.default_rng(0)
         start = rng.standard_normal((20_000, 1))
         end = 0.5 + memory * (start - 0.5) + math.sqrt(1 - memory**2) * rng.standard_normal(start.shape)
-        gap, se = _gap(start, end, np.zeros(1))
+        gap, se = gap_of(start, end, np.zeros(1))
         assert gap[0] == pytest.approx(0.5, abs=4 * se[0])
         assert se[0] == pytest.approx(math.sqrt(1 - memory**2) / (1 - memory) / math.sqrt(20_000), rel=0.05)
 
@@ -231,6 +232,6 @@ def test_chains_of_one_state_give_no_warning():
             np.zeros(200),
             np.full(200, 1 / 200),
             ["x", "y"],
-            batched=False,
+            Effort.of(2, batched=False, in_noise=False),
         )
         assert found.differs
