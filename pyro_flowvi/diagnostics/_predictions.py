@@ -317,7 +317,7 @@ def judge_predictions(f: Figures, p: Predictions) -> Judgement:
     if found is None:
         return _others(judgement, f)
     chains = "chains from the guide's draws"
-    if p.elsewhere and (found is p.by_chains[-1] or not p.by_chains[-1].noisy):
+    if p.share >= 0.005 and (found is p.by_chains[-1] or not p.by_chains[-1].noisy):
         chains += f" and of {p.elsewhere} that settled in other modes, with {100 * p.share:.0f} % of the mass"
     if found.differs:
         mended = informative and not any(other.differs for other in p.resampled)
