@@ -24,8 +24,8 @@ __all__ = ["GroupedDraws", "GroupedLatents", "find_groups"]
 FEWEST_GROUPS = 8
 """Groups from which on they are integrated one by one."""
 LOG_2_PI = math.log(2.0 * math.pi)
-NOISE = 0.05
-"""Variance of a log weight, for given roots, that is aimed at."""
+NOISE, LITTLE_NOISE = 0.05, 0.01
+"""Variance of a log weight, for given roots, that is aimed at, and where that takes no fewer roots."""
 NUM_EACH = 2, 4, 8, 16, 32, 64
 """Draws of each group for one of the roots."""
 PILOT_ROOTS, PILOTS = 8, 4
@@ -130,10 +130,10 @@ class GroupedLatents:
         room = MOST_NUMBERS // len(self.labels)
         fewest = min(num_samples, FEWEST_ROOTS)
         for each in NUM_EACH:
-            if fewest * each >= room:
-                break
             log_mean = self._score(u, each)[2].logsumexp(1).sum(-1).reshape(PILOT_ROOTS, PILOTS)
-            if bool(log_mean.var(1).median() < NOISE):
+            noise = float(log_mean.var(1).median())
+            dear = num_samples * 2 * each > room
+            if noise < LITTLE_NOISE or (dear and noise < NOISE) or fewest * 2 * each > room:
                 break
         return min(num_samples, max(fewest, room // each)), each
 

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["LEAPS", "ChainStates", "Chains", "Whitening", "guarded", "run_chains"]
+__all__ = ["LEAPS_ALONE", "ChainStates", "Chains", "Whitening", "guarded", "run_chains"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 TARGET: Final = 0.8
@@ -16,6 +16,8 @@ LEAPS: Final = (2, 8)
 """Least and most leapfrog steps of a trajectory."""
 LENGTH: Final = 2.4
 """Length of a trajectory: between a quarter and a half of the period of a standard normal."""
+LEAPS_ALONE: Final = 5
+"""Leapfrog steps where all chains have step sizes of their own."""
 MAX_FULL_DIM: Final = 200
 """Up to this many latents the covariance is full, above it diagonal."""
 
@@ -154,8 +156,9 @@ def run_chains(
     while used < evaluations:
         beta = 1.0 / temperature(used / evaluations)
         step = log_step.exp() * (0.7 + 0.5 * torch.rand(size).to(u))
-        typical = float(log_step[shared].median().exp()) if bool(shared.any()) else 0.5
-        leaps = min(max(round(LENGTH / typical), LEAPS[0]), LEAPS[1])
+        leaps = LEAPS_ALONE
+        if bool(shared.any()):
+            leaps = min(max(round(LENGTH / float(log_step[shared].median().exp())), LEAPS[0]), LEAPS[1])
         new_u, new_log_p, new_gradient, energy = _trajectory(density, u, log_p, gradient, beta, step, leaps)
         used += leaps
         rate = energy.clamp(max=0.0).exp()

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -46,12 +46,16 @@ class Regions:
     :param distance: of the heaviest region from the guide's mean, in sd of the guide.
     :param left: share of far states of the chains that started at the guide's draws.
     :param settled: chains that ended up among the guide's draws, ``(P,)``.
+    :param states: of the chains in each region, whitened, ``(n, D)``.
+    :param masses: the share of each.
     """
 
     share: float
     distance: float
     left: float
     settled: Tensor
+    states: list[Tensor] = field(default_factory=list)
+    masses: list[float] = field(default_factory=list)
 
 
 class Reach:
@@ -131,6 +135,7 @@ def find_regions(
     lost = reach.lost(states, log_p)
     settled = (often < 0.1) & ~lost
     masses: list[tuple[float, float]] = []
+    found: list[Tensor] = []
     if bool(lost.any()):
         for members in _clusters(means, lost, log_p):
             region = states[:, members].reshape(-1, states.shape[-1])
@@ -139,9 +144,11 @@ def find_regions(
                 mass += log_z - _usual_mass(density, states, log_p, groups, len(members), reach)
                 mass += UNSETTLED_MASS * states.shape[-1]
             masses.append((mass, float(region.mean(0).norm())))
+            found.append(region)
     total = torch.logsumexp(torch.tensor([log_z, *(mass for mass, _ in masses)], dtype=torch.float64), 0)
-    share = float(sum(math.exp(mass - float(total)) for mass, _ in masses))
-    return Regions(share, max(masses)[1] if masses else 0.0, max(left, 0.0), settled)
+    shares = [math.exp(mass - float(total)) for mass, _ in masses]
+    distance = max(masses)[1] if masses else 0.0
+    return Regions(float(sum(shares)), distance, max(left, 0.0), settled, found, shares)
 
 
 def _left(reach: Reach, states: Tensor) -> float:

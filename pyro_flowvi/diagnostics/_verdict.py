@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ._regions import MAX_SPREAD_DIM
+from ._symmetries import Symmetry, share_in_words
 from .probes import Probes
 
 __all__ = ["Figures", "Judgement", "judge", "sound_moments"]
@@ -17,6 +18,8 @@ GOOD_SHIFT: Final = 0.08
 A tenth less what the estimate itself is off by: a mean .116 sd from the truth had a shift of .09."""
 SURE_SHARE: Final = 0.95
 """From this effective fraction of the draws on, a heavy tail of the weights is too rare to matter."""
+SMALL_DRIFT: Final = 0.25
+"""Largest error of a mean, in sd, that such weights leave room for, by Cauchy and Schwarz."""
 USABLE_SHARE: Final = 0.5
 """Least effective fraction of the draws for "usable" where k-hat is above its threshold."""
 USABLE_ESS: Final = 100.0
@@ -41,6 +44,8 @@ HIGH_DIM: Final = 100
 """From this many latents on, weights of a fit with sound moments are often useless."""
 MIXED_RHAT: Final = 1.5
 """Potential scale reduction above which chains from different starts do not agree."""
+MIRRORED_SHARE: Final = 0.9
+"""Share of the missed mass in mirror images from which these are all that is said of it."""
 LARGE_SE: Final = 0.1
 """Standard error of the ELBO, nats, above which it is a reason of its own."""
 
@@ -130,10 +135,31 @@ def _tails(f: Figures) -> str:
     return f"{name}(..., tails=True) for tails heavier than a normal's"
 
 
-def _modes(f: Figures) -> str:
+def _modes(f: Figures, symmetry: Symmetry | None) -> str:
+    several = "take AutoFlowMixture, which holds several modes"
     if f.guide == "AutoFlowMixture":
-        return "give AutoFlowMixture more components"
-    return "take AutoFlowMixture, which holds several modes"
+        several = "give AutoFlowMixture more components"
+    if symmetry is None or symmetry.explained < MIRRORED_SHARE:
+        return several
+    order = "order what is exchanged, in one site with dist.transforms.OrderedTransform()"
+    positive = "give one of what changes its sign, such as a loading of each factor, a positive support"
+    return f"{several}; or {' and '.join([order] * symmetry.exchanges + [positive] * symmetry.signs)}"
+
+
+def _missed(p: Probes) -> str:
+    """What is missed, as the mirror image of what is not where it is one."""
+    told = (
+        f"chains from far starts settled where the guide does not draw, about {p.missed_at:.0f} sd from "
+        f"its mean, with {100 * p.missed:.1f} % of the mass"
+    )
+    if p.symmetry is None:
+        return f"{told}: a missed mode or part of the posterior"
+    one = p.symmetry.images == 2
+    images = f"mirror image{'' if one else 's'} under {p.symmetry.under}"
+    if p.symmetry.explained < MIRRORED_SHARE:
+        return f"{told}: missed modes or parts of the posterior, among them this mode's {images}"
+    share = share_in_words(1.0 - p.missed)
+    return f"this mode has {share} of the mass; its {images} {'is' if one else 'are'} missing"
 
 
 def judge(figures: Figures) -> Judgement:
@@ -171,6 +197,11 @@ def resampling_holds(figures: Figures) -> bool:
     """Whether chains from the guide's draws confirm the moments of the resampled ones."""
     p = figures.probes
     return _covers(p) and p is not None and p.resampled < RESAMPLED_SHARE
+
+
+def _within_chance(f: Figures, p: Probes) -> bool:
+    """Whether nearly equal weights rule out a drift of so little, as the chance that it is."""
+    return f.share >= SURE_SHARE and max(abs(p.location), abs(p.scale)) < SMALL_DRIFT
 
 
 def _covers(p: Probes | None) -> bool:
@@ -253,19 +284,14 @@ def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
     holds = p.resampled < RESAMPLED_SHARE
     if p.missed >= MISSED_SHARES[0]:
         enough = MISSED_SHARES[1] if f.dim <= MAX_SPREAD_DIM else MISSED_SHARE_HIGH_DIM
-        judgement.add(
-            f"chains from far starts settled where the guide does not draw, about {p.missed_at:.0f} sd from "
-            f"its mean, with {100 * p.missed:.1f} % of the mass: a missed mode or part of the posterior",
-            0 if p.missed >= enough else 1,
-            _modes(f),
-        )
+        judgement.add(_missed(p), 0 if p.missed >= enough else 1, _modes(f, p.symmetry))
     if p.left >= LEFT_SHARES[0]:
         judgement.add(
             f"chains from the guide's draws spend {100 * p.left:.0f} % of the time where it does not draw",
             0 if p.left >= LEFT_SHARES[1] else 1,
             _richer(f),
         )
-    if p.differs:
+    if p.differs and not _within_chance(f, p):
         judgement.add(
             f"chains from the guide's draws drift: centre {p.location:+.2f} ± {p.location_se:.2f} sd at "
             f"{p.location_name}, spread × {math.exp(min(p.scale, 9.0)):.2f} at {p.scale_name}",

@@ -150,6 +150,7 @@ def diagnose(
     The weights see the posterior only where the guide draws.  The *coverage probes* are 128 short chains of
     Hamiltonian Monte Carlo, half from draws of the guide, which must not drift from them, half from far
     around, which cool down to the posterior and show modes that the guide misses; a mode counts by its mass.
+    One that is a mirror image under an exact symmetry of the density, such as exchanged labels, is called so.
     No finite run can exclude a mode that is farther or narrower than any start of a chain.
 
     :param model: a Pyro model.
@@ -294,7 +295,7 @@ def _run_probes(
     density = traced(draws.density, effort.num_chains)
     return probe(
         density, found.z, found.log_weights, found.weights, names, effort, draws.flow, found.corrected,
-        draws.roots, watch,
+        draws.roots, draws.density.packing, watch,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ are a fair sample of the posterior; chains that start far around them say what e
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._chains import LEAPS, ChainStates, ValueAndGrad, run_chains
+from .._program.packing import Packing
+from ._chains import LEAPS_ALONE, ChainStates, ValueAndGrad, run_chains
 from ._ranks import LOCATION_UNIT, SCALE_UNIT, gap_of, ranks, rhat, tail_index
 from ._regions import Reach, Regions, find_regions
 from ._spaces import Space, noise_space, whitened_space
 from ._starts import Starts, far_starts, wide_starts
+from ._symmetries import Symmetry, find_symmetry
 
 __all__ = ["Probes", "probe"]
 
@@ -29,8 +31,8 @@ MANY, VERY_MANY = 150, 3000
 """Latents above which fewer and shorter chains run over the noise."""
 FEWEST_STATES: Final = 500
 """States of chains from which a tail can be read."""
-MORE_LEAPS: Final = LEAPS[1]
-"""Gradients at most for each further state of a chain that goes on."""
+MORE_STATES: Final = 16
+"""States at most of a chain that goes on."""
 LEVEL: Final = 0.005
 """Chance that chains of an exact guide show a significant difference in any latent."""
 UNSURE_SE: Final = 0.25
@@ -59,8 +61,10 @@ class Effort:
         """
         if not batched:
             return cls(32, 100)
-        if not in_noise or dim <= MANY:
+        if not in_noise:
             return cls()
+        if dim <= MANY:
+            return cls(128, 180)
         return cls(64, 160, 6) if dim <= VERY_MANY else cls(32, 120, 4)
 
 
@@ -85,6 +89,8 @@ class Probes:
     :param tail_index: heaviest tail of a latent that the chains saw: 1/nu of a Student t, 0 of a normal.
     :param conclusive: whether the chains moved enough to decide about 0.2 sd.
     :param num_gradients: gradients of the log density that were computed.
+    :param symmetry: under which the missed regions are mirror images of where the guide draws; None if they
+        are not.
 
     Example::
 
@@ -110,6 +116,7 @@ class Probes:
     tail_index: float
     conclusive: bool
     num_gradients: int
+    symmetry: Symmetry | None = None
 
 
 def probe(
@@ -122,6 +129,7 @@ def probe(
     flow: Any = None,
     corrected: Tensor | None = None,
     watched: Tensor | None = None,
+    packing: Packing | None = None,
     watch: Callable[[ChainStates], None] | None = None,
 ) -> Probes:
     """Runs the chains and compares them with the guide's draws.
@@ -135,6 +143,7 @@ def probe(
     :param flow: the guide's map from standard normal noise, in which the chains then run; None without one.
     :param watched: coordinates of which all must be known well, and most of the others; None for all.
     :param corrected: the draws as the weights hold for them, if that are others, ``(S, D)``.
+    :param packing: what the points are made of, in which symmetries are looked for.
     :param watch: is shown the states.
 
     Example::
@@ -166,7 +175,7 @@ def probe(
         watch(ChainStates(space.latents(start.points), space.latents(last), groups == 0, value_and_grad))
     log_z = float(torch.logsumexp(torch.from_numpy(log_weights), 0)) - math.log(len(log_weights))
     regions = find_regions(space.density, space.draws, reach, last, log_p, groups, log_z)
-    return _compare(
+    found = _compare(
         z,
         z if corrected is None else corrected,
         space,
@@ -179,6 +188,13 @@ def probe(
         watched,
         chains.num_gradients + num_more,
     )
+    if packing is None or not regions.states:
+        return found
+    missed = [space.latents(states) for states in regions.states]
+    symmetry = find_symmetry(value_and_grad, packing, z, missed, regions.masses)
+    if symmetry is None:
+        return found
+    return replace(found, missed=symmetry.missed(regions.share), symmetry=symmetry)
 
 
 def _continue(space: Space, reach: Reach, states: Tensor, log_p: Tensor, warmup: int) -> int:
@@ -191,9 +207,10 @@ def _continue(space: Space, reach: Reach, states: Tensor, log_p: Tensor, warmup:
         return 0
     start = Starts.tempered(states[-1, lost])
     alone = torch.ones_like(lost)
-    evaluations = MORE_LEAPS * (len(states) + warmup) + 1
+    evaluations = LEAPS_ALONE * (min(len(states), MORE_STATES) + warmup) + 1
     more = run_chains(space.density, start.points, alone, start.temperature, warmup, evaluations)
-    states[:, lost], log_p[:, lost] = more.states[-len(states) :], more.log_p[-len(states) :]
+    again = torch.linspace(0, len(more.states) - 1, len(states)).round().long().to(states.device)
+    states[:, lost], log_p[:, lost] = more.states[again], more.log_p[again]
     return more.num_gradients
 
 
