@@ -11,6 +11,10 @@ __all__ = ["effective_sample_size", "generalized_pareto_shape", "khat_threshold"
 Array = NDArray[np.float64]
 
 
+_EQUAL = 1e-4
+"""Spread of log weights that is rounding: of an exact guide, whose weights have many equal values."""
+
+
 def _array_stats() -> Any:
     """ArviZ's functions of arrays, with whose import a start would take twice as long."""
     from arviz_stats.base.array import array_stats
@@ -49,7 +53,7 @@ def psis(log_ratios: ArrayLike) -> tuple[Array, float]:
     """
     ratios = _vector("log_ratios", log_ratios)
     ratios = ratios - ratios.max()
-    if np.ptp(ratios) < 1e-12:  # equal weights have no tail to fit
+    if np.ptp(ratios) < _EQUAL:  # equal weights have no tail to fit
         return np.full_like(ratios, -np.log(len(ratios))), -np.inf
     if len(ratios) < 25:
         return ratios - _logsumexp(ratios), math.nan

@@ -1,4 +1,4 @@
-"""The sites of a trace: which are latent, which enumerated, on what support.
+"""The sites of a trace: which are latent, observed or enumerated, on what support.
 
 A *site* is a ``pyro.sample`` statement.
 """
@@ -6,14 +6,14 @@ A *site* is a ``pyro.sample`` statement.
 from collections.abc import Iterator
 from typing import Any
 
-from pyro.distributions import constraints
-from pyro.poutine.util import site_is_subsample
+from pyro.distributions import Delta, constraints
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
 from .._types import Site, Trace
 
-__all__ = ["innermost", "is_enumerated", "latent_sites"]
+__all__ = ["innermost", "is_computed", "is_enumerated", "latent_sites", "observed_sites"]
 
 
 def _mixture_bijection(constraint: Any) -> Any:
@@ -57,6 +57,27 @@ def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
             continue
         if not is_enumerated(site):
             yield name, site
+
+
+def observed_sites(trace: Trace) -> dict[str, Site]:
+    """Sites with data or computed, by name: observed, and neither a factor nor a subsample."""
+    return {
+        name: site
+        for name, site in prune_subsample_sites(trace).nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and isinstance(site["value"], Tensor)
+        and site["value"].numel()
+    }
+
+
+def is_computed(site: Site) -> bool:
+    """Whether the value follows from other sites, as of ``pyro.deterministic``."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 def innermost(fn: Any) -> Any:

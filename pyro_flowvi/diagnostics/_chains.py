@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["LEAPS_ALONE", "Chains", "Whitening", "guarded", "run_chains"]
+__all__ = ["LEAPS_ALONE", "ChainStates", "Chains", "Whitening", "guarded", "run_chains"]
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 TARGET: Final = 0.8
@@ -105,6 +105,22 @@ class Chains:
     log_p: Tensor
     acceptance: Tensor
     num_gradients: int
+
+
+@dataclass(frozen=True)
+class ChainStates:
+    """What the probes' chains saw, as points of the unconstrained space.
+
+    :param start: where each chain started, ``(P, D)``.
+    :param states: after the warm-up, ``(T, P, D)``.
+    :param from_guide: which started at draws of the guide, ``(P,)``.
+    :param density: points to log densities and gradients.
+    """
+
+    start: Tensor
+    states: Tensor
+    from_guide: Tensor
+    density: ValueAndGrad
 
 
 def run_chains(

@@ -9,14 +9,14 @@ import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from pyro.distributions import Delta
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._checks import check_positive_int
 from .._program.batching import align
 from .._program.call import as_keywords, check_programs
 from .._program.log_weights import LogWeights
+from .._program.sites import is_computed, observed_sites
 from ..psis import psis
 from ..psis import resample as resampled
 from ._weighted_draws import WeightedDraws, weighted_draws
@@ -185,28 +185,6 @@ def _traces(
         ]
 
 
-def _is_computed(site: Any) -> bool:
-    """Whether the value follows from other sites, as of ``pyro.deterministic``."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
-def _observed(trace: Any) -> dict[str, Any]:
-    """Sites with data or computed: observed, and neither a factor nor a subsample."""
-    nodes: dict[str, Any] = dict(prune_subsample_sites(trace).nodes)
-    return {
-        name: site
-        for name, site in nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not site_is_subsample(site)
-        and isinstance(site["value"], Tensor)
-        and site["value"].numel()
-    }
-
-
 @torch.no_grad()
 def _data_groups(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str, Group]:
     """Log density of each observed value at each draw, new values at each draw, and the observed ones."""
@@ -215,10 +193,10 @@ def _data_groups(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str
         warnings.simplefilter("ignore")
         first = poutine.condition(particles.model, data={name: value[0] for name, value in sites.items()})
         one: Any = poutine.trace(first).get_trace(*particles.args, **particles.kwargs)
-        fixed = {name: site for name, site in _observed(one).items() if name not in sites}
+        fixed = {name: site for name, site in observed_sites(one).items() if name not in sites}
         if not fixed:
             return {}
-        data = {name: site for name, site in fixed.items() if not _is_computed(site)}
+        data = {name: site for name, site in fixed.items() if not is_computed(site)}
         computed = fixed.keys() - data.keys()
         shapes = {name: one.nodes[name]["fn"].event_dim for name in sites}
         groups: dict[str, Group] = {

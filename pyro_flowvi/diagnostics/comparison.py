@@ -93,6 +93,7 @@ def compare(
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
     probes: bool = True,
+    of: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Comparison:
     """Ranks fitted guides of one model by their ELBO, with a diagnosis of each.
@@ -110,6 +111,7 @@ def compare(
     :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed before each guide.
     :param probes: as in :func:`diagnose`.
+    :param of: as in :func:`diagnose`.
     :raises ValueError: if ``guides`` is empty or holds something that is no guide.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
@@ -141,6 +143,7 @@ def compare(
                 model_kwargs=kwargs,
                 seed=seed,
                 probes=probes,
+                of=of,
             ),
         )
         for name, guide in named.items()

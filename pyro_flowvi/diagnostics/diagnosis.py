@@ -1,7 +1,7 @@
 """diagnose: can this fit be trusted?"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from .._program.call import as_keywords, check_programs
 from .._program.flat_directions import flat_sites
 from ..autoguide import AutoFlow
 from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold
+from ._chains import ChainStates
+from ._outputs import Outputs
+from ._predictions import compare_outputs, judge_predictions
 from ._verdict import Figures, judge
 from ._weighted_draws import WeightedDraws, weighted_draws
 from ._weights import WeightFigures, read_weights
@@ -47,6 +50,12 @@ class Diagnosis:
     :param tail_index: heaviest tail of a scalar latent, a generalised Pareto shape: 1/nu of a Student t with
         nu degrees of freedom, about 0 of a normal.  Of the states of the probes' chains, else of the draws;
         NaN without either.
+    :param predictive_shift: worst |mean of the draws - mean of the resampled draws| of an output, in sd of
+        its predictions, with ``of``; NaN without.
+    :param predictive_coverage: of the draws' 90 % intervals of the outputs, under the resampled draws, what
+        is farthest from .9; NaN without ``of``.
+    :param chains_shift: as ``predictive_shift``, of the draws against the probes' chains.
+    :param chains_coverage: as ``predictive_coverage``, under the chains' states.
     :param num_nonfinite: draws whose density is not finite.
     :param probes: what the coverage probes saw; None where they make no sense, or were not wanted.
     :param log_weights: log p(x, z) - log q(z) of every draw, shape ``(S,)``; with ``num_groups`` those of the
@@ -75,6 +84,10 @@ class Diagnosis:
     shift: float = math.nan
     scale_shift: float = math.nan
     tail_index: float = math.nan
+    predictive_shift: float = math.nan
+    predictive_coverage: float = math.nan
+    chains_shift: float = math.nan
+    chains_coverage: float = math.nan
     num_nonfinite: int = 0
     probes: Probes | None = field(default=None, repr=False)
     log_weights: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
@@ -123,6 +136,7 @@ def diagnose(
     model_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
     probes: bool = True,
+    of: str | Sequence[str] | None = None,
     fit_result: Any = None,
     **kwargs: Any,
 ) -> Diagnosis:
@@ -145,17 +159,24 @@ def diagnose(
     :param model: a Pyro model.
     :param guide: any Pyro guide for it.
     :param args: the model's positional arguments.
-    :param num_samples: number S of draws, at least 100.  Where fewer than half of them are effective 4,000 are
-        taken; of the roots of very many latents fewer.
+    :param num_samples: number S of draws, at least 100.  Where fewer than half of them are effective 4,000
+        are taken; of the roots of very many latents fewer.
     :param kwargs: the model's keyword arguments.
     :param model_kwargs: those whose names are options of this function.
     :param seed: sets Pyro's seed first.
     :param probes: whether to run the chains, at most 36,000 gradients of the log density in 280 batches;
         a tenth of that where the model does not run for many points at once.
+    :param of: what is judged: None for the latents; "predictions" for the observed sites; or names of
+        observed and ``pyro.deterministic`` sites.  For networks and other models whose parameters are not
+        identified: their latents have many modes with the same predictions.  "Good" then are predictive means
+        within .1 predictive sd and 90 % intervals within 3 points of coverage, by the weights where these are
+        informative and by the chains, those from far starts as far as they settled; "usable" is what
+        resampling mends.  At most 1,000 outputs are compared.
     :param fit_result: what :func:`pyro_flowvi.fit` returned: a fit that had not converged is never good.
-    :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, the guide
-        has not been set up and cannot be, model and guide are swapped, the data are no tensors, or Pyro's
-        validation refuses the shape of a site.
+    :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, the outputs
+        that ``of`` names are none of the model's or change with the rows that a run shows, the guide has not
+        been set up and cannot be, model and guide are swapped, the data are no tensors, or Pyro's validation
+        refuses the shape of a site.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
     References: Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling*, 2024
@@ -184,6 +205,7 @@ def diagnose(
     draws = weighted_draws(model, guide, args, kwargs, num_samples)
     if num_samples < FULL and _are_weak(draws):
         draws = weighted_draws(model, guide, args, kwargs, FULL)
+    outputs = None if of is None else Outputs(draws, of)
     log_weights, num_samples = draws.log_weights, len(draws.log_weights)
     finite = np.isfinite(log_weights)
     dropped = int(num_samples - finite.sum())
@@ -199,11 +221,14 @@ def diagnose(
     skipped = _why_no_probes(draws, fixed)
     names, moved, seen, tail_index = draws.names() or [""], found.moved, None, math.nan
     inner = draws.grouped or draws.by_row
+    chains, predictions = list[ChainStates](), None
     if found.z is not None:
         z = found.z.double().cpu().numpy()
         tail_index = max(generalized_pareto_shape(np.abs(x - np.median(x))) for x in z.T)
         if probes and not skipped:
-            seen = _run_probes(draws, found, names)
+            seen = _run_probes(draws, found, names, chains.append)
+        if outputs is not None:
+            predictions = compare_outputs(outputs, found, *chains)
     figures = Figures(
         khat=found.khat,
         khat_threshold=khat_threshold(num_samples),
@@ -225,7 +250,7 @@ def diagnose(
         num_each=0 if inner is None else inner.num_each,
         local_gap=math.nan if inner is None else inner.local_gap,
     )
-    judgement = judge(figures)
+    judgement = judge(figures) if predictions is None else judge_predictions(figures, predictions)
     if fixed:
         judgement.add(f"the guide is a point mass at {fixed}: it has no density there to weigh by", 0)
     flat = [] if draws.density is None else flat_sites(draws.density)
@@ -252,6 +277,7 @@ def diagnose(
         tail_index=tail_index if seen is None or math.isnan(seen.tail_index) else seen.tail_index,
         num_nonfinite=dropped,
         probes=seen,
+        **({} if predictions is None else predictions.figures()),
         log_weights=log_weights,
         log_evidence=found.log_evidence,
         log_evidence_se=found.log_evidence_se,
@@ -268,7 +294,9 @@ def _are_weak(draws: WeightedDraws) -> bool:
     return not len(finite) or effective_sample_size(finite) < WEAK_SHARE * len(finite)
 
 
-def _run_probes(draws: WeightedDraws, found: WeightFigures, names: list[str]) -> Probes:
+def _run_probes(
+    draws: WeightedDraws, found: WeightFigures, names: list[str], watch: Callable[[ChainStates], None]
+) -> Probes:
     """The chains, over the noise of the guide's map if it has one."""
     assert draws.density is not None
     assert found.z is not None
@@ -276,7 +304,7 @@ def _run_probes(draws: WeightedDraws, found: WeightFigures, names: list[str]) ->
     density = traced(draws.density, effort.num_chains)
     return probe(
         density, found.z, found.log_weights, found.weights, names, effort, draws.flow, found.corrected,
-        draws.roots, draws.density.packing,
+        draws.roots, draws.density.packing, watch,
     )  # fmt: skip
 
 

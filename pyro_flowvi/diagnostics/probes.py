@@ -5,6 +5,7 @@ are a fair sample of the posterior; chains that start far around them say what e
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._program.packing import Packing
-from ._chains import LEAPS_ALONE, ValueAndGrad, run_chains
+from ._chains import LEAPS_ALONE, ChainStates, ValueAndGrad, run_chains
 from ._ranks import LOCATION_UNIT, SCALE_UNIT, gap_of, ranks, rhat, tail_index
 from ._regions import Reach, Regions, find_regions
 from ._spaces import Space, noise_space, whitened_space
@@ -129,6 +130,7 @@ def probe(
     corrected: Tensor | None = None,
     watched: Tensor | None = None,
     packing: Packing | None = None,
+    watch: Callable[[ChainStates], None] | None = None,
 ) -> Probes:
     """Runs the chains and compares them with the guide's draws.
 
@@ -142,6 +144,7 @@ def probe(
     :param watched: coordinates of which all must be known well, and most of the others; None for all.
     :param corrected: the draws as the weights hold for them, if that are others, ``(S, D)``.
     :param packing: what the points are made of, in which symmetries are looked for.
+    :param watch: is shown the states.
 
     Example::
 
@@ -168,6 +171,8 @@ def probe(
     last, log_p = chains.states[half:].clone(), chains.log_p[half:].clone()
     reach = Reach(space.draws, last[:, groups == 1])
     num_more = _continue(space, reach, last, log_p, effort.warmup)
+    if watch is not None:
+        watch(ChainStates(space.latents(start.points), space.latents(last), groups == 0, value_and_grad))
     log_z = float(torch.logsumexp(torch.from_numpy(log_weights), 0)) - math.log(len(log_weights))
     regions = find_regions(space.density, space.draws, reach, last, log_p, groups, log_z)
     found = _compare(

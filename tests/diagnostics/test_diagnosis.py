@@ -67,6 +67,11 @@ class TestPsis:
         assert khat == -np.inf
         np.testing.assert_allclose(np.exp(log_weights), 0.01)
 
+    def test_rounding_has_no_tail(self):
+        """Weights of an exact guide are equal but for rounding, many of them to the last bit."""
+        rounding = 1e-6 * np.random.default_rng(0).integers(-3, 3, 4000)
+        assert psis(rounding)[1] == -np.inf
+
     def test_effective_sample_size(self):
         weights = np.random.default_rng(0).random(50)
         expected = weights.sum() ** 2 / (weights**2).sum()
