@@ -196,7 +196,7 @@ def sound_moments(figures: Figures) -> bool:
 def resampling_holds(figures: Figures) -> bool:
     """Whether chains from the guide's draws confirm the moments of the resampled ones."""
     p = figures.probes
-    return _covers(p) and p is not None and p.resampled < RESAMPLED_SHARE
+    return _covers(p) and p is not None and p.resampled < RESAMPLED_SHARE and p.left < LEFT_SHARES[0]
 
 
 def _within_chance(f: Figures, p: Probes) -> bool:
@@ -281,7 +281,7 @@ def _shifts(judgement: Judgement, f: Figures, confirmed: bool) -> None:
 
 
 def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
-    holds = p.resampled < RESAMPLED_SHARE
+    holds = p.resampled < RESAMPLED_SHARE and p.left < LEFT_SHARES[0]
     if p.missed >= MISSED_SHARES[0]:
         enough = MISSED_SHARES[1] if f.dim <= MAX_SPREAD_DIM else MISSED_SHARE_HIGH_DIM
         judgement.add(_missed(p), 0 if p.missed >= enough else 1, _modes(f, p.symmetry))
