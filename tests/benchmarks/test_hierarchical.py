@@ -104,6 +104,8 @@ def test_the_references_are_of_what_is_compared():
         assert problem.coordinates(sites).keys() == row["scalars"].keys()
         assert row["rhat"] < 1.01
         assert row["ess"] > 1000
+        for _, sd, *errors in row["scalars"].values():
+            assert max(errors) < 0.05 * sd
 
 
 def test_the_reference_of_eight_schools_is_that_of_quadrature():
