@@ -32,6 +32,8 @@ WEAK_SHARE: Final = 0.1
 """Effective fraction of the draws below which resampled draws are of use only if chains confirm them."""
 LARGE_SCALE: Final = math.log(1.2)
 """Change of a scale by resampling, in its logarithm, from which the same holds."""
+VAST_SCALE: Final = math.log(1.5)
+"""The same from which resampling cannot be trusted whatever chains say."""
 MISSED_SHARE_HIGH_DIM: Final = 0.3
 """The latter with more than 20 latents, where short chains measure a mass but roughly."""
 LEFT_SHARES: Final = (0.02, 0.1)
@@ -72,6 +74,8 @@ class Figures:
     resamples: bool = True
     """Whether the guide is one of this package, with ``sample_posterior`` and ``tails``."""
     scale_name: str = ""
+    scale_noise: float = 0.0
+    """Standard error of the change of that scale."""
     num_groups: int = 0
     """Groups of latents that are integrated, so that the weights are those of the roots; 0 without any."""
     num_each: int = 0
@@ -270,8 +274,10 @@ def _shifts(judgement: Judgement, f: Figures, confirmed: bool) -> None:
         2 if small else 1,
         "" if small else _resample(f),
     )
-    if f.scale_shift >= GOOD_SHIFT:
-        large = f.scale_shift >= LARGE_SCALE and not confirmed
+    # Where all weights are nearly equal a single draw far out may still carry a scale.
+    chance = f.share >= SURE_SHARE and f.scale_shift < 2.0 * f.scale_noise
+    if f.scale_shift >= GOOD_SHIFT and not chance:
+        large = f.scale_shift >= VAST_SCALE or (f.scale_shift >= LARGE_SCALE and not confirmed)
         change = 100.0 * math.expm1(min(f.scale_shift, 9.0))
         judgement.add(
             f"resampling changes the sd of {f.scale_name} by {change:.0f} %",

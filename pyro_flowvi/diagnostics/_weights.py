@@ -26,12 +26,14 @@ class Shifts:
     :param place: of which coordinate.
     :param scale: worst \\|log(sd of the resampled draws / sd of the draws)\\|.
     :param scale_place: of which coordinate.
+    :param scale_noise: standard error of that one, as far as the draws tell.
     """
 
     location: float = math.nan
     place: int = 0
     scale: float = math.nan
     scale_place: int = 0
+    scale_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def read_weights(draws: WeightedDraws) -> WeightFigures:
             square = weights @ _array(grouped.square[rows])
             sd = np.sqrt(np.maximum(square - mean**2, 0.0))
             raw_mean, raw_sd = (_array(value) for value in grouped.raw)
-            moved = _between(raw_mean, raw_sd, mean, sd)
+            noise = _scale_noise(_array(grouped.mean[rows]) - mean, sd, weights)
+            moved = _between(raw_mean, raw_sd, mean, sd, noise)
     return WeightFigures(
         elbo=elbo,
         elbo_se=elbo_se,
@@ -115,15 +118,28 @@ def shifts(z: Array, weights: Array) -> Shifts:
     centred = z - centre
     moved = weights @ centred
     variance = np.maximum(weights @ (centred - moved) ** 2, 0.0)
-    return _between(np.zeros_like(moved), centred.std(0), moved, np.sqrt(variance))
+    sd = np.sqrt(variance)
+    return _between(
+        np.zeros_like(moved), centred.std(0), moved, sd, _scale_noise(centred - moved, sd, weights)
+    )
 
 
-def _between(raw_mean: Array, raw_sd: Array, mean: Array, sd: Array) -> Shifts:
+def _scale_noise(centred: Array, sd: Array, weights: Array) -> Array:
+    """Standard errors of the logarithms of how sds change from raw to weighted draws."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = (centred / sd) ** 2 - 1.0
+        noise: Array = 0.5 * np.sqrt(((weights - 1.0 / len(weights))[:, None] ** 2 * excess**2).sum(0))
+    return np.nan_to_num(noise)
+
+
+def _between(raw_mean: Array, raw_sd: Array, mean: Array, sd: Array, noise: Array) -> Shifts:
     with np.errstate(divide="ignore", invalid="ignore"):
         location = np.nan_to_num(np.abs(mean - raw_mean) / sd, nan=0.0, posinf=np.inf)
         scale = np.nan_to_num(np.abs(np.log(sd / raw_sd)), nan=0.0, posinf=np.inf)
-    place, scale_place = int(np.argmax(location)), int(np.argmax(scale))
-    return Shifts(float(location[place]), place, float(scale[scale_place]), scale_place)
+    place, scale_place = int(np.argmax(location)), int(np.argmax(scale - 2.0 * noise))
+    return Shifts(
+        float(location[place]), place, float(scale[scale_place]), scale_place, float(noise[scale_place])
+    )
 
 
 def _array(value: Tensor) -> Array:

@@ -148,11 +148,18 @@ def diagnose(
     * "usable", use resampled draws: k-hat at most min(1 - 1 / log10 S, 0.7) and an effective sample size of
       100, or half of the draws effective.  Also where the weights are useless and the probes find that the
       moments are sound all the same, as in hundreds of dimensions; the reasons say so.
-    * "poor": all else.
+    * "poor": all else, and where resampling changes an sd by more than 20 %, fewer than a tenth of the draws
+      are effective or the training had not converged, unless chains (the last also: weights) confirm the fit.
+
+    Where a guide draws groups of latents that are independent of each other given the *roots*, the weights
+    are those of the roots, log p(x, u) - log q(u), with p(x, u) estimated without bias from several draws of
+    each group: they stay informative however many groups there are.
 
     The weights see the posterior only where the guide draws.  The *coverage probes* are 128 short chains of
     Hamiltonian Monte Carlo, half from draws of the guide, which must not drift from them, half from far
     around, which cool down to the posterior and show modes that the guide misses; a mode counts by its mass.
+    They run over the noise of the guide's map where it has one (of more than 150 latents 64 or 32 chains),
+    else over the latents, where a funnel keeps them from settling: such a fit is usable at best.
     One that is a mirror image under an exact symmetry of the density, such as exchanged labels, is called so.
     No finite run can exclude a mode that is farther or narrower than any start of a chain.
 
@@ -241,6 +248,7 @@ def diagnose(
         scale_shift=moved.scale,
         shift_name=names[moved.place],
         scale_name=names[moved.scale_place],
+        scale_noise=moved.scale_noise,
         guide_tail_index=tail_index,
         probes=seen,
         converged=getattr(fit_result, "converged", None),
