@@ -19,12 +19,12 @@ from ..transforms.base import forward_and_log_det
 from ._given_roots import GivenRoots
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
+from ._pages import LOG_2_PI
 
 __all__ = ["GroupedDraws", "GroupedLatents", "find_groups", "group_terms", "owners_of", "stratified"]
 
 FEWEST_GROUPS = 8
 """Groups from which on they are integrated one by one."""
-LOG_2_PI = math.log(2.0 * math.pi)
 NOISE, LITTLE_NOISE = 0.05, 0.01
 """Variance of a log weight, for given roots, that is aimed at, and where that takes no fewer roots."""
 NUM_EACH = 2, 4, 8, 16, 32, 64

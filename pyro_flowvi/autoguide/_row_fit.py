@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from .._program.log_density import REFUSALS, UnconstrainedModel
@@ -150,7 +151,8 @@ class RowFit(RowGuide):
         every = torch.arange(rows.plate.size)
 
         def guide(*args: Any, **kwargs: Any) -> Any:
-            with rows.showing_all():
+            # The model's plate consists of these rows, and draws none.
+            with rows.showing_all(), poutine.block(hide=[rows.plate.name]):
                 return self(*args, **kwargs)
 
         model = showing(self._require_model(), rows.plate, None if rows.plate.given else every, None)
