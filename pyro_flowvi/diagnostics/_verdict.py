@@ -73,6 +73,8 @@ class Figures:
     """The name of the guide's class."""
     resamples: bool = True
     """Whether the guide is one of this package, with ``sample_posterior`` and ``tails``."""
+    shift_kind: str = ""
+    """What kind of latent that is, if the weights are those of the roots."""
     scale_name: str = ""
     scale_noise: float = 0.0
     """Standard error of the change of that scale."""
@@ -258,8 +260,8 @@ def _weights(judgement: Judgement, f: Figures) -> None:
         judgement.add(f"the ELBO itself is uncertain, ± {f.elbo_se:.2f}")
     if f.num_groups and f.local_gap >= LARGE_SE:
         judgement.add(
-            f"given the roots the groups are {f.local_gap:.2f} nats from their posterior, "
-            f"{f.local_gap / f.num_groups:.2g} each"
+            f"apart from the roots, the groups given these are {f.local_gap:.2f} nats from their posterior, "
+            f"{f.local_gap / f.num_groups:.2g} each: their latents are not quite of the guide's shape"
         )
 
 
@@ -270,7 +272,7 @@ def _shifts(judgement: Judgement, f: Figures, confirmed: bool) -> None:
     judgement.add(
         f"resampling moves no mean by more than {f.shift:.2f} sd"
         if small
-        else f"resampling moves the mean of {f.shift_name} by {f.shift:.2f} sd",
+        else f"resampling moves the mean of {f.shift_name}{f.shift_kind} by {f.shift:.2f} sd",
         2 if small else 1,
         "" if small else _resample(f),
     )

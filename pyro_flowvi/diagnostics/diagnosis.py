@@ -247,6 +247,7 @@ def diagnose(
         shift=moved.location,
         scale_shift=moved.scale,
         shift_name=names[moved.place],
+        shift_kind=_kind(draws, moved.place),
         scale_name=names[moved.scale_place],
         scale_noise=moved.scale_noise,
         guide_tail_index=tail_index,
@@ -292,6 +293,13 @@ def diagnose(
         num_groups=figures.num_groups,
         local_gap=figures.local_gap,
     )
+
+
+def _kind(draws: WeightedDraws, place: int) -> str:
+    """Whether a coordinate is one of the roots or of a group, in words; empty without groups."""
+    if draws.roots is None:
+        return ""
+    return ", a root," if bool((draws.roots == place).any()) else ", of a group given the roots,"
 
 
 def _are_weak(draws: WeightedDraws) -> bool:

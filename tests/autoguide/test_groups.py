@@ -124,6 +124,20 @@ def test_resampled_draws_follow_groups(y):
     assert ((again.mean(0) - right.mean(0)) / sd).abs().max() < 0.15
 
 
+@pytest.mark.parametrize("part", ["roots", "groups"])
+def test_reasons_tell_roots_from_groups(part, y):
+    guide = AutoRealNVP(in_a_plate)
+    fit(in_a_plate, guide, y, num_steps=200, progress=False, seed=0)
+    with torch.no_grad():
+        if part == "roots":
+            guide.affine.loc[0] += 0.1
+        else:
+            guide._map.centre += 0.5
+    told = " ".join(diagnose(in_a_plate, guide, y, num_samples=1000, seed=0, probes=False).reasons)
+    assert (", a root," in told) == (part == "roots")
+    assert ("of a group given the roots" in told) == (part == "groups")
+
+
 @pytest.mark.parametrize(("model", "num"), [(one_plate_in_another, 10), (by_index, NUM)])
 def test_groups_are_what_is_independent_given_the_roots(model, num, y):
     guide = AutoRealNVP(model)
