@@ -55,8 +55,11 @@ def psis(log_ratios: ArrayLike) -> tuple[Array, float]:
         return ratios - _logsumexp(ratios), math.nan
     smoothed: Any
     try:
-        smoothed, khat = _array_stats().psislw(-ratios)  # it takes negated log ratios
+        with np.errstate(all="ignore"):  # many equal values
+            smoothed, khat = _array_stats().psislw(-ratios)  # it takes negated log ratios
     except ValueError:  # the largest weights are equal: bounded, no tail to fit
+        smoothed, khat = ratios, -np.inf
+    if np.isnan(smoothed).any():  # so are most of these, as of an exact guide in float32
         smoothed, khat = ratios, -np.inf
     weights: Array = np.asarray(smoothed, dtype=np.float64)
     return weights - _logsumexp(weights), float(khat)

@@ -67,6 +67,13 @@ class TestPsis:
         assert khat == -np.inf
         np.testing.assert_allclose(np.exp(log_weights), 0.01)
 
+    def test_rounded_weights(self):
+        """Of an exact guide in float32 the log weights are a few values next to each other."""
+        log_ratios = 4e-6 * np.round(np.random.default_rng(0).standard_normal(4000))
+        log_weights, khat = psis(log_ratios)
+        assert khat == -np.inf
+        np.testing.assert_allclose(log_weights, log_ratios - np.log(np.exp(log_ratios).sum()))
+
     def test_effective_sample_size(self):
         weights = np.random.default_rng(0).random(50)
         expected = weights.sum() ** 2 / (weights**2).sum()
