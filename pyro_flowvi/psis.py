@@ -11,10 +11,6 @@ __all__ = ["effective_sample_size", "generalized_pareto_shape", "khat_threshold"
 Array = NDArray[np.float64]
 
 
-_EQUAL = 1e-4
-"""Spread of log weights that is rounding: of an exact guide, whose weights have many equal values."""
-
-
 def _array_stats() -> Any:
     """ArviZ's functions of arrays, with whose import a start would take twice as long."""
     from arviz_stats.base.array import array_stats
@@ -53,14 +49,17 @@ def psis(log_ratios: ArrayLike) -> tuple[Array, float]:
     """
     ratios = _vector("log_ratios", log_ratios)
     ratios = ratios - ratios.max()
-    if np.ptp(ratios) < _EQUAL:  # equal weights have no tail to fit
+    if np.ptp(ratios) < 1e-12:  # equal weights have no tail to fit
         return np.full_like(ratios, -np.log(len(ratios))), -np.inf
     if len(ratios) < 25:
         return ratios - _logsumexp(ratios), math.nan
     smoothed: Any
     try:
-        smoothed, khat = _array_stats().psislw(-ratios)  # it takes negated log ratios
+        with np.errstate(all="ignore"):  # many equal values
+            smoothed, khat = _array_stats().psislw(-ratios)  # it takes negated log ratios
     except ValueError:  # the largest weights are equal: bounded, no tail to fit
+        smoothed, khat = ratios, -np.inf
+    if np.isnan(smoothed).any():  # so are most of these, as of an exact guide in float32
         smoothed, khat = ratios, -np.inf
     weights: Array = np.asarray(smoothed, dtype=np.float64)
     return weights - _logsumexp(weights), float(khat)

@@ -8,7 +8,7 @@ from ._regions import MAX_SPREAD_DIM
 from ._symmetries import Symmetry, share_in_words
 from .probes import Probes
 
-__all__ = ["Figures", "Judgement", "judge", "sound_moments"]
+__all__ = ["SUPPORT", "Figures", "Judgement", "judge", "sound_moments"]
 
 GOOD_KHAT: Final = 0.5
 """Up to this k-hat the weights have a finite variance."""
@@ -73,6 +73,8 @@ class Figures:
     """The name of the guide's class."""
     resamples: bool = True
     """Whether the guide is one of this package, with ``sample_posterior`` and ``tails``."""
+    has_tails: bool = False
+    """Whether it was given ``tails=True``."""
     shift_kind: str = ""
     """What kind of latent that is, if the weights are those of the roots."""
     scale_name: str = ""
@@ -99,7 +101,10 @@ class Judgement:
     advice: list[str] = field(default_factory=list)
 
     def add(self, reason: str, rank: int = 2, advice: str = "") -> None:
-        """Adds a reason; the verdict is then ``rank`` at most (0 poor, 1 usable, 2 good)."""
+        """Adds a reason; the verdict is then ``rank`` at most (0 poor, 1 usable, 2 good).
+
+        :param advice: what to do about it; there is some wherever the reason lowers the verdict.
+        """
         self.rank = min(self.rank, rank)
         self.reasons.append(reason)
         if advice and advice not in self.advice:
@@ -112,6 +117,10 @@ class Judgement:
 
 LONGER = "train longer, with a larger num_steps"
 RICH_GUIDES = ("AutoRealNVP", "AutoNeuralSpline")
+SUPPORT = (
+    "give sites the support that the model has, as HalfNormal in place of a factor that forbids values below "
+    "zero, or look for overflow in the model"
+)
 
 
 def _resample(f: Figures) -> str:
@@ -122,6 +131,8 @@ def _resample(f: Figures) -> str:
 def _richer(f: Figures) -> str:
     if f.guide == "AutoFlowMixture":
         return "give AutoFlowMixture more components, or a richer flow"
+    if f.dim == 1 and f.guide != RICH_GUIDES[1]:
+        return "take AutoNeuralSpline: affine couplings of a single latent are no more than a Gaussian"
     if f.guide in RICH_GUIDES:
         other = next(name for name in RICH_GUIDES if name != f.guide)
         return f"give {f.guide} more layers, or take {other}"
@@ -129,6 +140,8 @@ def _richer(f: Figures) -> str:
 
 
 def _slow(f: Figures) -> str:
+    if f.guide == "AutoFlowMixture":  # chains between modes are slow, whatever the model is written like
+        return _resample(f)
     if f.resamples:
         return "reparameterise the model (LocScaleReparam for a funnel)"
     return (
@@ -137,8 +150,22 @@ def _slow(f: Figures) -> str:
 
 
 def _tails(f: Figures) -> str:
+    """What helps where tails are too light."""
+    if f.has_tails or not _heavier(f):
+        return _richer(f)
     name = f.guide if f.resamples and f.guide else "AutoRealNVP"
     return f"{name}(..., tails=True) for tails heavier than a normal's"
+
+
+def _heavier(f: Figures) -> bool:
+    """Whether chains that mixed have heavier tails than the guide's draws."""
+    p = f.probes
+    return (
+        p is not None
+        and p.tail_index - f.guide_tail_index > HEAVY_TAIL_INDEX
+        and p.rhat < SETTLED_RHAT
+        and p.missed < MISSED_SHARES[0]
+    )
 
 
 def _modes(f: Figures, symmetry: Symmetry | None) -> str:
@@ -188,7 +215,7 @@ def judge(figures: Figures) -> Judgement:
         judgement.add(
             f"{figures.num_nonfinite} of {figures.num_samples} draws have a density that is not finite",
             0,
-            "look for draws outside the model's support, or for overflow in the model",
+            SUPPORT,
         )
     return judgement
 
@@ -251,7 +278,7 @@ def _weights(judgement: Judgement, f: Figures) -> None:
             "use the draws as they are, without resampling, for means and intervals, not for rare events",
         )
     else:
-        judgement.add(f"{told}: rare draws carry much weight, the guide's tails are too light", 0, _richer(f))
+        judgement.add(f"{told}: rare draws carry much weight, the guide's tails are too light", 0, _tails(f))
         judgement.add(effective)
         judgement.add(
             f"resampling would move {f.shift_name} by {f.shift:.2f} sd, as far as the weights can tell"
@@ -316,8 +343,7 @@ def _probes(judgement: Judgement, f: Figures, p: Probes) -> None:
         judgement.add(f"chains from different starts do not agree yet, R-hat {p.rhat:.2f}", 1, _slow(f))
     elif p.missed < MISSED_SHARES[0] and p.left < LEFT_SHARES[0]:
         judgement.add("chains from the guide's draws and from far around them agree with it")
-    heavier = p.tail_index - f.guide_tail_index > HEAVY_TAIL_INDEX
-    if heavier and p.rhat < SETTLED_RHAT and p.missed < MISSED_SHARES[0]:
+    if _heavier(f):
         judgement.add(
             f"the posterior has heavier tails (index {p.tail_index:.2f}) than the guide "
             f"({f.guide_tail_index:.2f})",

@@ -18,7 +18,7 @@ from ..psis import effective_sample_size, generalized_pareto_shape, khat_thresho
 from ._chains import ChainStates
 from ._outputs import Outputs
 from ._predictions import compare_outputs, judge_predictions
-from ._verdict import Figures, judge
+from ._verdict import SUPPORT, Figures, judge
 from ._weighted_draws import WeightedDraws, weighted_draws
 from ._weights import WeightFigures, read_weights
 from .probes import Effort, Probes, probe
@@ -60,8 +60,11 @@ class Diagnosis:
     :param probes: what the coverage probes saw; None where they make no sense, or were not wanted.
     :param log_weights: log p(x, z) - log q(z) of every draw, shape ``(S,)``; with ``num_groups`` those of the
         roots, log p(x, u) - log q(u), whose density is estimated without bias.
-    :param log_evidence: log p(x), nats, by smoothed weights (Vehtari et al. 2024, section 3).
-    :param log_evidence_se: its standard error; infinite where k-hat says that there is none to rely on.
+    :param log_evidence: log p(x), nats: log (1/S) sum_s w_s of the weights w_s = p(x, z_s) / q(z_s), smoothed
+        (Vehtari et al. 2024, section 3) and zero of a draw without density; with ``num_groups`` of the roots',
+        w_s = p(u_s) prod_g (1/K) sum_k p(x_g, z_gk | u_s) / q(z_gk | u_s) / q(u_s).
+    :param log_evidence_se: its standard error, (sum_s v_s^2 - 1/S)^(1/2) with v_s = w_s / sum w; infinite where
+        k-hat is above its threshold, and up to a third too small from 0.5 on.
     :param num_groups: how many groups of latents, independent given the roots, were integrated one by one;
         0 where the weights are those of all latents together.
     :param local_gap: nats that these groups together are from their posterior given the roots; NaN without.
@@ -218,9 +221,8 @@ def diagnose(
     dropped = int(num_samples - finite.sum())
     if finite.sum() < MIN_SAMPLES:
         reason = f"{dropped} of {num_samples} draws have a density that is not finite"
-        advice = ("look for draws outside the model's support, or for overflow in the model",)
         return Diagnosis(
-            -math.inf, math.nan, math.nan, 1.0, math.inf, num_samples, "poor", (reason,), advice,
+            -math.inf, math.nan, math.nan, 1.0, math.inf, num_samples, "poor", (reason,), (SUPPORT,),
             num_nonfinite=dropped, log_weights=log_weights,
         )  # fmt: skip
     found = read_weights(draws)
@@ -255,16 +257,25 @@ def diagnose(
         converged=getattr(fit_result, "converged", None),
         guide=type(guide).__name__,
         resamples=isinstance(guide, AutoFlow),
+        has_tails=getattr(guide, "_tails", False) is True,
         num_groups=draws.num_groups,
         num_each=0 if inner is None else inner.num_each,
         local_gap=math.nan if inner is None else inner.local_gap,
     )
     judgement = judge(figures) if predictions is None else judge_predictions(figures, predictions)
     if fixed:
-        judgement.add(f"the guide is a point mass at {fixed}: it has no density there to weigh by", 0)
+        judgement.add(
+            f"the guide is a point mass at {fixed}: it has no density there to weigh by",
+            0,
+            "take a guide with a density there, AutoRealNVP",
+        )
     flat = [] if draws.density is None else flat_sites(draws.density)
     if flat:
-        judgement.add(f"the posterior is improper: it is flat along a direction of the sites {flat}", 0)
+        judgement.add(
+            f"the posterior is improper: it is flat along a direction of the sites {flat}",
+            0,
+            f"give the sites {flat} proper priors, such as wide normals",
+        )
     if draws.particles.structure.subsampled and not draws.exact:
         judgement.add("the model subsamples its data: the weights contain that noise as well")
     if draws.particles.structure.indexed:
