@@ -156,7 +156,7 @@ KINDS: dict[str, Kind] = {
         {"tau": "log", "sigma": "log"},
         lambda sites: {"w": sites["w"][:, :NUM_LOCALS], "log lam": sites["lam"][:, :NUM_LOCALS].log()},
         noncentred=("w",),
-        acceptance=0.98,
+        acceptance=0.995,
     ),
     "Poisson rates": Kind(counts.poisson_rates, counts.poisson_data, {"mu": "", "tau": "log"}, logs("rate")),
     "negative binomial": Kind(
