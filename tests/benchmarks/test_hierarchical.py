@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 
+from benchmarks.common import structured_truths as truths
 from benchmarks.common.hierarchical_models import KINDS
 from benchmarks.common.structured_problem import Data
-from benchmarks.common.structured_truths import read_truths
 from benchmarks.fits import hierarchical as bench
 
 
@@ -71,7 +72,8 @@ def test_the_broadcasting_form_broadcasts(name):
         for site in sites:
             node = trace.nodes[site]
             value = node["value"][i]
-            if len(node["value"].shape) - node["fn"].event_dim < 2 or node["fn"].batch_shape[-1] == 1:
+            # A site outside of the model's plates has a 1 where they would be.
+            if node["fn"].batch_shape[-1] == 1:
                 value = value.squeeze(-1 - node["fn"].event_dim)
             values[site] = value
         one = poutine.trace(poutine.condition(problem.model, data=values)).get_trace(*problem.args)
@@ -96,7 +98,7 @@ def test_nuts_runs_on_the_same_density(name):
 
 
 def test_the_references_are_of_what_is_compared():
-    known = read_truths(bench.REFERENCE)
+    known = truths.read_truths(bench.REFERENCE)
     assert list(known) == list(KINDS)
     for name, row in known.items():
         problem = KINDS[name].problem("broadcasting")
@@ -109,10 +111,34 @@ def test_the_references_are_of_what_is_compared():
 
 
 def test_the_reference_of_eight_schools_is_that_of_quadrature():
-    exact = read_truths()["eight schools"]["scalars"]
-    for name, (mean, sd, mean_error, sd_error) in read_truths(bench.REFERENCE)["eight schools"][
+    exact = truths.read_truths()["eight schools"]["scalars"]
+    for name, (mean, sd, mean_error, sd_error) in truths.read_truths(bench.REFERENCE)["eight schools"][
         "scalars"
     ].items():
+        assert mean == pytest.approx(exact[name][0], abs=4.0 * mean_error)
+        assert sd == pytest.approx(exact[name][1], abs=4.0 * sd_error)
+
+
+@pytest.mark.long
+def test_the_reference_of_autoregressions_is_that_of_the_integrated_model():
+    """The units' effects are integrated in closed form, and the rest weighted."""
+    unit, lag, y = KINDS["autoregressions"].data()
+    design = torch.stack([torch.ones_like(lag), lag], -1)
+    pieces = design[:, :, None] * design[:, None], design * y[:, None], y.square(), torch.ones_like(y)
+    data = [piece.new_zeros(unit.max() + 1, *piece.shape[1:]).index_add(0, unit, piece) for piece in pieces]
+
+    def given(u):
+        m, scales = u[:, :2], u[:, 2:].exp()
+        log_p, *moments = truths.grouped_regression(m, torch.diag_embed(scales[:, :2]), scales[:, 2], *data)
+        log_p = log_p + dist.Normal(0.0, torch.tensor([2.0, 1.0])).log_prob(m).sum(-1)
+        log_p = log_p + truths.log_prior(scales, dist.HalfNormal(torch.tensor([1.0, 0.5, 1.0]))).sum(-1)
+        return log_p, *({"c": value[..., 0], "r": value[..., 1]} for value in moments)
+
+    names = ("mc", "mr", "log tc", "log tr", "log sigma")
+    exact = truths.Marginal(names, given, start=-0.5, num_weighted=100_000).moments()["scalars"]
+    reference = truths.read_truths(bench.REFERENCE)["autoregressions"]["scalars"]
+    assert exact.keys() == reference.keys()
+    for name, (mean, sd, mean_error, sd_error) in reference.items():
         assert mean == pytest.approx(exact[name][0], abs=4.0 * mean_error)
         assert sd == pytest.approx(exact[name][1], abs=4.0 * sd_error)
 
@@ -122,7 +148,7 @@ def test_the_reference_of_eight_schools_is_that_of_quadrature():
 def test_a_run(form):
     name = "meta-analysis"
     key = {"kind": name, "form": form, "seed": 0}
-    row = key | bench.fit_one(key, read_truths(bench.REFERENCE)[name], num_steps=5)
+    row = key | bench.fit_one(key, truths.read_truths(bench.REFERENCE)[name], num_steps=5)
     assert row["steps"] == 5
     assert row["verdict"] in bench.VERDICTS
     assert row["resampled_sd_low"] <= row["resampled_sd_high"]
