@@ -61,6 +61,7 @@ class Outputs:
         >>> def model():
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(mu, 2.0), obs=torch.tensor(1.0))
+        >>> from pyro_flowvi.diagnostics._weighted_draws import weighted_draws
         >>> draws = weighted_draws(model, pyro.infer.autoguide.AutoNormal(model), (), None, 100)
         >>> outputs = Outputs(draws, "predictions")
         >>> found = outputs.at(torch.tensor([[0.5]]))

@@ -60,11 +60,11 @@ class Diagnosis:
     :param probes: what the coverage probes saw; None where they make no sense, or were not wanted.
     :param log_weights: log p(x, z) - log q(z) of every draw, shape ``(S,)``; with ``num_groups`` those of the
         roots, log p(x, u) - log q(u), whose density is estimated without bias.
-    :param log_evidence: log p(x), nats: log (1/S) sum_s w_s of the weights w_s = p(x, z_s) / q(z_s), smoothed
-        (Vehtari et al. 2024, section 3) and zero of a draw without density; with ``num_groups`` of the roots',
-        w_s = p(u_s) prod_g (1/K) sum_k p(x_g, z_gk | u_s) / q(z_gk | u_s) / q(u_s).
-    :param log_evidence_se: its standard error, (sum_s v_s^2 - 1/S)^(1/2) with v_s = w_s / sum w; infinite where
-        k-hat is above its threshold, and up to a third too small from 0.5 on.
+    :param log_evidence: log p(x), nats: log (1/S) sum_s w_s of the weights w_s = p(x, z_s) / q(z_s),
+        smoothed (Vehtari et al. 2024, section 3) and zero of a draw without density; with ``num_groups`` of
+        the roots', w_s = p(u_s) prod_g (1/K) sum_k p(x_g, z_gk | u_s) / q(z_gk | u_s) / q(u_s).
+    :param log_evidence_se: its standard error, (sum_s v_s^2 - 1/S)^(1/2) with v_s = w_s / sum w; infinite
+        where k-hat is above its threshold, and up to a third too small from 0.5 on.
     :param num_groups: how many groups of latents, independent given the roots, were integrated one by one;
         0 where the weights are those of all latents together.
     :param local_gap: nats that these groups together are from their posterior given the roots; NaN without.
