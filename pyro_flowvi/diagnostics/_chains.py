@@ -18,6 +18,8 @@ LENGTH: Final = 2.4
 """Length of a trajectory: between a quarter and a half of the period of a standard normal."""
 LEAPS_ALONE: Final = 5
 """Leapfrog steps where all chains have step sizes of their own."""
+MOST_ROUNDING: Final = 1e3
+"""Nats of rounding in a log density above which it is none, as a difference of gamma functions far out."""
 MAX_FULL_DIM: Final = 200
 """Up to this many latents the covariance is full, above it diagonal."""
 
@@ -82,10 +84,12 @@ def guarded(value_and_grad: ValueAndGrad, whitening: Whitening, like: Tensor) ->
         (a, b), (c, d) = evaluate(z[:half]), evaluate(z[half:])
         return torch.cat([a, c]), torch.cat([b, d])
 
+    most = MOST_ROUNDING / torch.finfo(like.dtype).eps
+
     def density(u: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = evaluate(whitening.inverse(u).to(like))
         value, gradient = value.double(), whitening.gradient(gradient.double())
-        bad = ~(value.isfinite() & gradient.isfinite().all(-1))
+        bad = ~(value.isfinite() & (value < most) & gradient.isfinite().all(-1))
         return value.masked_fill(bad, -torch.inf), gradient.masked_fill(bad.unsqueeze(-1), 0.0)
 
     return density

@@ -33,6 +33,10 @@ MIN_CHAINS: Final = 3
 """Chains that must have found a region of more latents than that: a single one says little about its mass."""
 UNSETTLED_MASS: Final = 0.05
 """Nats, for each of more latents than that, that chains from afar may lack: better to warn than to miss."""
+FEWEST_MOVES: Final = 5
+"""States of a chain that differ from those before, fewer of which say nothing about where it is."""
+DISAGREE, DISAGREE_EACH = 3.0, 0.1
+"""Nats by which chains that settled may differ in a region's mass, and for each latent."""
 NUM_USUAL: Final = 5
 LEAST_ESS: Final = 8.0
 MAX_REGIONS: Final = 6
@@ -132,13 +136,17 @@ def find_regions(
     """
     means, often = states.mean(0), reach.far(states).double().mean(0)
     left = _left(reach, states[:, groups == 0])
-    lost = reach.lost(states, log_p)
+    # A chain that hardly anything moves is where the density is beyond what a float can tell.
+    moves = (states[1:] != states[:-1]).any(-1).sum(0)
+    lost = reach.lost(states, log_p) & (moves >= min(FEWEST_MOVES, len(states) // 2))
     settled = (often < 0.1) & ~lost
     masses: list[tuple[float, float]] = []
     found: list[Tensor] = []
     if bool(lost.any()):
         for members in _clusters(means, lost, log_p):
             region = states[:, members].reshape(-1, states.shape[-1])
+            if not _agree(density, states[:, members], log_p[:, members], reach):
+                continue
             mass = _log_mass(density, region, log_p[:, members].reshape(-1), reach)
             if states.shape[-1] > MAX_SPREAD_DIM:
                 mass += log_z - _usual_mass(density, states, log_p, groups, len(members), reach)
@@ -149,6 +157,21 @@ def find_regions(
     shares = [math.exp(mass - float(total)) for mass, _ in masses]
     distance = max(masses)[1] if masses else 0.0
     return Regions(float(sum(shares)), distance, max(left, 0.0), settled, found, shares)
+
+
+def _agree(density: ValueAndGrad, states: Tensor, log_p: Tensor, reach: Reach) -> bool:
+    """Whether two halves of the chains in a region, or of the states of a single one, tell the same mass."""
+    size, dim = states.shape[1:]
+    if size > 1:
+        halves = [slice(0, None, 2), slice(1, None, 2)]
+        parts = [(states[:, half], log_p[:, half]) for half in halves]
+    else:
+        middle = len(states) // 2
+        parts = [(states[:middle], log_p[:middle]), (states[middle:], log_p[middle:])]
+    one, other = (
+        _log_mass(density, part.reshape(-1, dim), value.reshape(-1), reach) for part, value in parts
+    )
+    return abs(one - other) < DISAGREE + DISAGREE_EACH * dim
 
 
 def _left(reach: Reach, states: Tensor) -> float:

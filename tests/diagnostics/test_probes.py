@@ -246,3 +246,21 @@ def test_chains_of_one_state_give_no_warning():
             Effort.of(2, batched=False, in_noise=False),
         )
         assert found.differs
+
+
+@pytest.mark.parametrize("height", [200.0, 1e30])
+def test_a_spike_is_no_region(height):
+    """Of hardly any measure, or of rounding alone, as where two gamma functions cancel."""
+    z = torch.randn(1000, 2)
+    equal = np.full(1000, 1e-3)
+
+    def density(z):
+        at = z[:, 0] - 25.0
+        spike = height * torch.exp(-0.5 * (at / 1e-4).square()) if height < 1e10 else height * (at > 0)
+        slope = torch.zeros_like(z)
+        return -0.5 * z.square().sum(-1) + spike, -z + slope
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = probe(density, z, np.log(equal), equal, ["x", "y"], Effort())
+        assert found.missed < 0.005
