@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._program.batching import in_parts
-from .._program.log_density import UnconstrainedModel
+from .._program.log_density import REFUSALS, UnconstrainedModel
 from .errors import CannotCompile
 from .log_density import record_batch
 from .run_by_operation import by_operation
@@ -35,8 +35,8 @@ class LogFactors:
     def __init__(self, density: UnconstrainedModel) -> None:
         if density.subsampled:
             raise CannotCompile("the model sees a random part of its data")
-        size = len(density.log_factors(density.start))
-        self._width = min(WIDTH, max(2, MOST_NUMBERS // max(1, size + density.dim)))
+        self._size = len(density.log_factors(density.start))
+        self._width = min(WIDTH, max(2, MOST_NUMBERS // max(1, self._size + density.dim)))
         points = density.start + 0.1 * torch.randn(self._width, density.dim).to(density.start)
         graph = record_batch(density, lambda z: (density.log_factors(z),), points)
         if graph.pinned_args:
@@ -46,11 +46,15 @@ class LogFactors:
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:
-        """The terms of points ``(P, D)``, shape ``(P, E)``."""
+        """The terms of points ``(P, D)``, shape ``(P, E)``; minus infinity at one that the model refuses."""
+        return in_parts(self._fill_and_run, z, self._width)
 
-        def fill_and_run(part: Tensor) -> Tensor:
-            filled = torch.cat([part, part[:1].expand(self._width - len(part), -1)])
+    def _fill_and_run(self, part: Tensor) -> Tensor:
+        filled = torch.cat([part, part[:1].expand(self._width - len(part), -1)])
+        try:
             terms: Tensor = self._run(filled.contiguous())[0]
-            return terms[: len(part)]
-
-        return in_parts(fill_and_run, z, self._width)
+        except REFUSALS:
+            if len(part) == 1:
+                return part.new_full((1, self._size), -torch.inf)
+            return in_parts(self._fill_and_run, part, -(-len(part) // 2))
+        return terms[: len(part)]

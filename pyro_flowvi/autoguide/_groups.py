@@ -137,11 +137,11 @@ class GroupedLatents:
         total = squares = torch.zeros(len(self.labels), dtype=torch.float64).to(like.device)
         gap = 0.0
         origin: Tensor | None = None
-        for size in even_sizes(count, -(-count // max(1, -(-count // most)))):
+        for size in even_sizes(count, most):
             u, log_q = self._roots(size, like)
             z, outside, ratios = self._score(u, num)
             own, log_mean = ratios.mean(1), ratios.logsumexp(1) - math.log(num)
-            gap += float((log_mean - own).sum(-1).nan_to_num(0.0).sum())
+            gap += float((log_mean - own).sum(-1).nan_to_num(0.0, 0.0, 0.0).sum())
             chosen = (ratios + _gumbel(ratios)).argmax(1)
             picked = z.gather(1, torch.where(is_root, 0, chosen[:, member]).unsqueeze(1))[:, 0]
             share = torch.softmax(ratios, 1)[..., member].to(z)

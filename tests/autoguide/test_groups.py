@@ -9,6 +9,8 @@ import torch
 from scipy import stats
 
 from pyro_flowvi import AutoRealNVP, diagnose, fit
+from pyro_flowvi._compile.log_factors import LogFactors
+from pyro_flowvi._program.log_density import UnconstrainedModel
 from pyro_flowvi.autoguide._groups import find_groups, stratified
 
 NUM = 40
@@ -160,6 +162,18 @@ def test_no_groups_of_a_flat_guide(y):
     guide = AutoRealNVP(in_a_plate, structure=None)
     guide.materialize(y)
     assert find_groups(guide.pushforward(in_a_plate), guide.density(y)) is None
+
+
+def test_terms_of_a_point_that_the_model_refuses():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        torch.linalg.cholesky(torch.diag_embed(z + 3.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(2))
+
+    factors = LogFactors(UnconstrainedModel(model))
+    found = factors(torch.tensor([[0.0, 0.0], [-9.0, 0.0], [1.0, 1.0]]))
+    assert found.isfinite().all(-1).tolist() == [True, False, True]
+    assert not found[1].isfinite().any()
 
 
 def test_strata():
