@@ -39,6 +39,9 @@ DISAGREE, DISAGREE_EACH = 3.0, 0.1
 """Nats by which chains that settled may differ in a region's mass, and for each latent."""
 NUM_USUAL: Final = 5
 LEAST_ESS: Final = 8.0
+"""Effective draws from which a mass is known."""
+ROUNDS, TEMPERED_ESS = 4, 40.0
+"""Fits of the normal that they come from, each to as many effective draws of the last."""
 MAX_REGIONS: Final = 6
 
 
@@ -148,6 +151,8 @@ def find_regions(
             if not _agree(density, states[:, members], log_p[:, members], reach):
                 continue
             mass = _log_mass(density, region, log_p[:, members].reshape(-1), reach)
+            if math.isnan(mass):
+                continue
             if states.shape[-1] > MAX_SPREAD_DIM:
                 mass += log_z - _usual_mass(density, states, log_p, groups, len(members), reach)
                 mass += UNSETTLED_MASS * states.shape[-1]
@@ -171,7 +176,7 @@ def _agree(density: ValueAndGrad, states: Tensor, log_p: Tensor, reach: Reach) -
     one, other = (
         _log_mass(density, part.reshape(-1, dim), value.reshape(-1), reach) for part, value in parts
     )
-    return abs(one - other) < DISAGREE + DISAGREE_EACH * dim
+    return abs(one - other) < DISAGREE + DISAGREE_EACH * dim  # not where one is NaN
 
 
 def _left(reach: Reach, states: Tensor) -> float:
@@ -222,10 +227,11 @@ def _by_entropy(log_p: Tensor, scale: Tensor) -> float:
 def _log_mass(density: ValueAndGrad, region: Tensor, log_p: Tensor, reach: Reach) -> float:
     """log of the integral of p over the far points around chains' states ``(n, D)``.
 
-    By importance sampling from a normal with the states' means and variances; where too few of its draws
-    carry weight, by its entropy.  In many dimensions by the entropy alone, of one width for all latents: that
-    of the states, which short chains take for too small, averaged with D / E|grad log p|^2, which is the same
-    for a normal region and needs no spread.
+    By importance sampling from a normal with the states' means and variances, which are fitted again where
+    too few of its draws carry weight (population Monte Carlo, Cappe et al. 2004); NaN where that does not
+    help.  In many dimensions by the entropy alone, of one width for all latents: that of the states, which
+    short chains take for too small, averaged with D / E|grad log p|^2, which is the same for a normal region
+    and needs no spread.
     """
     size, dim = region.shape
     loc, scale = region.mean(0), region.std(0, correction=0).clamp_min(1e-3)  # a chain may have one state
@@ -234,16 +240,39 @@ def _log_mass(density: ValueAndGrad, region: Tensor, log_p: Tensor, reach: Reach
         slopes = in_parts(density, some, NUM_STATES // 2)[1]
         by_slope = 1.0 / slopes.square().mean().clamp_min(0.25)
         return _by_entropy(log_p, (by_slope * scale.square().mean()).pow(0.25).expand(dim))
-    wider = (1.0 + 0.7 / dim**0.5) ** 0.5
-    noise = torch.randn(NUM_POINTS, dim).to(region)
-    points = loc + wider * scale * noise
+    for _ in range(ROUNDS):
+        points, log_w = _weighed(density, loc, scale, reach)
+        top = log_w.max()
+        if not bool(top.isfinite()):
+            return -math.inf
+        weights = (log_w - top).exp()
+        if _effective(weights) >= LEAST_ESS:
+            return float(top + weights.mean().log())
+        loc, scale = _refitted(points, log_w - top, scale)
+    return math.nan
+
+
+def _weighed(density: ValueAndGrad, loc: Tensor, scale: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
+    """Draws of a somewhat wider normal and their log weights, minus infinity where the guide draws."""
+    dim = len(loc)
+    wider = (1.0 + 0.7 / dim**0.5) ** 0.5 * scale
+    noise = torch.randn(NUM_POINTS, dim).to(loc)
+    points = loc + wider * noise
     value = in_parts(density, points, NUM_POINTS // 4)[0]
-    log_q = -0.5 * noise.square().sum(-1) - (wider * scale).log().sum() - 0.5 * dim * math.log(2 * math.pi)
-    log_w = torch.where(reach.far(points), value - log_q, -torch.inf)
-    top = log_w.max()
-    if not bool(top.isfinite()):
-        return _by_entropy(log_p, scale)
-    weights = (log_w - top).exp()
-    if float(weights.sum().square() / weights.square().sum()) < LEAST_ESS:
-        return _by_entropy(log_p, scale)
-    return float(top + weights.mean().log())
+    log_q = -0.5 * noise.square().sum(-1) - wider.log().sum() - 0.5 * dim * math.log(2 * math.pi)
+    return points, torch.where(reach.far(points), value - log_q, -torch.inf)
+
+
+def _effective(weights: Tensor) -> float:
+    return float(weights.sum().square() / weights.square().sum())
+
+
+def _refitted(points: Tensor, log_w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments by weights that are flattened until many draws have some."""
+    power = 1.0
+    while _effective((power * log_w).exp()) < TEMPERED_ESS and power > 1e-3:
+        power *= 0.7
+    weights = torch.softmax(power * log_w, 0).unsqueeze(-1)
+    loc = (weights * points).sum(0)
+    spread = (weights * (points - loc).square()).sum(0).sqrt()
+    return loc, torch.maximum(spread, 0.1 * scale)
