@@ -316,7 +316,7 @@ def _kind(draws: WeightedDraws, place: int) -> str:
 def _are_weak(draws: WeightedDraws) -> bool:
     """Whether weights are so uneven that a verdict would depend on the few draws that carry them."""
     finite = draws.log_weights[np.isfinite(draws.log_weights)]
-    if draws.density is None or draws.density.dim > FEW_LATENTS or not draws.density.batched:
+    if draws.density is None or draws.density.dim > FEW_LATENTS or not traced(draws.density).batched:
         return False
     return not len(finite) or effective_sample_size(finite) < WEAK_SHARE * len(finite)
 
