@@ -13,7 +13,7 @@ from benchmarks.common import hierarchies
 
 @pytest.fixture(autouse=True)
 def _float64():
-    """As the benchmark has it, whatever the session's type is."""
+    """As the benchmark has it, whatever the default type is."""
     torch.set_default_dtype(torch.float64)
 
 

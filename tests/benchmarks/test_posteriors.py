@@ -20,7 +20,7 @@ EACH = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture(autouse=True)
 def _float64():
-    """As the benchmark has it, whatever the session's type is."""
+    """As the benchmark has it, whatever the default type is."""
     torch.set_default_dtype(torch.float64)
 
 
