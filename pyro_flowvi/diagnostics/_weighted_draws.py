@@ -20,7 +20,7 @@ from ..autoguide._groups import GroupedDraws, find_groups
 from ..autoguide._protocol import FitGuide, as_fit_guide
 from ..autoguide._row_weights import RootWeights, weigh_roots
 
-__all__ = ["WeightedDraws", "weighted_draws"]
+__all__ = ["WeightedDraws", "as_array", "weighted_draws"]
 
 MAX_BATCH = 4096
 """Draws that the model scores in one run."""
@@ -126,7 +126,7 @@ def weighted_draws(
             else:
                 roots, found = weighed.roots, weighed.log_weights
             return WeightedDraws(
-                _array(found), pair, z=roots if labels else None, why=why, exact=True, labels=labels,
+                as_array(found), pair, z=roots if labels else None, why=why, exact=True, labels=labels,
                 by_row=weighed, num_groups=0 if weighed is None else sweep.size,
             )  # fmt: skip
         model, guide, (args, kwargs) = whole
@@ -142,8 +142,8 @@ def weighted_draws(
     if particles.structure.summed_by_guide:
         why = "the guide has discrete sites that are summed out"
     if why:
-        return WeightedDraws(_array(particles.log_weights(num_samples)), particles, why=why)
-    if of_rows is not None and not why:
+        return WeightedDraws(as_array(particles.log_weights(num_samples)), particles, why=why)
+    if of_rows is not None:
         density, flow = of_rows.whole_map(args, kwargs or {})
     else:
         flow = answers.pushforward(model)
@@ -153,7 +153,7 @@ def weighted_draws(
         drawn = groups.draw(num_samples, density.start)
         sites = density.packing.constrain(drawn.z)
         return WeightedDraws(
-            _array(drawn.log_weights), particles, sites, drawn.z, density=density, flow=flow,
+            as_array(drawn.log_weights), particles, sites, drawn.z, density=density, flow=flow,
             grouped=drawn, num_groups=groups.num, roots=groups.roots,
         )  # fmt: skip
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -172,9 +172,10 @@ def weighted_draws(
             values.append(sites)
         z, log_p, log_q = (torch.cat([part[i] for part in parts]) for i in range(3))
         sites = {name: torch.cat([part[name] for part in values]) for name in density.packing.latents}
-    return WeightedDraws(_array(log_p - log_q), particles, sites, z, log_p, density, flow=flow)
+    return WeightedDraws(as_array(log_p - log_q), particles, sites, z, log_p, density, flow=flow)
 
 
-def _array(value: Tensor) -> NDArray[np.float64]:
+def as_array(value: Tensor) -> NDArray[np.float64]:
+    """A tensor's numbers in float64."""
     array: NDArray[np.float64] = value.detach().double().cpu().numpy()
     return array

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..psis import effective_sample_size, khat_threshold, psis
-from ._weighted_draws import WeightedDraws
+from ._weighted_draws import WeightedDraws, as_array
 
 __all__ = ["Shifts", "WeightFigures", "read_weights", "shifts"]
 
@@ -69,7 +69,7 @@ def read_weights(draws: WeightedDraws) -> WeightFigures:
         khat = -math.inf
     grouped = draws.grouped
     inner = draws.by_row if grouped is None else grouped
-    ratios = kept if inner is None else _array(inner.log_ratios)[finite]
+    ratios = kept if inner is None else as_array(inner.log_ratios)[finite]
     elbo, elbo_se = float(ratios.mean()), float(ratios.std(ddof=1) / math.sqrt(len(ratios)))
     if len(kept) < total:
         elbo, elbo_se = -math.inf, math.nan
@@ -83,14 +83,14 @@ def read_weights(draws: WeightedDraws) -> WeightFigures:
         rows = torch.from_numpy(finite).to(draws.z.device)
         z = draws.z.detach()[rows]
         if grouped is None:
-            moved = shifts(_array(z), weights)
+            moved = shifts(as_array(z), weights)
         else:
             corrected = grouped.corrected[rows]
-            mean = weights @ _array(grouped.mean[rows])
-            square = weights @ _array(grouped.square[rows])
+            mean = weights @ as_array(grouped.mean[rows])
+            square = weights @ as_array(grouped.square[rows])
             sd = np.sqrt(np.maximum(square - mean**2, 0.0))
-            raw_mean, raw_sd = (_array(value) for value in grouped.raw)
-            noise = _scale_noise(_array(grouped.mean[rows]) - mean, sd, weights)
+            raw_mean, raw_sd = (as_array(value) for value in grouped.raw)
+            noise = _scale_noise(as_array(grouped.mean[rows]) - mean, sd, weights)
             moved = _between(raw_mean, raw_sd, mean, sd, noise)
     return WeightFigures(
         elbo=elbo,
@@ -140,8 +140,3 @@ def _between(raw_mean: Array, raw_sd: Array, mean: Array, sd: Array, noise: Arra
     return Shifts(
         float(location[place]), place, float(scale[scale_place]), scale_place, float(noise[scale_place])
     )
-
-
-def _array(value: Tensor) -> Array:
-    array: Array = value.detach().double().cpu().numpy()
-    return array
