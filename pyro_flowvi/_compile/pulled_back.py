@@ -14,7 +14,7 @@ from .log_density import TracedDensity, ValueAndGrad
 from .run_by_operation import as_function, without_repetition
 from .trace import trace
 
-__all__ = ["pulled_back"]
+__all__ = ["pulled_back", "pulled_back_at"]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 """How far the graph's gradients may be from the modules', relative to their norm."""
@@ -28,6 +28,19 @@ def _by_modules(flow: Any, x: Tensor, slope_at: Callable[[Tensor], Tensor]) -> t
         total = (image * slope_at(image.detach())).sum() + log_det.sum()
         (gradient,) = torch.autograd.grad(total, at)
     return image.detach(), log_det.detach(), gradient
+
+
+def pulled_back_at(flow: Any, density: ValueAndGrad, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the images of points with the log-determinants, and the gradient by the points, by modules."""
+    values: list[Tensor] = []
+
+    def slope_at(z: Tensor) -> Tensor:
+        value, slope = density(z)
+        values.append(value)
+        return slope
+
+    _, log_det, gradient = _by_modules(flow, x, slope_at)
+    return values[0] + log_det, gradient
 
 
 class _PulledBack:
@@ -91,15 +104,7 @@ def pulled_back(flow: Any, density: ValueAndGrad, like: Tensor) -> ValueAndGrad:
     """
 
     def by_modules(x: Tensor) -> tuple[Tensor, Tensor]:
-        values: list[Tensor] = []
-
-        def slope_at(z: Tensor) -> Tensor:
-            value, slope = density(z)
-            values.append(value)
-            return slope
-
-        _, log_det, gradient = _by_modules(flow, x, slope_at)
-        return values[0] + log_det, gradient
+        return pulled_back_at(flow, density, x)
 
     if not isinstance(density, TracedDensity) or not density.holds:
         return by_modules

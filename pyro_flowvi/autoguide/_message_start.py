@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .._compile.log_density import TracedDensity
+from .._compile.pulled_back import pulled_back_at
 from ..init.gaussians import hessians_at, normal_noise
 from ..init.lbfgs import ascend
 from ..init.sparse_laplace import Elimination
 from ._given_roots import GivenRoots, LaplaceMessages
 from ._message_map import MessageMap
 
-__all__ = ["Starter", "place_messages", "pulled_back", "renew_messages"]
+__all__ = ["Starter", "place_messages", "renew_messages"]
 
 NEWTON_STEPS, RENEWED_STEPS = 12, 4
 """Newton steps from a start that is far, and from one that is near."""
@@ -143,7 +144,7 @@ class Starter:
         def value_and_grad(u: Tensor) -> tuple[Tensor, Tensor]:
             x = nodes.repeat(len(u), 1)
             x[:, self.roots] = u.repeat_interleave(len(nodes), 0)
-            value, gradient = pulled_back(self.layer, self.density, x)
+            value, gradient = pulled_back_at(self.layer, self.density, x)
             value, gradient = value.reshape(len(u), -1), gradient[:, self.roots]
             return value.mean(1), gradient.reshape(len(u), len(nodes), -1).mean(1)
 
@@ -176,7 +177,7 @@ class Starter:
         """Whether the latents given the roots are what the messages say, as with conjugate priors."""
         x = nodes.clone()
         x[:, self.roots] = z[self.roots]
-        value = pulled_back(self.layer, self.density, x)[0] + 0.5 * x.square().sum(-1)
+        value = pulled_back_at(self.layer, self.density, x)[0] + 0.5 * x.square().sum(-1)
         return bool(value.std() < EXACT)
 
 
@@ -201,16 +202,6 @@ def _mean_log_weight(there: dict[str, Tensor]) -> Tensor:
     """Of joint messages the mean logarithm of their weights' eigenvalues."""
     log_det: Tensor = torch.linalg.slogdet(there["weight"])[1]
     return log_det / there["weight"].shape[-1]
-
-
-def pulled_back(layer: MessageMap, density: TracedDensity, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's log density of noise, and its gradient."""
-    with torch.enable_grad():
-        at = x.detach().requires_grad_()
-        z, log_det = layer.forward_and_log_det(at)
-        value, slope = density(z.detach())
-        (gradient,) = torch.autograd.grad((z * slope).sum() + log_det.sum(), at)
-    return value + log_det.detach(), gradient
 
 
 @torch.no_grad()

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from .._compile.log_density import TracedDensity
+from .._compile.pulled_back import pulled_back_at
 from ..init.gaussians import MAX_MOVE, normal_noise
 from ..transforms import ElementwiseAffine, LowerAffine
 from ..transforms.base import forward_with_score
 from ._affine import affine_matrix, set_affine
 from ._message_map import MessageMap
-from ._message_start import pulled_back
 from ._on_roots import OnRoots
 
 __all__ = ["climb"]
@@ -46,7 +46,7 @@ def climb(flow: Any, affine: Any, places: Tensor | None, density: TracedDensity)
             w, _, score = forward_with_score(part, w, score)
         y = w.clone()
         y[:, inside] = affine(w[:, inside])
-        value, gradient = density(y) if layer is None else pulled_back(layer, density, y)
+        value, gradient = density(y) if layer is None else pulled_back_at(layer, density, y)
         rate = 1.0 / (1.0 + 0.5 * step)
         if _step(affine, w[:, inside], score[:, inside], value, gradient[:, inside], rate) < SETTLED:
             break
