@@ -38,6 +38,7 @@ def compare(
     limits = None if step.limits is None else step.limits.clone()
     if step.limits is not None:
         step.limits.fill_(math.inf)
+    average, step.average = step.average, None
     try:
         with eager.undisturbed(*tensors, *step.traced.constants):
             if perturbed:
@@ -68,6 +69,7 @@ def compare(
             line = user_line(traceback.extract_tb(error.__traceback__))
             raise CannotCompile(f"the eager step failed in a comparison with {brief(error)}", line) from error
     finally:
+        step.average = average
         if step.limits is not None and limits is not None:
             step.limits.copy_(limits)
         for bucket, state in zip(step.buckets, before, strict=True):

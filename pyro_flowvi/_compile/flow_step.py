@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._ranks import ALONE, Ranks
 from ..distributions.flow import standard_normal_log_prob
 from ..transforms._fused import pass_through
 from ..transforms.base import forward_with_score, vector_jacobian
@@ -84,6 +85,7 @@ class FlowStep:
         finite, moves nothing.
     :param changing: tensors that flow and model reach whose numbers are replaced in place between steps.
     :param noise_weights: how much the density of each number of the noise counts.
+    :param ranks: the processes over which gradients are averaged.
     :raises CannotCompile: if the flow does what a graph cannot hold, or the graph differs from it.
     """
 
@@ -95,8 +97,9 @@ class FlowStep:
         limits: Tensor | None = None,
         changing: Sequence[Tensor] = (),
         noise_weights: Weights = _alike,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._transform, self.params, self._density = transform, params, density
+        self._transform, self.params, self._density, self._ranks = transform, params, density, ranks
         self._changing, self._weights = list(changing), noise_weights
         self._limits = torch.full((2,), math.inf, dtype=torch.float64) if limits is None else limits
         self._homes = [param.data for param in params]
@@ -217,7 +220,7 @@ class FlowStep:
     @torch.no_grad()
     def __call__(self, lr: float) -> StepStats:
         """Takes a step at a learning rate."""
-        grad = self._run(torch.randn(**self._noise))[0]
+        grad = self._gradient()
         norm = self._norm(grad)
         clip, skip = self._limits.tolist()
         if not math.isfinite(norm):
@@ -226,6 +229,27 @@ class FlowStep:
             self.count += 1
             self._move(grad.mul_(clip / norm) if norm > clip else grad, lr)
         return StepStats(self._loss, self._dropped, norm)
+
+    def _gradient(self) -> Tensor:
+        """The gradient of the loss at new noise, averaged over the ranks; keeps the loss."""
+        noise = torch.randn(**self._noise)
+        if self._ranks.alone:
+            found: Tensor = self._run(noise)[0]
+            return found
+        error: Exception | None = None
+        try:
+            grad = self._run(noise)[0]
+        except Exception as raised:  # the others are waiting
+            error, self._loss, grad = raised, math.nan, torch.full_like(self._values, math.nan)
+        grad = self._average(grad)
+        if error is not None:
+            raise error
+        return grad
+
+    def _average(self, grad: Tensor) -> Tensor:
+        """The mean of the ranks' gradients; keeps that of their losses."""
+        grad, self._loss, self._dropped = self._ranks.average(grad, self._loss, self._dropped)
+        return grad
 
     def _norm(self, grad: Tensor) -> float:
         """The norm that is held against the limits."""

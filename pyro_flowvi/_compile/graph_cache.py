@@ -21,7 +21,7 @@ from .optimizers import FlatParameters, inner_optimizer, make_buckets, meet
 from .policy import Mode, Policy
 from .preflight import EagerStep
 from .reached_state import kind_of
-from .step import CompiledStep
+from .step import Average, CompiledStep
 from .tensor_objectives import Objective, tensor_loss
 
 __all__ = ["GraphCache"]
@@ -128,13 +128,21 @@ class GraphCache:
     :param policy: when to trace and to compile; None is never.
     :param strict: raises where a step cannot be compiled, instead of giving up with a warning.
     :param limits: as for :meth:`CompiledStep.lower`.
+    :param average: as there.
     :raises CannotCompile: if it is strict, and the objective is not supported.
     """
 
     def __init__(
-        self, svi: SVI, loss: Any, policy: Policy | None, *, strict: bool, limits: Tensor | None
+        self,
+        svi: SVI,
+        loss: Any,
+        policy: Policy | None,
+        *,
+        strict: bool,
+        limits: Tensor | None,
+        average: Average | None = None,
     ) -> None:
-        self.policy, self.strict, self._limits = policy, strict, limits
+        self.policy, self.strict, self._limits, self._average = policy, strict, limits, average
         self.cause: CannotCompile | None = None
         """Why there will be no more graphs."""
         self.steps: dict[Any, CompiledStep] = {}
@@ -308,7 +316,7 @@ class GraphCache:
         bindings.watch(met)
         self._eager.reached.leave(step.params)
         self.num_built += 1
-        step.lower(bindings.buckets, call.tensors, self._limits, mode == "machine code")
+        step.lower(bindings.buckets, call.tensors, self._limits, mode == "machine code", self._average)
         for seed, perturbed in ((1, False), (2, True)):
             compare(self._eager, step, args, kwargs, call.tensors, seed, perturbed)
         self.steps[call.key], _ = self._traced.pop(call.key)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .._program.data_in_parts import DataInParts
+from .._program.log_density import REFUSALS
+from .._ranks import ALONE, Ranks
 from .log_density import TracedDensity, traced
 
 __all__ = ["MinibatchDensity", "WholeDensity"]
@@ -22,27 +24,36 @@ def _graphs(parts: DataInParts, width: int) -> list[TracedDensity]:
 class WholeDensity:
     """Log densities and gradients of points from all data, each part once.
 
-    :param parts: the data.
+    :param parts: the data, or this rank's.
+    :param ranks: those that have the rest.
     """
 
-    def __init__(self, parts: DataInParts) -> None:
-        self.parts, self.density = parts, parts.densities[0]
+    def __init__(self, parts: DataInParts, ranks: Ranks = ALONE) -> None:
+        self.parts, self.ranks, self.density = parts, ranks, parts.densities[0]
         self.passes = 0
         """How many there were."""
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Of points of shape ``(P, D)``, shapes ``(P,)`` and ``(P, D)``."""
+        self.passes += 1
+        nothing = z.new_full(z.shape[:1], torch.nan, dtype=torch.float64), torch.full_like(z, torch.nan)
+        value, gradient = self.ranks.attempt(lambda: self._of_own_parts(z), nothing, REFUSALS)
+        if not self.ranks.alone:
+            total = self.ranks.sum(torch.cat([value.unsqueeze(-1), gradient.double()], -1))
+            value, gradient = total[:, 0], total[:, 1:].to(z.dtype)
+        return value.to(z.dtype), gradient
+
+    def _of_own_parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         graphs = _graphs(self.parts, next((width for width in WIDTHS if width >= len(z)), WIDTHS[-1]))
         # In double precision, so that many parts add no rounding of their own.
         value, gradient = torch.zeros_like(z[:, 0], dtype=torch.float64), torch.zeros_like(z)
-        self.passes += 1
         for part in self.parts.order():
             own, slope = graphs[self.parts.put(part)](z)
             share = self.parts.shares[part]
             value += share * own
             gradient += share * slope
-        return value.to(z.dtype), gradient
+        return value, gradient
 
 
 class MinibatchDensity:
@@ -55,7 +66,8 @@ class MinibatchDensity:
     and Zhang 2013).
 
     :param parts: the data.
-    :param whole: the same, of which f(c) is known.
+    :param whole: the same, of which f(c) is known; of several ranks with that of the others, so that the
+        mean of their estimates is one of the whole.
     :param center: the point c, shape ``(D,)``.
     :param width: points at each call.
     """
@@ -89,7 +101,7 @@ class MinibatchDensity:
         part = self._next()
         points = torch.cat([z, self._center.to(z).unsqueeze(0)])
         value, gradient = self._graphs[self.parts.put(part)](points)
-        factor = len(self.parts) * self.parts.shares[part]
+        factor = self._whole.ranks.size * len(self.parts) * self.parts.shares[part]
         lack = self._known[1] - factor * gradient[-1:]
         control = self._known[0] - factor * value[-1:] + ((z - self._center) * lack).sum(-1)
         return factor * value[:-1] + control, factor * gradient[:-1] + lack

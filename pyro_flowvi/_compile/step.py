@@ -26,6 +26,13 @@ _FALLIBLE = (
 """Parts of the names of operations that raise for some values."""
 
 
+Average = Callable[[Sequence[Tensor], Sequence[Tensor] | None, float, int], tuple[list[Tensor], float, int]]
+"""From parameters with gradients, loss and number of dropped particles to what they are over all ranks.
+
+Without gradients they are those of a rank that has none.
+"""
+
+
 class StepStats(NamedTuple):
     """What is known of a step: of an eager one, the loss alone.
 
@@ -79,6 +86,8 @@ class CompiledStep:
         self.params, self._examples = params, [weakref.ref(tensor) for tensor in tensors]
         self.buckets: list[FlatParameters] = []
         self.limits: Tensor | None = None
+        self.average: Average | None = None
+        """Of gradients over several ranks; None for this one alone, as in a comparison."""
         self.machine_code = True
         self.calls, self.next_audit = 0, 1
         self._advance = advance
@@ -92,6 +101,7 @@ class CompiledStep:
         tensors: Sequence[Tensor],
         limits: Tensor | None,
         machine_code: bool,
+        average: Average | None = None,
     ) -> None:
         """Makes one function of the graph and the optimizers' steps.
 
@@ -99,6 +109,7 @@ class CompiledStep:
         :param limits: a tensor of two norms: a gradient above the first is scaled down to it, one above the
             second, or not finite, leaves everything as it was; what is not finite makes the loss NaN.
         :param machine_code: compiles it; otherwise the graph's operations are called one by one.
+        :param average: of several ranks, between the gradient and the optimizers' steps.
         """
         self.buckets, self.limits, self.machine_code = buckets, limits, machine_code
         order = {id(p): i for i, p in enumerate(self.params)}
@@ -132,15 +143,22 @@ class CompiledStep:
 
         held = [value for state in static for value in state]
         held += ([] if limits is None else [limits]) + self.traced.constants
-        if machine_code:
+        self.average = average
+        if machine_code and average is None:
             self.run = lower(step, [*held, *tensors], len(held))
         else:
-            self.run = self._operation_by_operation(positions, tensors)
+            self.run = self._with_steps_apart(positions, tensors)
 
-    def _operation_by_operation(self, positions: list[list[int]], tensors: Sequence[Tensor]) -> Program:
-        """The same step without a compiler, the optimizers' part in place."""
+    def _with_steps_apart(self, positions: list[list[int]], tensors: Sequence[Tensor]) -> Program:
+        """The same step with the gradient alone as a graph, the optimizers' part in place."""
         held = [*(p.detach() for p in self.params), *self.traced.constants]
-        graph = by_operation(self.traced.graph, held, tensors)
+        graph: Program
+        if self.machine_code:
+            graph = lower(self.traced.graph, [*held, *tensors], len(held))
+        else:
+            graph = by_operation(self.traced.graph, held, tensors)
+        if self.average is not None:
+            graph = self._averaged(graph)
         buckets, limits = self.buckets, self.limits
 
         @torch.no_grad()
@@ -164,6 +182,25 @@ class CompiledStep:
             return torch.stack([loss.double(), dropped.double(), norm.double()]), *outputs
 
         return step
+
+    def _averaged(self, graph: Program) -> Program:
+        """A gradient over all ranks: of one that fails on this rank, numbers that are none."""
+
+        def averaged(*tensors: Tensor) -> tuple[Tensor, ...]:
+            average = self.average
+            if average is None:
+                found: tuple[Tensor, ...] = graph(*tensors)
+                return found
+            try:
+                loss, dropped, *grads = graph(*tensors)
+            except Exception:  # the other ranks wait for this one, and recover with it
+                means, value, count = average(self.params, None, math.nan, 0)
+                loss = dropped = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+            else:
+                means, value, count = average(self.params, grads, loss.item(), int(dropped.item()))
+            return loss.new_tensor(value), dropped.new_tensor(float(count)), *means
+
+        return averaged
 
     def is_new_to(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the first arguments that are others than those it was traced with; once."""

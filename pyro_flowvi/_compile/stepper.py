@@ -11,7 +11,7 @@ from .._types import CompileMode
 from .errors import CannotCompile
 from .graph_cache import GraphCache
 from .policy import CompileWherePays, InterpretWherePays, Mode, Policy, Settled
-from .step import CompiledStep, StepStats
+from .step import Average, CompiledStep, StepStats
 
 __all__ = ["Stepper"]
 
@@ -27,6 +27,7 @@ class Stepper:
     :param interprets: whether "auto" uses graphs that are not worth compiling, operation by operation.
     :param limits: two norms: a gradient above the first is scaled down to it, one above the second leaves
         everything as it was.  This is for steps by a graph; the optimizer sees to eager ones.
+    :param average: of gradients over several ranks, in steps by a graph.
     :raises CannotCompile: with ``compile=True``, for an objective that is not supported.
     """
 
@@ -38,12 +39,13 @@ class Stepper:
         compile: CompileMode,
         interprets: bool = False,
         limits: Tensor | None = None,
+        average: Average | None = None,
     ) -> None:
         strict = bool(compile) and compile != "auto"
         policy: Policy | None = Settled("machine code") if strict else None
         if compile == "auto":
             policy = InterpretWherePays() if interprets else CompileWherePays()
-        self.graphs = GraphCache(svi, loss, policy, strict=strict, limits=limits)
+        self.graphs = GraphCache(svi, loss, policy, strict=strict, limits=limits, average=average)
         self.started = False
         """Whether a step was taken, by this process or an earlier one."""
         self.rate = math.nan

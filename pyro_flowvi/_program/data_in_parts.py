@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._ranks import Ranks
 from .._types import Program, Trace
 from .log_density import UnconstrainedModel
 from .rows import RowPlate, noting_plates, showing
@@ -35,11 +36,16 @@ class DataInParts:
     """Parts of the data, of which one at a time is in place.
 
     :param densities: one for each shape that parts have; they read the tensors of the part that is in place.
-    :param shares: of each part in the whole; their sum is one.
+    :param shares: of each part in the whole; as far as :meth:`divide` is still to come, in any unit.
     """
 
     def __init__(self, densities: list[UnconstrainedModel], shares: Sequence[float]) -> None:
         self.densities, self.shares = densities, shares
+
+    def divide(self, ranks: Ranks) -> None:
+        """Makes the shares those in the data of all ranks."""
+        total = float(ranks.sum(torch.tensor(sum(self.shares), dtype=torch.float64)))
+        self.shares = [share / total for share in self.shares]
 
     def __len__(self) -> int:
         return len(self.shares)
@@ -65,21 +71,25 @@ class RowParts(DataInParts):
     :param density: of the model as it is.
     :param plate: which rows it sees.
     :param size: rows of a part; of the last one some may count nothing.
+    :param own: of the plate's rows those that there are parts of.
     """
 
-    def __init__(self, density: UnconstrainedModel, model: Program, plate: RowPlate, size: int) -> None:
-        number = -(-plate.size // size)
-        self._rows = torch.arange(size, device=density.start.device)
-        self._weights = density.start.new_full((size,), float(number))
-        self._shuffled, self._left = torch.arange(plate.size), plate.size - (number - 1) * size
+    def __init__(
+        self, density: UnconstrainedModel, model: Program, plate: RowPlate, size: int, own: range
+    ) -> None:
+        number = -(-len(own) // size)
+        self._own, self._each = own, number * plate.size / len(own)
+        self._rows = torch.arange(own.start, own.start + size, device=density.start.device)
+        self._weights = density.start.new_full((size,), self._each)
+        self._shuffled, self._left = torch.arange(own.start, own.stop), len(own) - (number - 1) * size
         shown = showing(model, plate, self._rows, self._weights)
-        own = density.at(shown, changing=[self._rows, self._weights])
-        super().__init__([own], [1.0 / number] * number)
+        seen = density.at(shown, changing=[self._rows, self._weights])
+        super().__init__([seen], [1.0 / self._each] * number)
 
     def put(self, part: int) -> int:
         size, last = len(self._rows), part == len(self) - 1
         rows = self._shuffled[part * size : (part + 1) * size]
-        self._weights.fill_(float(len(self)))
+        self._weights.fill_(self._each)
         self._rows[: len(rows)] = rows
         if last and self._left < size:  # a row again that does not count
             self._rows[self._left :] = rows[0]
@@ -87,11 +97,10 @@ class RowParts(DataInParts):
         return 0
 
     def order(self, epoch: int | None = None) -> list[int]:
-        size = len(self._shuffled)
-        generator = None if epoch is None else _generator(epoch)
-        self._shuffled = (
-            torch.arange(size) if generator is None else torch.randperm(size, generator=generator)
-        )
+        rows = torch.arange(self._own.start, self._own.stop)
+        if epoch is not None:
+            rows = rows[torch.randperm(len(rows), generator=_generator(epoch))]
+        self._shuffled = rows
         return super().order(epoch)
 
 
@@ -150,15 +159,20 @@ def row_plate(model: Program, args: Any, kwargs: Mapping[str, Any]) -> RowPlate 
     return None if plate is None or plate.given else plate
 
 
-def in_rows(density: UnconstrainedModel, model: Program, plate: RowPlate, size: int) -> RowParts | None:
+def in_rows(
+    density: UnconstrainedModel, model: Program, plate: RowPlate, size: int, own: range
+) -> RowParts | None:
     """The data of a model that draws its rows itself; None where these are not all that there is to it.
 
     :param plate: of the rows.
     :param size: rows of a part, about; as many as the model draws where it can see no others.
+    :param own: the rows.
     """
-    number = -(-plate.size // max(size, plate.shown))
-    for count in dict.fromkeys((-(-plate.size // number), plate.shown)):
-        parts = RowParts(density, model, plate, count)
+    number = -(-len(own) // max(size, plate.shown))
+    for count in dict.fromkeys((-(-len(own) // number), plate.shown)):
+        if count > len(own):
+            continue
+        parts = RowParts(density, model, plate, count, own)
         if _runs(parts):
             return parts
     return None
@@ -254,7 +268,7 @@ def in_batches(
         parts.append((which, batch.tensors))
         # A row counts as much in one batch as in another.
         shares.append(1.0 / scale)
-    found = BatchParts(densities, parts, [share / sum(shares) for share in shares])
+    found = BatchParts(densities, parts, shares)
     return found if _runs(found) else None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._compile.log_density import traced
 from .._program.log_density import UnconstrainedModel
 from .._program.param_store import check_name, forget
+from .._ranks import ALONE, Ranks
 from ..flows import defaults_for
 from ..init import Effort, find_gaussian
 from . import _message_pass  # noqa: F401 - enters its form
@@ -165,12 +166,21 @@ class FitAnswers(StructuredGuide):
         self._gap, self._near = gap_of(weights), False
         self._learned = {} if layer is None else learned_of(layer)
 
-    def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
+    def choose(self, density: UnconstrainedModel, num_steps: int, ranks: Ranks = ALONE) -> None:
         """Finds where messages start, and goes over to a guide without them where that is the better one.
 
         Where the weights of the draws at the start say that messages may be far off, both are trained for a
-        tenth of the steps.
+        tenth of the steps.  Of several ranks all do what rank 0 has found.
         """
+        own = self._modules.get("flow"), self._structure, self._flow_dim
+        self._choose(density, num_steps)
+        flat, self._place = ranks.same((self._map is None, self._place))
+        if flat and self._map is not None:
+            self._take_flat("rank 0 took the flat guide")
+        elif not flat and self._map is None:
+            self._modules["flow"], self._structure, self._flow_dim = own
+
+    def _choose(self, density: UnconstrainedModel, num_steps: int) -> None:
         layer, self._place = self._map, None
         if layer is None or not self.can_move():
             return
@@ -277,6 +287,21 @@ class FitAnswers(StructuredGuide):
         """Whether latents are drawn by what a network reads in the data of a step."""
         return False
 
+    @property
+    def rows_by_batch(self) -> bool:
+        """Whether there are messages of rows that each batch names."""
+        return False
+
+    def gather_rows(self) -> Self:
+        """Brings the messages of all rows of a subsampled plate to all ranks of a distributed fit, after it.
+
+        Until then each rank has those of its own rows, and draws these alone.  To be called on all ranks.
+
+        :return: the guide.
+        :raises RuntimeError: if this process has some of the rows, and the others are gone.
+        """
+        return self
+
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The pair of all rows, which the guide sees already."""
         return None
@@ -285,7 +310,7 @@ class FitAnswers(StructuredGuide):
         """That of all rows, of which the guide has none."""
         return None
 
-    def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
+    def sweep(self, epoch: Callable[[int], Sequence[Any]], ranks: Ranks = ALONE) -> Any:
         """Passes over rows, of which the guide has none."""
         return None
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from .._program.log_density import UnconstrainedModel
+from .._ranks import ALONE, Ranks
 from .._types import Program
 from ..init import Effort
 
@@ -54,6 +55,10 @@ class FitGuide(Protocol):
     def amortised(self) -> bool:
         """Whether latents are drawn by what a network reads in the data of a step."""
 
+    @property
+    def rows_by_batch(self) -> bool:
+        """Whether there are messages of rows that each batch names."""
+
     def set_up(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], all_data: bool = True) -> None:
         """Makes the parameters exist; ``all_data`` tells whether the arguments hold all data, or a part."""
 
@@ -63,8 +68,8 @@ class FitGuide(Protocol):
     def fit_options(self) -> FitOptions:
         """The defaults of a fit."""
 
-    def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
-        """Chooses what of the model's structure the guide uses, before a run of so many steps."""
+    def choose(self, density: UnconstrainedModel, num_steps: int, ranks: Ranks = ALONE) -> None:
+        """Chooses what of the model's structure the guide uses, alike on all ranks, before so many steps."""
 
     def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
         """Moves to where a guide is that was fitted before, to other data or another version of the model.
@@ -113,23 +118,27 @@ class FitGuide(Protocol):
     def pushforward(self, model: Program) -> Any:
         """The map from standard normal noise to the latents of ``model``; None if it is no such guide."""
 
+    def gather_rows(self) -> Any:
+        """Brings what other ranks have of the rows of a subsampled plate here."""
+
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Model, guide and arguments of all rows of a subsampled plate; None without latents there."""
 
     def whole_map(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Density of all rows' latents and the map from noise to them, where :meth:`whole` gives a pair."""
 
-    def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
+    def sweep(self, epoch: Callable[[int], Sequence[Any]], ranks: Ranks = ALONE) -> Any:
         """Passes over the rows of a subsampled plate; None without latents there.
 
         :param epoch: from how many batches there are at most to the model's arguments in one pass.
+        :param ranks: the processes that have rows of their own.
         """
 
 
 class _PyroGuide:
     """The answers for a guide that knows of none of this: Pyro's own, a list of guides, a function."""
 
-    amortised = False
+    amortised = rows_by_batch = False
 
     def __init__(self, model: Program) -> None:
         self.model = model
@@ -143,7 +152,7 @@ class _PyroGuide:
     def fit_options(self) -> FitOptions:
         return FitOptions()
 
-    def choose(self, density: UnconstrainedModel, num_steps: int) -> None:
+    def choose(self, density: UnconstrainedModel, num_steps: int, ranks: Ranks = ALONE) -> None:
         pass
 
     def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
@@ -179,13 +188,16 @@ class _PyroGuide:
     def pushforward(self, model: Program) -> Any:
         return None
 
+    def gather_rows(self) -> Any:
+        return None
+
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return None
 
     def whole_map(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return None
 
-    def sweep(self, epoch: Callable[[int], Sequence[Any]]) -> Any:
+    def sweep(self, epoch: Callable[[int], Sequence[Any]], ranks: Ranks = ALONE) -> Any:
         return None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pyro import poutine
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._program.log_density import REFUSALS, UnconstrainedModel
 from .._program.rows import showing
+from .._ranks import ALONE, Ranks, find_ranks
 from .._types import Program
 from ..init.gaussians import normal_noise
 from ..transforms import Compose
@@ -130,15 +131,29 @@ class RowFit(RowGuide):
                 own.shapes.load_state_dict(other.shapes.state_dict())
         return True
 
-    def sweep(self, epoch: Callable[[int], Sequence[Call]]) -> Sweep | None:
+    @property
+    def rows_by_batch(self) -> bool:
+        known = self._rows is not None and not isinstance(self._rows, AmortisedRows)
+        return known and self._rows.plate.given  # type: ignore[union-attr]
+
+    def gather_rows(self) -> Self:
+        if self._rows is not None and self._rows.plate.known:
+            tables = self._rows.tables(self)
+            if tables.own is not None:
+                tables.gather(find_ranks("auto", next(tables.parameters()).device))
+                self._rows.set_active(self, self._rows.first_view().layer.shaped)
+        return self
+
+    def sweep(self, epoch: Callable[[int], Sequence[Call]], ranks: Ranks = ALONE) -> Sweep | None:
         """Passes over all rows; None where there are none, or a network reads their data.
 
         :param epoch: from how many batches there are at most to the arguments of one pass.
+        :param ranks: the processes that have rows of their own.
         """
         if self._rows is None or isinstance(self._rows, AmortisedRows):
             return None
         plate = self._rows.plate
-        return Sweep(self, self._rows, epoch(2 * -(-plate.size // plate.shown)))
+        return Sweep(self, self._rows, epoch(2 * -(-plate.size // plate.shown)), ranks)
 
     def whole(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, Program, Call] | None:
         """Model and guide of all rows at once, and the arguments; None where there is none.

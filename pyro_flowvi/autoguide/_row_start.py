@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from .._program.log_density import REFUSALS
 from ..init.gaussians import normal_noise
 from ._message_start import ARRIVED, NODES, REACH, RENEWED_STEPS, Starter, place_messages, renew_messages
 from ._pages import Call, View
-from ._row_tables import RowTables
 from ._sweep import Sweep
 
 __all__ = ["place_new_rows", "place_rows"]
@@ -46,6 +46,10 @@ class _Paged:
 
     def renew(self, u: Tensor, sds: Tensor, steps: int) -> bool:
         """Messages of all rows at roots, and how they move with these; False where one has none."""
+        ranks = self.sweep.ranks
+        return ranks.every(ranks.attempt(lambda: self._renew_own(u, sds, steps), False, REFUSALS))
+
+    def _renew_own(self, u: Tensor, sds: Tensor, steps: int) -> bool:
         tables = self.sweep.tables
         for view, rows, fresh in self.sweep.pages(weighted=False):
             starter = self.starter(view)
@@ -85,6 +89,10 @@ class _Paged:
 
     def is_gaussian(self, u: Tensor) -> bool:
         """Whether the latents of rows are what their messages say, as with conjugate priors."""
+        ranks = self.sweep.ranks
+        return ranks.every(ranks.attempt(lambda: self._own_are_gaussian(u), False, REFUSALS))
+
+    def _own_are_gaussian(self, u: Tensor) -> bool:
         shown = self.sweep.first()
         starter = self.starter(shown.view)
         z = starter.follow(u.unsqueeze(0))[0]
@@ -103,29 +111,34 @@ def place_rows(
     :return: location of the roots, ``(R,)``, and lower factor of their covariance; None where the model
         cannot be recorded, or the latents have no modes that can be found.
     """
-    tables: RowTables = sweep.tables
-    if not all(view.graph(width).holds for view in sweep.views()):
+    tables, ranks = sweep.tables, sweep.ranks
+    if not ranks.every(all(view.graph(width).holds for view in sweep.views())):
         return None
     shown = sweep.first()
     view = shown.view
-    found = None if known is None or not _renewed(view, width, *known) else known
-    near = found is not None
-    found = found or place_messages(view.layer, view.graph(width))
-    if found is None:
+    near = known is not None and ranks.every(
+        ranks.attempt(lambda: _renewed(view, width, *known), False, REFUSALS)
+    )
+    found = (
+        known
+        if near
+        else ranks.attempt(lambda: place_messages(view.layer, view.graph(width)), None, REFUSALS)
+    )
+    if not ranks.every(found is not None):
         return None
-    u, scale = found
+    u, scale = ranks.same(found)  # each has looked at its own first page
     tables.store(view.layer, shown.rows, shown.fresh)
-    if sweep.num_pages == 1 and sweep.whole and not near:
+    if sweep.num_pages == 1 and sweep.whole and ranks.alone and not near:
         sweep.rows.set_active(sweep.guide, view.layer.shaped)
         return u, scale
     tables.know_nothing_of_others(view.layer, shown.rows)
     paged = _Paged(sweep, width)
-    share = 1.0 if near else (len(shown.rows) / (sweep.weight * sweep.size)) ** 0.5
+    share = 1.0 if near else ranks.same((len(shown.rows) / (sweep.weight * sweep.size)) ** 0.5)
     sds = scale.norm(dim=-1)
     for step in range(ROUNDS):
         if not paged.renew(u, sds, RENEWED_STEPS if step else FIRST_STEPS):
             return None
-        u, scale, moved = paged.locate(u, scale if step else share * scale)
+        u, scale, moved = ranks.same(paged.locate(u, scale if step else share * scale))
         sds = scale.norm(dim=-1)
         if (step or near) and moved < EXACT_ENOUGH:
             break

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._ranks import Ranks
 from ._coupling import Coupling
 from ._fixed import Fixed
 from ._joint_messages import JointMessages
@@ -16,6 +17,10 @@ from ._row_layout import Order, RowLayout
 
 __all__ = ["RowTables", "pages_of"]
 
+ELSEWHERE = (
+    "rows: expected those whose messages this rank has, got others; call guide.gather_rows() on all ranks "
+    "first, or draw what all rows share, with sites="
+)
 NOTHING = 1e-6
 """Root of the weight of a message that says nothing."""
 
@@ -86,7 +91,10 @@ class RowTables(nn.Module):
 
     def __init__(self, layer: MessageMap, size: int) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.num_rows = size, size
+        """Rows that have entries here, and N."""
+        self.own: Tensor | None = None
+        """Which those are, in order, where other ranks have the rest."""
         self.shapes = layer.shapes
         """The flows of the rows' noise, which all pages share."""
         for key, page in rows_of_params(layer).items():
@@ -102,6 +110,49 @@ class RowTables(nn.Module):
         found: nn.Parameter = getattr(self, key)
         return found
 
+    # -- ranks ---------------------------------------------------------------------------------
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Where the entries of rows are.
+
+        :raises RuntimeError: if they are on another rank.
+        """
+        if self.own is None:
+            return rows
+        found = torch.searchsorted(self.own, rows).clamp(max=max(len(self.own) - 1, 0))
+        if not torch.equal(self.own[found], rows):
+            raise RuntimeError(ELSEWHERE)
+        return found
+
+    @torch.no_grad()
+    def keep(self, own: Tensor) -> None:
+        """Keeps the entries of some rows, others being on other ranks."""
+        self.own, self.size = own, len(own)
+        for param in self.by_row():
+            param.data = param.data[own].clone()
+        self.fixed = {key: value[own].clone() for key, value in self.fixed.items()}
+
+    @torch.no_grad()
+    def gather(self, ranks: Ranks) -> None:
+        """Brings the entries of all rows to all ranks.
+
+        :raises RuntimeError: if the other ranks are gone.
+        """
+        if self.own is None:
+            return
+        if ranks.alone:
+            raise RuntimeError(ELSEWHERE)
+        owned = ranks.all(self.own)
+        order, sizes = torch.cat(owned).argsort(), [len(rows) for rows in owned]
+        for param in self.by_row():
+            param.data = torch.cat(ranks.join(param.data, sizes))[order]
+        self.fixed = {key: torch.cat(ranks.join(value, sizes))[order] for key, value in self.fixed.items()}
+        self.own, self.size = None, self.num_rows
+
+    def by_row(self) -> list[nn.Parameter]:
+        """The tables: all parameters with an entry for each row."""
+        return [param for key, param in self._parameters.items() if param is not None and key not in SHARED]
+
     # -- a page --------------------------------------------------------------------------------
 
     @contextmanager
@@ -114,7 +165,8 @@ class RowTables(nn.Module):
 
     def of_rows(self, layer: MessageMap, rows: Tensor) -> dict[str, Tensor]:
         """The tables' entries of some rows."""
-        return {key: self.table(key)[rows] for key in self._keys(layer)}
+        at = self.at(rows)
+        return {key: self.table(key)[at] for key in self._keys(layer)}
 
     def _keys(self, layer: MessageMap) -> list[str]:
         return [key for key in _places(layer) if key in self._parameters]
@@ -126,9 +178,10 @@ class RowTables(nn.Module):
             layer._parameters[name] = self.table(name)
 
     def _fix(self, layer: MessageMap, rows: Tensor) -> None:
+        at = self.at(rows)
         for key, (module, name, dim, order) in _places(layer).items():
             known = self.fixed.get(key)
-            put_buffer(module, name, None if known is None else order.as_page(known[rows], dim))
+            put_buffer(module, name, None if known is None else order.as_page(known[at], dim))
         for name in SHARED:
             put_buffer(layer, name, self.fixed_shared.get(name))
 
@@ -136,9 +189,10 @@ class RowTables(nn.Module):
     def load(self, layer: MessageMap, rows: Tensor) -> None:
         """Puts the messages of some rows into a map, whose tensors stay where they are."""
         self._share(layer)
+        at = self.at(rows)
         for key, (module, name, dim, order) in _places(layer).items():
             if key in self._parameters:
-                page = order.as_page(self.table(key)[rows], dim)
+                page = order.as_page(self.table(key)[at], dim)
                 module._parameters[name].copy_(page)  # type: ignore[union-attr]
         self._fix(layer, rows)
 
@@ -146,6 +200,7 @@ class RowTables(nn.Module):
     def store(self, layer: MessageMap, rows: Tensor, fresh: Tensor) -> None:
         """Takes over a map's fixed numbers, of those rows of the page that are ``fresh``."""
         kept = fresh.bool()
+        at = self.at(rows[kept])
         for key, (module, name, dim, order) in _places(layer).items():
             value = module._buffers.get(f"fixed_{name}")
             if value is None:
@@ -153,7 +208,7 @@ class RowTables(nn.Module):
             page = order.by_row(value, dim)
             if key not in self.fixed:
                 self.fixed[key] = page.new_zeros(self.size, *page.shape[1:])
-            self.fixed[key][rows[kept]] = page[kept]
+            self.fixed[key][at] = page[kept]
         for name in SHARED:
             value = layer._buffers.get(f"fixed_{name}")
             if value is not None:
@@ -162,14 +217,15 @@ class RowTables(nn.Module):
     @torch.no_grad()
     def know_nothing_of_others(self, layer: MessageMap, rows: Tensor) -> None:
         """Gives all other rows messages that say nothing, at the mean of the centres of some."""
+        at = self.at(rows)
         others = torch.ones(self.size, dtype=torch.bool)
-        others[rows] = False
+        others[at] = False
         for key, (_, name, *_) in _places(layer).items():
             known = self.fixed.get(key)
             if known is None:
                 continue
             if name == "centre":
-                known[others] = known[rows].mean(0)
+                known[others] = known[at].mean(0)
             elif name == "factor":
                 known[others] = NOTHING * torch.eye(known.shape[-1]).to(known)
             elif name == "log_weight":
@@ -208,7 +264,8 @@ class RowTables(nn.Module):
         places = {key: place for key, place in _places(layer).items() if key in self._parameters}
         found = {key: torch.empty_like(self.table(key)) for key in places}
         shared = {name: param.clone() for name, param in _shared(layer).items()}
-        for rows, _ in pages_of(self.size, layer.rows.num if layer.rows else self.size):
+        for at, _ in pages_of(self.size, layer.rows.num if layer.rows else self.size):
+            rows = at if self.own is None else self.own[at]
             for name, value in shared.items():
                 self.table(name).copy_(value)
             self.load(layer, rows)
@@ -216,7 +273,7 @@ class RowTables(nn.Module):
             for key, (module, name, dim, order) in places.items():
                 param = module._parameters[name]
                 assert param is not None
-                found[key][rows] = order.by_row(param, dim)
+                found[key][at] = order.by_row(param, dim)
         for key, value in found.items():
             self.table(key).copy_(value)
         self.fixed, self.fixed_shared = {}, {}

@@ -1,12 +1,14 @@
 """Passes over all rows of a subsampled plate, page by page, and what is summed over them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._program.log_density import REFUSALS
+from .._ranks import ALONE, Ranks
 from ..init.gaussians import normal_noise
 from ._pages import LOG_2_PI, Call, View, padded
 from ._row_draws import Rows
@@ -35,29 +37,69 @@ class Sweep:
     :param guide: a guide that is set up.
     :param rows: its rows.
     :param calls: the model's arguments: one, or those of an epoch of batches.
+    :param ranks: the processes, each of which has rows of its own; sums are over all of them.
+    :raises ValueError: if the ranks have too few rows, or have some in common.
     """
 
-    def __init__(self, guide: Any, rows: Rows, calls: Sequence[Call]) -> None:
-        self.guide, self.rows, self.calls = guide, rows, calls
+    def __init__(self, guide: Any, rows: Rows, calls: Sequence[Call], ranks: Ranks = ALONE) -> None:
+        self.guide, self.rows, self.calls, self.ranks = guide, rows, calls, ranks
         self.size, self.weight = rows.plate.size, 1.0
         """Rows of a pass, and how much each counts: more than one where the calls show a part of them."""
+        self.share = 1.0
+        """Of the rows of a pass, those of this rank."""
+        self.own = torch.arange(self.size)
+        """The rows of this rank."""
         self.seen = torch.ones(self.size, dtype=torch.bool)
         """Rows that have messages: those that a pass shows, and what steps have shown since."""
         self._pages: list[tuple[View, Tensor, Tensor, Call]] = []
+        if not ranks.alone:
+            self._divide()
         if rows.chooses(calls[0]):
             self._by_choice()
         else:
             self._by_batch()
 
+    def _divide(self) -> None:
+        """Finds the rows of this rank: those in its batches, or a part of those that the guide chooses."""
+        ranks, plate, size = self.ranks, self.rows.plate, self.size
+        if plate.given:
+            seen = torch.zeros(size, dtype=torch.long)
+            for call in self.calls:
+                seen[self.rows.rows_of(self.guide, call)] = 1
+        else:
+            part = ranks.part(size)
+            seen = torch.zeros(size, dtype=torch.long)
+            seen[part.start : part.stop] = 1
+        total = ranks.sum(seen)
+        fewest = min(ranks.all(int(seen.sum())))
+        if bool((total > 1).any()):
+            twice = (total > 1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"batches: expected each row of the plate {plate.name!r} on one rank, got {len(twice)} "
+                f"on several, as row {twice[0]}; give batches as a list or a DataLoader, which are divided "
+                "among the ranks"
+            )
+        if fewest < plate.shown:
+            raise ValueError(
+                f"plate {plate.name!r}: expected at least {plate.shown} rows, as many as a step shows, on "
+                f"each of {ranks.size} ranks, got {fewest} of {size}; use fewer ranks, or a smaller "
+                "subsample_size"
+            )
+        unseen = (total == 0).nonzero().flatten()
+        part = ranks.part(len(unseen))
+        self.own = torch.cat([seen.nonzero().flatten(), unseen[part.start : part.stop]]).sort().values
+        self.share = float(seen.sum() / total.sum())
+
     def _by_choice(self) -> None:
         call, own = self.calls[0], self.rows.first_view()
-        length = min(self.size, max(own.size, PAGE_NUMBERS // max(1, own.numbers_each)))
+        length = min(len(self.own), max(own.size, PAGE_NUMBERS // max(1, own.numbers_each)))
         view = own
         if length > own.size:
             with suppress(ValueError, RuntimeError, IndexError):  # a model that is written for its own length
-                rows = torch.arange(length)
+                rows = self.own[:length]
                 view = self.rows.view(self.guide, self.rows.call_with(call, rows), rows)
-        for page, new in pages_of(self.size, view.size):
+        for places, new in pages_of(len(self.own), view.size):
+            page = self.own[places]
             fresh = torch.zeros_like(view.page.weights)
             fresh[-new:] = 1.0
             self._pages.append((view, page, fresh, self.rows.call_with(call, page)))
@@ -69,7 +111,7 @@ class Sweep:
             fresh = (~seen[page] & real).to(view.page.weights)
             seen[page[real]] = True
             self._pages.append((view, page, fresh, call))
-        self.size = int(seen.sum())
+        self.size = int(self.ranks.sum(seen.sum()))
         self.weight = len(seen) / self.size
 
     def filled(self, call: Call) -> tuple[Tensor, Call, Tensor]:
@@ -88,6 +130,11 @@ class Sweep:
                 f"form, got {count} after {view.size}"
             )
         return page, call, real
+
+    def keep_own(self) -> None:
+        """Leaves the messages of other rows to the ranks that have these."""
+        if not self.ranks.alone:
+            self.tables.keep(self.own)
 
     @property
     def tables(self) -> RowTables:
@@ -125,7 +172,7 @@ class Sweep:
         count = own.packing.dim - len(own.root_places)
         if self.num_pages == 1 or count < FIRST_NUMBERS or not self.rows.chooses(self.calls[0]):
             return next(self.pages(weighted=False))
-        rows = torch.arange(own.size)
+        rows = self.own[: own.size]
         own.page.turn_to(rows, self.rows.call_with(self.calls[0], rows))
         self.tables.load(own.layer, rows)
         return Shown(own, rows, torch.ones_like(own.page.weights))
@@ -157,14 +204,30 @@ class Sweep:
         :param num: draws.
         """
         points = roots.repeat_interleave(num, 0)
-        value, slope = pull_back(self.nothing(), points, None, width)
-        outside = value, slope
-        for i, (view, *_) in enumerate(self.pages(weighted=True)):
-            noise = normal_noise(num, view.packing.dim, points, seed=seed + i).repeat(len(roots), 1)
-            more = pull_back(view, points, noise, width)
-            value = value + more[0] - outside[0]
-            slope = slope + more[1] - outside[1]
+        outside = pull_back(self.nothing(), points, None, width)
+
+        def of_rows() -> tuple[Tensor, Tensor]:
+            value, slope = (torch.zeros_like(part) for part in outside)
+            for i, (view, *_) in enumerate(self.pages(weighted=True)):
+                own_seed = seed + self.ranks.numbered(i)
+                noise = normal_noise(num, view.packing.dim, points, seed=own_seed).repeat(len(roots), 1)
+                more = pull_back(view, points, noise, width)
+                value, slope = value + (more[0] - outside[0]), slope + (more[1] - outside[1])
+            return value, slope
+
+        value, slope = self._over_ranks(of_rows, *outside)
         return value.reshape(len(roots), num).mean(1), slope.reshape(len(roots), num, -1).mean(1)
+
+    def _over_ranks(
+        self, of_rows: Callable[[], tuple[Tensor, Tensor]], value: Tensor, slope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is known outside of the rows, and the sum of theirs over all ranks."""
+        nothing = torch.full_like(value, torch.nan), torch.full_like(slope, torch.nan)
+        more, steeper = self.ranks.attempt(of_rows, nothing, REFUSALS)
+        if not self.ranks.alone:
+            total = self.ranks.sum(torch.cat([more.unsqueeze(-1), steeper], -1))
+            more, steeper = total[:, 0], total[:, 1:]
+        return value + more, slope + steeper
 
     @torch.no_grad()
     def log_weights(self, num: int, width: int) -> tuple[Tensor, Tensor]:
@@ -173,16 +236,21 @@ class Sweep:
         view = self.nothing()
         still = view.with_roots(roots, roots.new_zeros(num, view.packing.dim))
         outside = view.graph(width)(view.layer.forward_and_log_det(still)[0])[0]
-        total = outside - log_q
-        for view, *_ in self.pages(weighted=True):
-            x = torch.randn(num, view.packing.dim).to(roots)
-            z, log_det = view.layer.forward_and_log_det(view.with_roots(roots, x))
-            rows = view.layer.rows
-            assert rows is not None
-            weights = rows.noise_weights(view.packing).to(x).index_fill(0, view.root_places, 0.0)
-            normal = -0.5 * ((x.square() + LOG_2_PI) * weights).sum(-1)
-            total = total + view.graph(width)(z)[0] - outside - (normal - log_det)
-        return roots, total
+
+        def of_rows() -> tuple[Tensor, Tensor]:
+            total = torch.zeros_like(outside)
+            for view, *_ in self.pages(weighted=True):
+                x = torch.randn(num, view.packing.dim).to(roots)
+                z, log_det = view.layer.forward_and_log_det(view.with_roots(roots, x))
+                rows = view.layer.rows
+                assert rows is not None
+                weights = rows.noise_weights(view.packing).to(x).index_fill(0, view.root_places, 0.0)
+                normal = -0.5 * ((x.square() + LOG_2_PI) * weights).sum(-1)
+                total = total + (view.graph(width)(z)[0] - outside - (normal - log_det))
+            return total, roots.new_zeros(num, 0)
+
+        with self.ranks.parted_noise():
+            return roots, self._over_ranks(of_rows, outside - log_q, roots.new_zeros(num, 0))[0]
 
 
 def pull_back(view: View, roots: Tensor, noise: Tensor | None, width: int) -> tuple[Tensor, Tensor]:

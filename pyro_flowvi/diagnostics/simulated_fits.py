@@ -271,9 +271,8 @@ def _ranked(task: _Task) -> tuple[Ranks, dict[str, NDArray[np.bool_]], str]:
         if not bool(torch.isfinite(value).all()):
             raise RuntimeError(f"site {name!r}: expected finite data of the prior, got some that are not")
     guide = task.make_guide(drawn.model)
-    result = fit(
-        drawn.model, guide, *drawn.args, model_kwargs=drawn.kwargs, progress=False, **task.fit_kwargs
-    )
+    options = {"progress": False, "distributed": False, **task.fit_kwargs}
+    result = fit(drawn.model, guide, *drawn.args, model_kwargs=drawn.kwargs, **options)
     if result.stop_reason == "interrupted":
         raise KeyboardInterrupt
     values, density = _drawn(task, guide, drawn)

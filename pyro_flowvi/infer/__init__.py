@@ -2,6 +2,7 @@
 
 from .._compile.errors import CannotCompile, CompileWarning
 from .._compile.svi import CompiledSVI
+from .._ranks import LostRank
 from ..objectives import (
     TraceAnnealed_ELBO,
     TraceAuxiliary_ELBO,
@@ -19,6 +20,7 @@ __all__ = [
     "CompiledSVI",
     "FitDiverged",
     "FitResult",
+    "LostRank",
     "TraceAnnealed_ELBO",
     "TraceAuxiliary_ELBO",
     "TraceEnumSTL_ELBO",

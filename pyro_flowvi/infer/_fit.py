@@ -11,36 +11,33 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor
 
 from .._checks import check_positive_int
-from .._compile.errors import CannotCompile
-from .._compile.flow_step import FlowStep
 from .._compile.inductor import PARALLEL_FROM
-from .._compile.log_density import TracedDensity
 from .._compile.optimizers import as_pyro_optim
-from .._compile.policy import MACHINE_CODE_FROM
 from .._program.call import as_keywords, check_batch
-from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._program.rows import check_rows_known
+from .._ranks import Distributed, Ranks
 from .._types import CompileMode, Program
-from ..autoguide._protocol import FitGuide, Taken, as_fit_guide
-from ..autoguide._sweep import Sweep
+from ..autoguide._protocol import Taken, as_fit_guide
 from ..objectives._choice import as_objective, objective_for
 from ._arguments import check_arguments, settings_of
 from ._batches import Supply, as_call_with
-from ._checkpoint import Checkpoint, fingerprint, restore
+from ._checkpoint import Checkpoint, fingerprint
 from ._fit_bar import Bar
-from ._flow_steps import FlowSteps, FlowWeights, has_scores, objects_in, steady_graph, trains_flow
+from ._flow_steps import FlowWeights, has_scores
 from ._guarded_optim import GuardedOptim
-from ._minibatches import AllData, all_data
+from ._minibatches import all_data
+from ._one_run import check_same_call, check_same_sites, quiet_but_first, ranks_of, share_start
 from ._result import FitResult
 from ._row_steps import CHECKS as ROW_CHECKS
 from ._row_steps import COMPARISON_DRAWS as ROW_DRAWS
-from ._row_steps import RowStep, RowSteps, RowWeights, row_sweep, start_by_passes, steps_of
+from ._row_steps import RowWeights, row_sweep, start_by_passes, steps_of
 from ._run_state import Run
+from ._saved_state import restore
 from ._start import move, take_over
+from ._steps_outside import recorded, steps_outside, trained_outside
 from ._training_loop import CHECKS, ENOUGH_STEPS, TOLERANCE, TOLERANCE_EACH, TrainingLoop
 
 __all__ = ["fit"]
@@ -55,8 +52,6 @@ MANY_ELEMENTS = 5_000_000
 CHECKPOINT_SECONDS = 30.0
 REFIT_SHARE = 0.15
 """Of the steps of a fit, what one takes that starts near its end."""
-RECORDED_FROM = 50
-"""Steps from which a flow is recorded: it takes as long as some tens of eager ones."""
 
 
 def _objective(loss: Any, pair: LogWeights, num_particles: int) -> Any:
@@ -96,59 +91,15 @@ def _new_run(
     ranked: bool,
     held_out: bool,
     numbers: int,
+    ranks: Ranks,
 ) -> Run:
     guarded = GuardedOptim(optim, pair.guide, pair.model)
-    run = Run(pair.model, pair.guide, objective, judge, guarded, ranked)
+    run = Run(pair.model, pair.guide, objective, judge, guarded, ranked, ranks=ranks)
     if held_out:
         run.comparison_draws, run.held_out = COMPARISON_DRAWS_ON_DATA, True
     elif numbers * run.comparison_draws > MANY_ELEMENTS:
         run.comparison_draws = max(COMPARISON_DRAWS_ON_DATA, MANY_ELEMENTS // numbers)
     return run
-
-
-def _recorded(
-    options: Mapping[str, Any], pair: LogWeights, answers: FitGuide, density: UnconstrainedModel | None
-) -> TracedDensity | None:
-    """The graph by which a flow is trained outside Pyro; None where Pyro has to take the steps."""
-    if density is None or options["batches"] is not None or pair.structure.subsampled:
-        return None
-    if pair.vectorized and not RECORDED_FROM <= options["num_steps"] <= MACHINE_CODE_FROM:
-        return None  # a few steps cost less than a graph, and for very many machine code pays
-    if not trains_flow(options, pair, answers, density):
-        return None
-    particles = options["num_particles"] or answers.fit_options().num_particles
-    return steady_graph(density, particles, [options["model"], *objects_in(pair.args, pair.kwargs)])
-
-
-def _steps(
-    graph: TracedDensity | None,
-    data: AllData | None,
-    sweep: Sweep | None,
-    answers: FitGuide,
-    run: Run,
-    width: int,
-) -> FlowSteps | None:
-    """The steps of a flow in the place where it is now."""
-    try:
-        if sweep is not None:
-            return RowSteps(RowStep(sweep, width, run.optim.limits))
-        params = _trained(graph or data, None, answers, run.model)
-        flow = answers.pushforward(run.model)
-        seen = graph if data is None else data.minibatches(flow, width)
-        return FlowSteps(FlowStep(flow, params, seen, run.optim.limits)) if seen and params else None
-    except CannotCompile:
-        return None
-
-
-def _trained(
-    graph: TracedDensity | AllData | None, sweep: Sweep | None, answers: FitGuide, model: Program
-) -> list[Tensor]:
-    """The parameters that are trained outside Pyro; none where it takes the steps."""
-    if sweep is not None:
-        found: list[Tensor] = sweep.guide.params_of_page(sweep.rows.first_view())
-        return found
-    flow = None if graph is None else answers.pushforward(model)
-    return [] if flow is None else [param for param in flow.parameters() if param.requires_grad]
 
 
 def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
@@ -188,6 +139,7 @@ def fit(
     compile: CompileMode = "auto",
     init: Any = None,
     checkpoint: Any = None,
+    distributed: Distributed = "auto",
     progress: bool = True,
     **kwargs: Any,
 ) -> FitResult:
@@ -262,14 +214,23 @@ def fit(
         A mode that the earlier guide does not have is not looked for.  With ``guide`` itself the fit goes on.
     :param checkpoint: a path.  The run is written there every half minute and when it ends; if the
         file exists the run goes on from it, and ends bit for bit as without the interruption.
+    :param distributed: whether other processes train with this one: "auto" looks for a process group of
+        ``torch.distributed``, or the environment of ``torchrun``, for which it makes one (gloo on CPUs, nccl
+        on GPUs); True demands one, False trains alone.  All call ``fit`` with the same arguments.  Each takes
+        its own part of ``batches`` or of a subsampled plate's rows, or without minibatches its own draws, and
+        steps take the mean of their gradients.  Messages of rows stay on the process that has the rows, until
+        ``guide.gather_rows()`` is called on all.  Rank 0 alone shows progress and warnings.  A checkpoint has
+        a file beside it for each process, and may be gone on from with another number of them.
     :param progress: shows a progress bar, which tells of the search before the steps as well.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
     :raises ValueError: if an argument is not of the described kind, model and guide are swapped, Pyro's
         validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors or
         have NaN, improper priors leave the posterior flat along a direction, ``init`` has seen no data or has
-        none of the latents, or the checkpoint is of another run or cut short.
+        none of the latents, the checkpoint is of another run or cut short, or the ranks differ in arguments,
+        seeds, data, or versions.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
     :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
+    :raises LostRank: if another process has died, failed, or does not answer; the best state is restored.
     :raises FitDiverged: after five failures in a row; the last good state is restored, and kept in the
         checkpoint.
 
@@ -296,18 +257,25 @@ def fit(
     loss, optim = as_objective(loss), None if optim is None else as_pyro_optim(optim)
     options = dict(locals())
     check_arguments(options)
+    ranks = ranks_of(options)
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
-    file = None if checkpoint is None else Checkpoint(checkpoint)
+    file = None if checkpoint is None else Checkpoint(checkpoint, ranks)
     started = time.perf_counter()
     if seed is not None:
         pyro.set_rng_seed(seed)
-    supply, changing = Supply(batches, args, kwargs), batches is not None
+    supply, changing = Supply(batches, args, kwargs, ranks), batches is not None
     first, held_out = supply.first(), None if validation is None else as_call_with(kwargs, validation)
     for name, call in (("batches", first), ("validation", held_out)):
         check_batch(name, model, {} if call is None else call[1])
-    with Bar(type(guide).__name__, num_steps, progress) as bar:
+    check_same_call(ranks, options, first)
+    with Bar(type(guide).__name__, num_steps, progress and ranks.leads) as bar, quiet_but_first(ranks):
         answers = as_fit_guide(model, guide)
         answers.set_up(*first, all_data=not changing)
+        if not ranks.alone:
+            answers.gather_rows()
+            if answers.rows_by_batch:
+                supply.keep_rows()
+                first = supply.first()
         if changing and not answers.amortised:
             check_rows_known(model, guide, first)
         needed = answers.can_move() or answers.pushforward(model) is not None
@@ -317,21 +285,22 @@ def fit(
         # A part of the data is no reason to leave the place that was taken over.
         searches = density is not None and (init is None or not (near or changing or density.subsampled))
         if density is not None and searches:
-            answers.choose(density, num_steps)
+            answers.choose(density, num_steps, ranks)
         default = answers.fit_options()
         if options["num_steps"] is None and not changing:
             num_steps = round((REFIT_SHARE if short else 1.0) * (default.num_steps or num_steps))
             bar.expect(num_steps)
         nesting = getattr(loss, "max_plate_nesting", math.inf)
         pair = judge = LogWeights(model, guide, *first, nesting)
+        check_same_sites(ranks, pair)
         if held_out is not None:
             judge = LogWeights(model, guide, *held_out, nesting)
-        graph = _recorded({**options, "num_steps": num_steps}, pair, answers, density)
-        data = all_data(options, pair, answers, density, supply)
+        graph = recorded({**options, "num_steps": num_steps}, pair, answers, density)
+        data = all_data(options, pair, answers, density, supply, ranks)
         if data is not None:
             density, supply, changing = data.density, Supply(None, *first), False
         together = pair.vectorized or graph is not None or data is not None
-        sweep = row_sweep(options, pair, answers, supply, num_particles or default.num_particles)
+        sweep = row_sweep(options, pair, answers, supply, num_particles or default.num_particles, ranks)
         if sweep is not None:
             together = True
             if options["num_steps"] is None:
@@ -349,7 +318,7 @@ def fit(
         if sweep is not None:
             weights = RowWeights(pair, sweep, particles)
         numbers = judge.structure.largest if data is None else data.numbers
-        run = _new_run(pair, weights, objective, adam, ranked, held_out is not None, numbers)
+        run = _new_run(pair, weights, objective, adam, ranked, held_out is not None, numbers, ranks)
         may_settle = bool(pair.structure.latents) and not (pair.structure.model_params or pair.point_masses())
         own_rate = rate if optim is None else None
         nats = tolerance or default.tolerance or _default_tolerance(pair)
@@ -362,23 +331,30 @@ def fit(
         if file is not None:
             settings = settings_of({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
             identity = fingerprint(settings, (first, validation))
-            saved, save = file.read(identity), partial(file.write, loop, identity)
+            saved, save = (
+                file.read(identity, None if sweep is None else sweep.own),
+                partial(file.write, loop, identity),
+            )
         try:
             with _threads_for(pair.structure.largest * particles):
+                if sweep is not None:
+                    sweep.keep_own()
                 if saved is None:
                     if sweep is None:
                         move(loop, answers, density if searches or near else None, near)
-                        loop.start = loop.start or start_by_passes(pair, answers, supply, particles)
+                        loop.start = loop.start or start_by_passes(pair, answers, supply, particles, ranks)
                     else:
                         loop.bar.tell(f"passes over {sweep.size} rows")
                         loop.start = sweep.guide.start_rows(sweep, particles)
                 else:
-                    answers.set_frame(saved["frame"])
-                arrived = (
-                    near and saved is None and loop.is_there(_trained(graph or data, sweep, answers, model))
-                )
+                    answers.set_frame(saved["part"]["frame"])
+                trained = trained_outside(graph or data, sweep, answers, model)
+                share_start(ranks, answers, guide, sweep)
+                loop.start = ranks.same(loop.start)
+                arrived = near and saved is None and loop.is_there(trained)
                 if save is not None or not arrived:
-                    loop.prepare(_steps(graph, data, sweep, answers, run, particles))
+                    loop.prepare(steps_outside(graph, data, sweep, answers, run, particles))
+                ranks.share_noise()
                 if saved is not None:
                     restore(loop, saved)
                 stop_reason = loop.train(save, CHECKPOINT_SECONDS)

@@ -174,6 +174,13 @@ class FlowSteps:
         """Goes on from a checkpoint."""
         self._step.go_on(state)
 
+    def rows(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps of the rows of this rank; None without any."""
+        return None
+
+    def load_rows(self, state: dict[str, Any]) -> None:
+        """Takes over the rows of a checkpoint, of which there are none."""
+
 
 def objects_in(args: Any, kwargs: Any) -> list[Any]:
     """Arguments that are neither tensors nor plain values."""

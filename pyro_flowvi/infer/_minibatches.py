@@ -13,6 +13,7 @@ from .._compile.parts_density import MinibatchDensity, WholeDensity
 from .._program.data_in_parts import DataInParts, in_batches, in_rows, row_plate
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
+from .._ranks import Ranks
 from ..autoguide._protocol import FitGuide
 from ..init import Effort, Gaussian, find_gaussian
 from ..init.from_all_data import effort_of, find_in_frame
@@ -32,13 +33,14 @@ FEW = 62_500
 class AllData:
     """All data of a model of which each step sees a part.
 
-    :param parts: what a step sees, and a pass reads one after another.
+    :param parts: what a step sees, and a pass reads one after another; those of this rank.
     :param numbers: in all data, as far as the model's sites tell.
+    :param ranks: the processes that have the rest.
     """
 
-    def __init__(self, parts: DataInParts, numbers: int) -> None:
+    def __init__(self, parts: DataInParts, numbers: int, ranks: Ranks) -> None:
         self._parts, self.numbers = parts, numbers
-        self.whole = WholeDensity(parts)
+        self.whole = WholeDensity(parts, ranks)
         self.density = parts.densities[parts.put(0)]
         """The first part as if it stood for all; its search goes on with the others."""
         self.density.search = self._search
@@ -50,6 +52,7 @@ class AllData:
             return find_gaussian(self.whole, start, Effort.within(self.numbers, dim))
         self._parts.put(0)
         rough = find_gaussian(traced(self.density, effort.starts), start, replace(effort, refinements=(0, 0)))
+        rough = self.whole.ranks.same(rough)  # each has found that of its own first part
         return find_in_frame(self.whole, rough, effort_of(self.numbers * dim))
 
     @torch.no_grad()
@@ -65,11 +68,13 @@ def all_data(
     answers: FitGuide,
     density: UnconstrainedModel | None,
     supply: Supply,
+    ranks: Ranks,
 ) -> AllData | None:
     """The data of a model that sees its rows in parts; None where a pass over all of them cannot be made.
 
     :param options: of :func:`pyro_flowvi.fit`.
     :param supply: of the model's arguments.
+    :param ranks: the processes, each of which reads a part.
     """
     changing = options["batches"] is not None
     if density is None or not (changing or pair.structure.subsampled) or not answers.can_move():
@@ -82,14 +87,20 @@ def all_data(
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same order of a loader at every call
         if changing:
-            parts = in_batches(density, model, supply.batches, partial(as_call_with, supply.kwargs))
-            numbers *= 0 if parts is None else len(parts)
+            parts = in_batches(density, model, supply.part(), partial(as_call_with, supply.kwargs))
+            numbers *= 0 if parts is None else len(parts) * ranks.size
         elif (plate := row_plate(model, args, kwargs)) is not None:
             per_row = -(-numbers // plate.shown)
             size = min(ROWS, MOST_NUMBERS // (64 * per_row))
-            parts, numbers = in_rows(density, model, plate, size), per_row * plate.size
-    if parts is None:
+            own = ranks.part(plate.size)
+            if len(own):
+                parts = in_rows(density, model, plate, size, own)
+            numbers = per_row * plate.size
+    if parts is not None:
+        first = parts.densities[parts.put(0)]
+        if steady_graph(first, 1, [model, *objects_in(args, kwargs)]) is None:
+            parts = None
+    if not ranks.every(parts is not None) or parts is None:
         return None
-    first = parts.densities[parts.put(0)]
-    steady = steady_graph(first, 1, [model, *objects_in(args, kwargs)]) is not None
-    return AllData(parts, numbers) if steady else None
+    parts.divide(ranks)
+    return AllData(parts, ranks.same(numbers), ranks)

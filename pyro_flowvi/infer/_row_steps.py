@@ -11,6 +11,7 @@ from torch import Tensor
 from .._compile.flow_step import FlowStep
 from .._compile.step import StepStats
 from .._program.log_weights import LogWeights
+from .._ranks import Ranks
 from ..autoguide._pages import Call, View
 from ..autoguide._protocol import FitGuide
 from ..autoguide._row_start import place_new_rows
@@ -33,6 +34,8 @@ CONTROL_DRAWS = 8
 COMPARISON_DRAWS = 32
 """Draws of all rows on which states are compared."""
 
+RowState = dict[str, Any]
+"""What a checkpoint keeps of rows: which they are; numbers of each, by name; the rest."""
 BETAS, EPS = (0.9, 0.99), 0.2
 """Of Adam for the rows' messages, each of which is seen few times.  Slopes are in the posterior's units:
 a message that is right to a hundredth of a standard deviation is not moved by the sign of what is left."""
@@ -63,9 +66,11 @@ class RowWeights(FlowWeights):
 
 
 def row_sweep(
-    options: Mapping[str, Any], pair: LogWeights, answers: FitGuide, supply: Supply, width: int
+    options: Mapping[str, Any], pair: LogWeights, answers: FitGuide, supply: Supply, width: int, ranks: Ranks
 ) -> Sweep | None:
     """Passes over the rows by which a guide is trained outside Pyro; None where Pyro has to take the steps.
+
+    Of several ranks each keeps the messages of its rows alone.
 
     That is where the guide has no rows, the user asks for an objective or an optimizer, the model has
     parameters or enumerates, or it cannot be recorded.
@@ -73,7 +78,7 @@ def row_sweep(
     own = (options[name] is None for name in ("loss", "optim", "validation"))
     if not all(own) or options["compile"] != "auto" or pair.structure.model_params:
         return None
-    return _passes(pair, answers, supply, width)
+    return _passes(pair, answers, supply, width, ranks)
 
 
 def steps_of(sweep: Sweep) -> int:
@@ -81,28 +86,35 @@ def steps_of(sweep: Sweep) -> int:
     return MORE_STEPS if sweep.num_latents <= FEW_LATENTS else NUM_STEPS
 
 
-def start_by_passes(pair: LogWeights, answers: FitGuide, supply: Supply, width: int) -> str | None:
+def start_by_passes(
+    pair: LogWeights, answers: FitGuide, supply: Supply, width: int, ranks: Ranks
+) -> str | None:
     """Moves a guide of rows to where it starts, of a model whose steps are Pyro's.
 
     :return: the kind of start; None where there is none.
     """
     if not pair.structure.model_params:
         return None
-    sweep = _passes(pair, answers, supply, width)
-    kind: str | None = None if sweep is None else sweep.guide.start_rows(sweep, width)
+    sweep = _passes(pair, answers, supply, width, ranks)
+    kind: str | None = None
+    if sweep is not None:
+        sweep.keep_own()
+        kind = sweep.guide.start_rows(sweep, width)
     answers.leave_frame()
+    if sweep is not None:
+        sweep.tables.gather(ranks)
     return kind
 
 
-def _passes(pair: LogWeights, answers: FitGuide, supply: Supply, width: int) -> Sweep | None:
+def _passes(pair: LogWeights, answers: FitGuide, supply: Supply, width: int, ranks: Ranks) -> Sweep | None:
     """Passes over the rows of a model that can be recorded."""
     if pair.structure.enumerated:
         return None
-    sweep: Sweep | None = answers.sweep(supply.epoch)
+    sweep: Sweep | None = answers.sweep(supply.epoch, ranks)
     if sweep is None:
         return None
     held = all(view.graph(width).holds for view in [*sweep.views(), sweep.rows.first_view()])
-    return sweep if held else None
+    return sweep if ranks.every(held) else None
 
 
 class RowStep(FlowStep):
@@ -128,7 +140,8 @@ class RowStep(FlowStep):
         """Where rows get their messages that no pass has shown."""
         self._view = view = self._rows.first_view()
         self._tables, layer = sweep.tables, view.layer
-        self._turn(view.page.rows.clone(), None, 1.0)
+        self._ranks = sweep.ranks
+        self._turn(*self._first_rows(), 1.0)
         self._shown, self._weight = view.page.rows, view.page.weights
         self._real = torch.ones_like(self._shown, dtype=torch.bool)
         self._keys = [key for key in trained_in_frame(layer) if key in dict(self._tables.named_parameters())]
@@ -137,6 +150,8 @@ class RowStep(FlowStep):
         self._first = [torch.zeros_like(self._tables.table(key)) for key in self._keys]
         self._second = [torch.zeros_like(self._tables.table(key)) for key in self._keys]
         self._drawn = torch.zeros(self._tables.size, dtype=torch.long)
+        self._shares = sweep.ranks.size * sweep.share
+        """How much a row of this rank counts in the mean over the ranks."""
         self._page: Tensor | None = None
         self._pages = [] if self._rows.plate.given else self._deal()
         self._order, self._position = torch.zeros(0, dtype=torch.long), 0
@@ -153,28 +168,41 @@ class RowStep(FlowStep):
             limits,
             [*view.page.tensors, *fixed_of_rows(layer)],
             lambda: rows.noise_weights(view.packing),
+            sweep.ranks,
         )
-        self._centre, self._control = self._slopes(width)
+        self._centre = sweep.guide.draw_roots(64, fixed=True).mean(0)
+        self._control = self._slopes()
+
+    def _first_rows(self) -> tuple[Tensor, Call | None]:
+        """Rows of this rank to begin with, and their data where these come with the rows."""
+        if self._ranks.alone:
+            return self._view.page.rows.clone(), None
+        if self._rows.plate.given:
+            return self._sweep.filled(self._sweep.calls[0])[:2]
+        return self._sweep.own[: self._view.size], None
 
     def _deal(self) -> list[tuple[Tensor, Tensor]]:
         """Pages of rows, and how much each row counts there: those that fill the last page count half."""
-        size, count = self._rows.plate.size, self._view.size
+        own, count = self._sweep.own, self._view.size
+        size = len(own)
         with torch.random.fork_rng():
             torch.manual_seed(size)
-            order = torch.randperm(size)
+            order = own[torch.randperm(size)]
         num = -(-size // count)
         extra = num * count - size
         dealt = torch.cat([order, order[:extra]])
-        weights = self._view.page.weights.new_full((num * count,), float(num))
+        each = float(self._ranks.size * num)
+        weights = self._view.page.weights.new_full((num * count,), each)
         if extra:
-            weights[:extra] = weights[-extra:] = 0.5 * num
+            weights[:extra] = weights[-extra:] = 0.5 * each
         return list(zip(dealt.split(count), weights.split(count), strict=True))
 
-    def _slopes(self, width: int) -> tuple[Tensor, Tensor]:
-        """Where the roots are, and of each page what its slope there lacks to the mean of all."""
-        centre = self._sweep.guide.draw_roots(64, fixed=True).mean(0)
+    def _slopes(self) -> Tensor:
+        """Of each page what its slope at the roots' centre lacks to the mean of all."""
+        centre, width = self._centre, self._width
         if not len(centre) or not self._pages:
-            return centre, centre.new_zeros(0, len(centre))
+            zeros: Tensor = centre.new_zeros(0, len(centre))
+            return zeros
         view, found = self._view, []
         noise = normal_noise(CONTROL_DRAWS, view.packing.dim, centre, seed=3)
         points = centre.expand(CONTROL_DRAWS, -1)
@@ -182,7 +210,7 @@ class RowStep(FlowStep):
             self._turn(rows, None, weights)
             found.append(pull_back(view, points, noise, width)[1].mean(0))
         slopes = torch.stack(found)
-        return centre, slopes.mean(0) - slopes
+        return slopes.mean(0) - slopes
 
     def _model_at(self, z: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = super()._model_at(z)
@@ -213,9 +241,15 @@ class RowStep(FlowStep):
             if self._spare is None:
                 self._spare = self._rows.new_view(self._sweep.guide, call, page)
             place_new_rows(self._sweep, self._spare, self._width, page, call, new)
-        each = self._rows.plate.size / int(real.sum())
+        each = self._shares * self._rows.plate.size / int(real.sum())
         self._turn(page, call, torch.where(real, each, 0.0).to(self._view.page.weights))
         self._shown, self._real, self._weight = page[real], real, self._view.page.weights[real]
+
+    def _average(self, grad: Tensor) -> Tensor:
+        shared = grad[: self._count_shared]
+        mean, self._loss, self._dropped = self._ranks.average(shared, self._loss, self._dropped)
+        shared.copy_(mean)
+        return grad
 
     def _norm(self, grad: Tensor) -> float:
         return float(torch.linalg.vector_norm(grad[: self._count_shared]))
@@ -231,7 +265,7 @@ class RowStep(FlowStep):
         if not self._pages:  # each minibatch pulls them to a place of its own
             roots.lerp_(before, 1.0 - WITHOUT_CONTROL)
         self._values[self._count_shared :] = kept
-        rows, real = self._shown, self._real
+        rows, real = self._tables.at(self._shown), self._real
         self._drawn[rows] += 1
         for i, (key, part, param) in enumerate(zip(self._keys, own, self._own, strict=True)):
             dim, order = self._orders[i]
@@ -252,32 +286,52 @@ class RowStep(FlowStep):
         for moment in (*self._first, *self._second):
             moment.zero_()
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the rows."""
-        return {
-            "tables": {key: self._tables.table(key).detach().clone() for key in self._keys},
-            "first": self._first,
-            "second": self._second,
-            "drawn": self._drawn,
+    def kept(self) -> dict[str, Any]:
+        shared = slice(self._count_shared)  # whatever the rows of a page, and how many
+        found = super().kept()
+        return {**found, "moments": [moment[shared] for moment in found["moments"]]}
+
+    def go_on(self, kept: Mapping[str, Any]) -> None:
+        moments = [torch.zeros_like(own) for own in self.moments]
+        for own, saved in zip(moments, kept["moments"], strict=True):
+            own[: self._count_shared] = saved
+        super().go_on({**kept, "moments": moments})
+
+    def state(self) -> RowState:
+        """What a checkpoint keeps of the rows of this rank."""
+        own = {
+            f"{kind}.{key}": value
+            for i, key in enumerate(self._keys)
+            for kind, value in self._by_key(i, key).items()
+        }
+        rest = {
             "seen": self._sweep.seen,
             "order": self._order,
             "position": self._position,
-            "control": (self._centre, self._control),
+            "centre": self._centre,
+            "control": self._control,
         }
+        return {"rows": self._sweep.own, "by_row": {**own, "drawn": self._drawn}, "rest": rest}
+
+    def _by_key(self, i: int, key: str) -> dict[str, Tensor]:
+        table = self._tables.table(key).detach().clone()
+        return {"table": table, "first": self._first[i], "second": self._second[i]}
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over the rows of a checkpoint."""
-        for key in self._keys:
-            self._tables.table(key).copy_(state["tables"][key])
-        for own, saved in zip(
-            (*self._first, *self._second), (*state["first"], *state["second"]), strict=True
-        ):
-            own.copy_(saved)
-        self._drawn.copy_(state["drawn"])
-        self._sweep.seen.copy_(state["seen"])
-        self._order, self._position = state["order"], state["position"]
-        self._centre, self._control = state["control"]
+    def load(self, state: RowState) -> None:
+        """Takes over the rows of a checkpoint; of one of other ranks, all but the place in the epoch."""
+        by_row, rest = state["by_row"], state["rest"]
+        for i, key in enumerate(self._keys):
+            self._tables.table(key).copy_(by_row[f"table.{key}"])
+            self._first[i].copy_(by_row[f"first.{key}"])
+            self._second[i].copy_(by_row[f"second.{key}"])
+        self._drawn.copy_(by_row["drawn"])
+        self._sweep.seen.copy_(rest["seen"])
+        self._centre = rest["centre"]
+        if "control" in rest:
+            self._order, self._position, self._control = rest["order"], rest["position"], rest["control"]
+        else:
+            self._control = self._slopes()
 
 
 class RowSteps(FlowSteps):
@@ -298,9 +352,8 @@ class RowSteps(FlowSteps):
                 break
         return found
 
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "rows": self._step.state()}
+    def rows(self) -> RowState:
+        return self._step.state()
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        super().load(state)
-        self._step.load(state["rows"])
+    def load_rows(self, state: RowState) -> None:
+        self._step.load(state)

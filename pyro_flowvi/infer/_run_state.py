@@ -1,6 +1,7 @@
 """The state of one run of :func:`pyro_flowvi.fit`: parameters, the best values so far, what went wrong."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from .._compile.optimizers import meet
 from .._program.log_density import REFUSALS
 from .._program.log_weights import LogWeights
 from .._program.pyro_private import get_traces
+from .._ranks import ALONE, Ranks
 from .._types import Program
 from ._averaging import put_back, snapshot
+from ._batches import Call
 from ._flow_steps import FlowWeights
 from ._guarded_optim import GuardedOptim
 
@@ -66,6 +69,7 @@ class Run:
     :param ranked: whether states can be compared.
     :param comparison_draws: draws of a comparison.
     :param held_out: whether states are compared on data that they are not trained on.
+    :param ranks: the processes that train together; what is compared is the same on all of them.
     """
 
     model: Program
@@ -76,6 +80,7 @@ class Run:
     ranked: bool
     comparison_draws: int = COMPARISON_DRAWS
     held_out: bool = False
+    ranks: Ranks = ALONE
     losses: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_weights: Tensor = field(default_factory=lambda: torch.full((1,), -math.inf))
@@ -97,7 +102,9 @@ class Run:
             except REFUSALS:
                 parts = torch.arange(size).split(SMALL_BATCH)
                 weights = torch.cat([self._few_weights(len(part)) for part in parts])
-        return weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+        weights = weights.nan_to_num(-math.inf, -math.inf, -math.inf)
+        self.ranks.lead(weights)
+        return weights
 
     def _few_weights(self, size: int) -> Tensor:
         """Log weights of a few draws, minus infinity if the model refuses one of them."""
@@ -112,6 +119,9 @@ class Run:
         :param multiple: how many times as many draws as in a comparison.
         :param chance: standard errors of a weighted mean that are taken for chance.
         """
+        return self.ranks.same(self._distance(multiple, chance))  # type: ignore[no-any-return]
+
+    def _distance(self, multiple: int, chance: float) -> Distance:
         weights = self.evaluate(multiple, seed=7).double()
         good = weights.isfinite()
         if int(good.sum()) < 2:
@@ -164,6 +174,24 @@ class Run:
     def restore(self) -> None:
         """Puts the best state back; what it does not know yet goes back to where it started."""
         put_back(self.optim.params, self.optim.first | self.best)
+
+    def find_site(self, call: Call, noise: Tensor, cause: Exception | None) -> str | None:
+        """The site at which a step failed, here or on another rank.
+
+        :param call: the model's arguments.
+        :param noise: the state of torch's generator before the step.
+        :param cause: what the model has raised, if it did.
+        """
+        own: str | None
+        if cause is not None:
+            named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
+            own = named.group(1) if named else None
+        else:
+            after = torch.get_rng_state()
+            torch.set_rng_state(noise)
+            own = self.find_bad_site(*call)
+            torch.set_rng_state(after)
+        return next((site for site in self.ranks.all(own) if site is not None), None)
 
     def find_bad_site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """The first site of the step just run that is not finite, in value, density or gradient."""

@@ -1,11 +1,11 @@
 """The loop of :func:`pyro_flowvi.fit`: rounds of steps, checks, recovery."""
 
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyro.infer import SVI
@@ -14,11 +14,13 @@ from torch import Tensor
 from .._compile.stepper import Stepper
 from .._program.feasible import is_refusal
 from .._program.log_density import REFUSALS
+from .._ranks import LostRank
 from .._types import CompileMode
 from ._averaging import WeightAverage
 from ._batches import Call, Supply
 from ._fit_bar import Bar
 from ._flow_steps import FlowSteps, FlowWeights
+from ._gradient_average import GradientAverage
 from ._guarded_optim import NotFinite
 from ._progress import Progress
 from ._result import FitDiverged
@@ -107,9 +109,13 @@ class TrainingLoop:
         self.start: str | None = None
         """The kind of Gaussian that the guide was moved to."""
         self.svi = SVI(run.model, run.guide, run.optim, run.loss)
+        self._average = None if run.ranks.alone else GradientAverage(run.ranks, run.optim)
+        options: dict[str, Any] = {"limits": run.optim.limits, "average": self._average}
         self.stepper: Stepper | FlowSteps = Stepper(
-            self.svi, run.loss, compile=compile, interprets=True, limits=run.optim.limits
+            self.svi, run.loss, compile=compile, interprets=True, **options
         )
+        if self._average is not None:
+            self.svi.loss_and_grads = self._average.of_losses(self.svi.loss_and_grads)
         every = num_steps // (CHECKS_SHORT if short else CHECKS)
         self.every = max(1, every - every % AVERAGE_EVERY if every > AVERAGE_EVERY else every)
 
@@ -167,7 +173,9 @@ class TrainingLoop:
         run = self.run
         run.optim.norm = math.nan
         dropped_before = int(getattr(run.loss, "num_dropped", 0))
-        with _quiet():
+        if self._average is not None:
+            self._average.share = self.arguments.share(call)
+        with _quiet(), run.ranks.own_noise():
             taken = self.stepper.take(self.svi, *call, count, left)
         found = []
         for value, dropped, norm in taken:
@@ -182,7 +190,7 @@ class TrainingLoop:
     def step(self) -> bool:
         """Takes a few steps, or recovers from one that failed; False if there is no more data."""
         run, progress = self.run, self.progress
-        random_state = torch.get_rng_state()
+        noise = run.ranks.noise
         cause: Exception | None = None
         call = self.arguments(progress.step)
         if call is None:
@@ -200,7 +208,7 @@ class TrainingLoop:
             progress.skips = progress.skips + 1 if skipped else 0
             progress.num_skipped += skipped
             if not math.isfinite(value) or progress.skips >= MAX_SKIPS:
-                self._recover(call, random_state, cause)
+                self._recover(call, noise, cause)
                 return True
             self._record(value, norm, rate)
         if progress.step % AVERAGE_EVERY == 0:
@@ -232,7 +240,7 @@ class TrainingLoop:
 
     # -- recovery -----------------------------------------------------------------------------------
 
-    def _recover(self, call: Call, random_state: Tensor, cause: Exception | None) -> None:
+    def _recover(self, call: Call, noise: Tensor, cause: Exception | None) -> None:
         """Goes back to the last good state with half the rate; gives up after several failures in a row."""
         run, progress = self.run, self.progress
         progress.failures += 1
@@ -242,23 +250,12 @@ class TrainingLoop:
         for param in run.optim.params.values():
             param.grad = None
         if progress.failures >= MAX_FAILURES or not run.optim.params:
-            site = self._find_site(call, random_state, cause)
+            site = run.find_site(call, noise, cause)
             run.restore()
             told = str(cause).strip().splitlines() if cause else []
             losses = torch.tensor(run.losses)
             raise FitDiverged(progress.step, site, losses, told[0] if told else None) from cause
         self._go_back()
-
-    def _find_site(self, call: Call, random_state: Tensor, cause: Exception | None) -> str | None:
-        """The site at which a step failed that began with a state of torch's generator."""
-        if cause is not None:
-            named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
-            return named.group(1) if named else None
-        after = torch.get_rng_state()
-        torch.set_rng_state(random_state)
-        site = self.run.find_bad_site(*call)
-        torch.set_rng_state(after)
-        return site
 
     def _go_back(self) -> None:
         """To the best state so far, with fresh optimizers, averages and limits."""
@@ -272,6 +269,7 @@ class TrainingLoop:
     def check(self) -> bool:
         """Keeps the averaged state unless an earlier one is better; whether the run is over."""
         progress = self.progress
+        self.run.ranks.check_equal(self.run.optim.params)
         with self.average.in_place(self.run.optim.params):
             weights = self.run.keep_unless_worse()
         se = float(weights.std() / math.sqrt(len(weights)))
@@ -346,6 +344,10 @@ class TrainingLoop:
             reason = self._take_all(save, seconds)
         except KeyboardInterrupt:
             reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
+        except LostRank:
+            if run.best:
+                run.restore()
+            raise
         except FitDiverged:
             if save is not None:
                 progress.failures = 0
@@ -361,9 +363,11 @@ class TrainingLoop:
 
     def _take_all(self, save: Callable[[], None] | None, seconds: float) -> str:
         """Steps, checks and checkpoints until there is a reason to stop, which is returned."""
-        progress, saved = self.progress, time.monotonic()
+        progress, ranks, saved = self.progress, self.run.ranks, time.monotonic()
         while progress.step < self.num_steps:
             before = progress.step
+            due = ranks.leads and save is not None and time.monotonic() - saved >= seconds
+            ranks.tell(due)  # one clock for all ranks
             if not self.step():
                 return "no more batches"
             self.bar.advance(progress.step - before)
@@ -374,7 +378,7 @@ class TrainingLoop:
                 self.bar.tell(f"{told}ELBO {-self.run.best_loss:.2f}", at_once=False)
                 if over or (ends and self._end_round()):
                     return "converged"
-            if save is not None and time.monotonic() - saved >= seconds:
+            if save is not None and ranks.heard(due):
                 save()
                 saved = time.monotonic()
         return "completed"

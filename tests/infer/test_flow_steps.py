@@ -46,14 +46,14 @@ broadcasting = regression(lambda a, group: a[..., group])
 def outside(monkeypatch):
     """Tells of every fit whether its steps were taken outside Pyro."""
     told = []
-    original = fitting._steps
+    original = fitting.steps_outside
 
     def noted(*args):
         step = original(*args)
         told.append(step is not None)
         return step
 
-    monkeypatch.setattr(fitting, "_steps", noted)
+    monkeypatch.setattr(fitting, "steps_outside", noted)
     return told
 
 

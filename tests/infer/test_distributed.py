@@ -1,0 +1,473 @@
+"""Fits on several processes, against those on one, against quadrature, and what goes wrong."""
+
+import importlib
+import os
+import signal
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_flowvi import AutoPlanar, AutoRealNVP, FitDiverged, diagnose, fit
+from pyro_flowvi._ranks import Ranks
+from pyro_flowvi.infer import LostRank, _checkpoint, _one_run
+from tests.ranks import on_ranks
+from tests.rows import data, given, grid_moments, normals
+
+fitting = importlib.import_module("pyro_flowvi.infer._fit")
+N, SIZE = 120, 15
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+
+
+class Lone(Ranks):
+    """One process that draws the noise of its steps from a stream of its own, as each of several does."""
+
+    def share_noise(self):
+        self._noise = torch.Generator().manual_seed(int(torch.randint(2**48, (1,)))).get_state()
+
+
+def with_common_noise(moves=True):
+    """All ranks draw the same noise, and one alone; first batches of 15 and 30 rows start elsewhere."""
+    if not moves:
+        fitting.move = lambda *_: None
+    Ranks._stream = lambda self, seed: seed
+    found = _one_run.find_ranks
+    _one_run.find_ranks = lambda *args: Lone() if (ranks := found(*args)).alone else ranks
+
+
+def regression(size=None):
+    def model(x, y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        with pyro.plate("n", N, subsample_size=size or len(y)) as rows:
+            shown = rows if size else slice(None)
+            pyro.sample("y", dist.Bernoulli(logits=(x[shown] * b).sum(-1)), obs=y[shown])
+
+    return model
+
+
+def points():
+    x = torch.linspace(-2.0, 2.0, 2 * N).reshape(2, N).T.sin() + torch.linspace(0.0, 1.0, N)[:, None]
+    return x, (x[:, 0] - x[:, 1] + 2.0 * torch.linspace(0.0, 400.0, N).cos() > 0.0).to(x)
+
+
+def moments(guide, *sites):
+    torch.manual_seed(1)
+    drawn = guide.sample_posterior(4000, sites=sites)
+    return {site: (value.mean(0), value.std(0)) for site, value in drawn.items()}
+
+
+def numbers(guide):
+    """All parameters, as they are."""
+    return {name: param.detach().clone() for name, param in guide.named_parameters()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# -- against quadrature and a single process ---------------------------------------------------------
+
+
+def fit_rows(num=40, size=8, **options):
+    """A fit with a latent for each row, gathered in the end; what is known of it before and after."""
+    y = data(num)
+    guide = AutoRealNVP(normals)
+    result = fit(normals, guide, y, model_kwargs={"size": size}, seed=0, **options)
+    own = guide._rows.tables(guide).own
+    shared = moments(guide, "mu", "tau")
+    before = numbers(guide)
+    refused = None
+    try:
+        with torch.no_grad():
+            guide.sample_posterior(3)
+    except RuntimeError as error:
+        refused = str(error)
+    guide.gather_rows()
+    torch.manual_seed(2)
+    z = guide.sample_posterior(4000)["z"].mean(0)
+    return SimpleNamespace(
+        result=(result.stop_reason, result.start, result.best_loss, result.losses),
+        own=own,
+        shared=shared,
+        before=before,
+        refused=refused,
+        z=z,
+        verdict=diagnose(normals, guide, y, model_kwargs={"size": size}).verdict,
+    )
+
+
+class TestRows:
+    def test_two_ranks_find_what_quadrature_says(self, tmp_path):
+        one, two = on_ranks(tmp_path / "ranks", 2, fit_rows)
+        exact, _ = grid_moments(data(40))
+        for name, (mean, sd) in exact.items():
+            assert one.shared[name][0] == pytest.approx(mean, abs=0.1 * sd)
+            assert one.shared[name][1] == pytest.approx(sd, rel=0.1)
+        assert one.result[:3] == two.result[:3]
+        assert torch.equal(one.result[3], two.result[3])
+        assert torch.equal(torch.cat([one.own, two.own]), torch.arange(40))
+        rows = {name for name in one.before if name.startswith("flow.rows.block")}
+        assert rows
+        assert all(len(one.before[name]) == len(two.before[name]) == 20 for name in rows)
+        assert equal(*({k: v for k, v in r.before.items() if k not in rows} for r in (one, two)))
+        assert "gather_rows" in one.refused
+        assert torch.equal(one.z, two.z)
+        shrunk = (4.0 * data(40) + one.shared["mu"][0] / 1.1) / (4.0 + 1.0 / 1.1)
+        assert (one.z - shrunk).abs().max() < 0.1
+        assert one.verdict == two.verdict == "good"
+
+
+def fit_one(kind, options, common=True):
+    """Losses, moments and parameters of a fit."""
+    if common:
+        with_common_noise(moves="loss" not in options)
+    options = {"seed": 0, "progress": False, **options}
+    size = options.pop("size", None)
+    if kind == "batches":
+        x, y = points()
+        model, args, options["batches"] = (
+            regression(),
+            (),
+            list(zip(x.split(size), y.split(size), strict=True)),
+        )
+    else:
+        model, args = regression(size), points()
+    guide = AutoRealNVP(model)
+    result = fit(model, guide, *args, **options)
+    return result.losses, moments(guide, "b"), numbers(guide), result.stop_reason
+
+
+def close(one, two, tolerance=1e-10):
+    """Whether two fits took the same steps to the same place."""
+    losses = torch.allclose(one[0], two[0], rtol=tolerance, atol=0.0)
+    return losses and all(
+        torch.allclose(value, two[2][name], rtol=tolerance, atol=tolerance) for name, value in one[2].items()
+    )
+
+
+def elbo():
+    return Trace_ELBO(num_particles=3, vectorize_particles=True)
+
+
+class TestAgainstOneProcess:
+    """Two ranks with batches of 15 rows and one with batches of 30, on the same noise."""
+
+    def compared(self, folder, ranks, size, joined, options):
+        """What several ranks have found, all the same, and what one has."""
+        several = on_ranks(folder / "several", ranks, fit_one, "batches", {**options, "size": size})
+        (alone,) = on_ranks(folder / "alone", 1, fit_one, "batches", {**options, "size": joined})
+        assert all(close(several[0], other, 0.0) for other in several)
+        return several[0], alone
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("compile", [False, "auto", True])
+    def test_steps_of_pyro(self, tmp_path, compile):
+        options = {"loss": elbo(), "compile": compile, "num_steps": 40, "lr": 0.01}
+        assert close(*self.compared(tmp_path, 2, 15, 30, options))
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("ranks", [2, 3])
+    def test_steps_of_a_flow(self, tmp_path, ranks):
+        assert close(*self.compared(tmp_path, ranks, 10, 10 * ranks, {"num_steps": 40}))
+
+    @pytest.mark.long
+    def test_a_shorter_last_batch_counts_less(self, tmp_path):
+        """Batches of 16, the last of which has 8 rows: with that before it, as one of 24."""
+        options = {"loss": elbo(), "compile": False, "num_steps": 4, "lr": 0.01}
+        assert close(*self.compared(tmp_path, 2, 16, [32, 32, 32, 24], options))
+
+    @pytest.mark.long
+    @pytest.mark.parametrize(("kind", "size"), [("all data", None), ("a plate", 20), ("batches", 20)])
+    def test_to_the_end(self, tmp_path, kind, size):
+        """On noise of their own the ranks end where one process does, as close to the posterior."""
+        found = on_ranks(tmp_path / "several", 2, fit_one, kind, {"size": size}, False)
+        (alone,) = on_ranks(tmp_path / "alone", 1, fit_one, kind, {"size": size}, False)
+        assert close(*found, 0.0)
+        (mean, sd), (other, spread) = found[0][1]["b"], alone[1]["b"]
+        assert ((mean - other).abs() < 0.1 * spread).all()
+        assert ((sd / spread - 1.0).abs() < 0.1).all()
+
+
+# -- rows -------------------------------------------------------------------------------------------
+
+
+def alternating(*size, **kwargs):
+    """Draws that are the same for every latent, so that it does not matter which page a row is on."""
+    shape = size[0] if size and isinstance(size[0], tuple | list) else kwargs.get("size") or size
+    signs = torch.tensor([1.0, -1.0]).repeat(shape[0] // 2 + 1)[: shape[0]]
+    return (0.7 * signs).reshape(-1, *[1] * (len(shape) - 1)).expand(tuple(shape)).clone()
+
+
+def fit_given(size, file, num_steps, stops_at=None):
+    """Losses and gradient norms of a fit to batches with their index, which may break off and go on."""
+    fitting.CHECKPOINT_SECONDS = 0.0
+    with_common_noise()
+    torch.randn = alternating
+    y, model = data(40), given(40)
+    guide = AutoRealNVP(model)
+    if stops_at is not None:
+        steps, written = [0], _checkpoint.Checkpoint.write
+
+        def write(self, *args):
+            written(self, *args)
+            steps[0] += 1
+            if steps[0] == stops_at:
+                raise KeyboardInterrupt
+
+        _checkpoint.Checkpoint.write = write
+    found = list(zip(y.split(size), torch.arange(40).split(size), strict=True))
+    options = {"num_steps": num_steps, "lr": 0.01, "checkpoint": file, "seed": 0, "progress": False}
+    result = fit(model, guide, batches=found, **options)
+    own = guide._rows.tables(guide).own
+    guide.gather_rows()
+    return result.losses, result.gradient_norms, own, result.stop_reason
+
+
+class TestRowsAgainstOneProcess:
+    @pytest.mark.long
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_a_run_goes_on_with_another_number_of_ranks(self, tmp_path, ranks):
+        """The rows are dealt anew, and the next steps are those of one process, which has all of them."""
+        file = tmp_path / "run.pt"
+        (begun,) = on_ranks(tmp_path / "begun", 1, fit_given, 20, file, 12, 5)
+        assert begun[3] == "interrupted"
+        assert len(begun[0]) == 5
+        copy = tmp_path / "copy.pt"
+        copy.write_bytes(file.read_bytes())
+        (alone,) = on_ranks(tmp_path / "alone", 1, fit_given, 20, file, 12)
+        several = on_ranks(tmp_path / "several", ranks, fit_given, 20 // ranks, copy, 12)
+        assert len(alone[0]) == 12
+        assert torch.equal(alone[0][:5], begun[0])
+        for rank, found in enumerate(several):
+            assert torch.allclose(found[0], alone[0], rtol=1e-10, atol=0.0)
+            assert torch.allclose(found[1], alone[1], rtol=1e-9, atol=0.0)
+            dealt = torch.arange(40).split(20 // ranks)[rank::ranks]
+            assert torch.equal(found[2], torch.cat(dealt))
+        (back,) = on_ranks(tmp_path / "back", 1, fit_given, 20, copy, 12)
+        assert torch.equal(back[0], several[0][0])
+
+
+# -- what goes wrong --------------------------------------------------------------------------------
+
+
+def bad_data(first, last):
+    """A fit to numbers of which rank 1 gets none in some steps; what has become of it."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0, validate_args=False), obs=y)
+
+    def supply(i):
+        step, rank = divmod(i, 2)
+        bad = rank == 1 and first <= step <= last
+        return torch.full((4,), torch.nan if bad else 1.0)
+
+    guide = AutoNormal(model)
+    try:
+        result = fit(model, guide, batches=supply, num_steps=60, seed=0, compile=False)
+    except FitDiverged as error:
+        return str(error), numbers(guide)
+    return result.num_restarts, len(result.losses), numbers(guide)
+
+
+def no_answer(kind):
+    """A fit in which rank 1 raises, hangs or dies at step 10."""
+    guide = AutoPlanar(normals_of_rows, num_layers=2)
+
+    def supply(i):
+        if i == 2 * 10 + 1:
+            if kind == "raises":
+                raise KeyError("no such row")
+            if kind == "hangs":
+                time.sleep(12.0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(4)
+
+    started = time.monotonic()
+    try:
+        fit(normals_of_rows, guide, batches=supply, num_steps=60, seed=0, compile=False)
+    except (KeyError, LostRank) as error:
+        torch.manual_seed(0)
+        finite = all(param.isfinite().all() for param in guide.parameters())
+        return type(error), str(error), time.monotonic() - started, bool(finite)
+
+
+def normals_of_rows(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def differ(kind):
+    rank = torch.distributed.get_rank()
+    y, options = torch.ones(4), {"seed": 0, "num_steps": 5}
+    model = normals_of_rows
+    if kind == "seed" and rank == 1:
+        options["seed"] = 1
+    if kind == "shape" and rank == 1:
+        y = torch.ones(5)
+    if kind == "data" and rank == 1:
+        y = torch.zeros(4)
+    if kind == "model" and rank == 1:
+
+        def model(y):
+            normals_of_rows(y)
+
+    if kind == "latents":
+        names = ("a", "b")
+
+        def model(y):
+            pyro.sample(names[rank], dist.Normal(0.0, 1.0))
+            normals_of_rows(y)
+
+    fit(model, AutoPlanar(model, num_layers=2), y, **options)
+
+
+def too_few(size):
+    fit(normals, AutoRealNVP(normals), data(7), model_kwargs={"size": size}, seed=0)
+
+
+def one_batch():
+    y, rows = data(40)[:10], torch.arange(10)
+    model = given(40)
+    fit(model, AutoRealNVP(model), batches=[(y, rows)], seed=0)
+
+
+class TestFailures:
+    @pytest.mark.long
+    def test_numbers_that_are_none_on_one_rank_take_all_back(self, tmp_path):
+        one, two = on_ranks(tmp_path / "ranks", 2, bad_data, 20, 20)
+        assert one[:2] == two[:2] == (1, 60)
+        assert equal(one[2], two[2])
+
+    @pytest.mark.long
+    def test_too_many_are_an_error_on_all(self, tmp_path):
+        one, two = on_ranks(tmp_path / "ranks", 2, bad_data, 20, 1000)
+        assert "step 20" in one[0]
+        assert "'y'" in one[0]
+        assert one[0] == two[0]
+        assert equal(one[1], two[1])
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("kind", ["raises", "hangs", "dies"])
+    def test_a_rank_that_is_gone_stops_the_others(self, tmp_path, kind):
+        patience = timedelta(seconds=4)
+        one, two = on_ranks(tmp_path / "ranks", 2, no_answer, kind, patience=patience)
+        assert one[0] is LostRank
+        assert one[1].startswith("rank 0: another rank has died, failed or does not answer")
+        assert one[2] < 60.0
+        assert one[3]
+        assert two is None if kind != "raises" else two[0] is KeyError
+
+    @pytest.mark.long
+    @pytest.mark.parametrize(
+        ("kind", "told"),
+        [
+            ("seed", "seed: expected the same on all ranks, got '0' on rank 0 and '1' on rank 1"),
+            ("shape", "args: forms of data: expected the same on all ranks, got 'torch.float64 (4,)'"),
+            ("data", "args: contents of data"),
+            ("model", "model: expected the same on all ranks, got 'normals_of_rows'"),
+            ("latents", "model: latents: expected the same on all ranks"),
+        ],
+    )
+    def test_ranks_that_differ(self, tmp_path, kind, told):
+        for found in on_ranks(tmp_path / "ranks", 2, differ, kind):
+            assert isinstance(found, ValueError)
+            assert told in str(found)
+
+    @pytest.mark.long
+    def test_too_few_rows(self, tmp_path):
+        for found in on_ranks(tmp_path / "rows", 2, too_few, 5):
+            assert isinstance(found, ValueError)
+            assert "plate 'n': expected at least 5 rows" in str(found)
+        for found in on_ranks(tmp_path / "batches", 2, one_batch):
+            assert isinstance(found, ValueError)
+            assert "batches: expected a list of at least as many batches as there are ranks" in str(found)
+
+
+# -- killed and resumed ------------------------------------------------------------------------------
+
+
+def fit_saved(kind, file, victims=(), moment=None):
+    """A fit that writes at each check; at a moment of the third time some ranks are killed."""
+    fitting.CHECKPOINT_SECONDS = 0.0
+    rank, saved, count = torch.distributed.get_rank(), _checkpoint.Checkpoint._save, [0]
+
+    def save(self, path, state):
+        count[0] += path.name.endswith(f"rank{rank}")
+        own = path == self.path
+        struck = rank in victims and count[0] == 3
+        if struck and moment == ("before the shared file" if own else "before its part"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        saved(self, path, state)
+        if struck and moment == ("after the shared file" if own else "after its part"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _checkpoint.Checkpoint._save = save
+    options = {"num_steps": 25, "lr": 0.01, "checkpoint": file, "seed": 0}
+    if kind == "rows":
+        guide = AutoRealNVP(normals)
+        result = fit(normals, guide, data(40), model_kwargs={"size": 8}, **options)
+    elif kind == "batches":
+        model = regression()
+        guide = AutoRealNVP(model)
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(*points()), batch_size=10, shuffle=True
+        )
+        result = fit(model, guide, batches=loader, loss=elbo(), **options)
+    else:
+        model = regression(20)
+        guide = AutoRealNVP(model)
+        result = fit(model, guide, *points(), **options)
+    return result.losses, numbers(guide), result.gradient_norms
+
+
+class TestResume:
+    @pytest.mark.long
+    @pytest.mark.parametrize(
+        ("kind", "victims", "moment"),
+        [
+            ("rows", (1,), "before its part"),
+            ("rows", (0,), "before the shared file"),
+            ("rows", (0,), "after the shared file"),
+            ("rows", (0, 1), "after its part"),
+            ("batches", (1,), "after its part"),
+            ("a plate", (0,), "before the shared file"),
+        ],
+    )
+    def test_of_ranks_that_were_killed(self, tmp_path, kind, victims, moment):
+        file = tmp_path / "run.pt"
+        whole = on_ranks(tmp_path / "whole", 2, fit_saved, kind, tmp_path / "whole.pt")
+        killed = on_ranks(
+            tmp_path / "killed", 2, fit_saved, kind, file, victims, moment, patience=timedelta(seconds=10)
+        )
+        assert [found is None for found in killed] == [rank in victims for rank in range(2)]
+        assert all(found is None or isinstance(found, LostRank) for found in killed)
+        resumed = on_ranks(tmp_path / "resumed", 2, fit_saved, kind, file)
+        for one, other in zip(whole, resumed, strict=True):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[2], other[2])
+            assert equal(one[1], other[1])
+        left = sorted(path.name.rsplit(".", 1)[-1] for path in tmp_path.glob("run.pt*"))
+        assert left == ["pt", "rank0", "rank1"]
+
+    @pytest.mark.long
+    def test_a_part_that_is_gone(self, tmp_path):
+        file = tmp_path / "run.pt"
+        on_ranks(tmp_path / "whole", 2, fit_saved, "rows", file)
+        next(tmp_path.glob("run.pt.*rank1")).unlink()
+        for found in on_ranks(tmp_path / "again", 2, fit_saved, "rows", file):
+            assert isinstance(found, ValueError)
+            assert "rank1" in str(found)
+            assert "missing" in str(found)
