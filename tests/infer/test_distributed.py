@@ -3,8 +3,11 @@
 import importlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyro
@@ -260,8 +263,9 @@ class TestRowsAgainstOneProcess:
 # -- what goes wrong --------------------------------------------------------------------------------
 
 
-def bad_data(first, last):
-    """A fit to numbers of which rank 1 gets none in some steps; what has become of it."""
+def bad_data(times):
+    """A fit to numbers of which rank 1 gets none at step 20, so many times; what has become of it."""
+    left = [times]
 
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
@@ -270,7 +274,8 @@ def bad_data(first, last):
 
     def supply(i):
         step, rank = divmod(i, 2)
-        bad = rank == 1 and first <= step <= last
+        bad = rank == 1 and step == 20 and left[0] > 0
+        left[0] -= bad
         return torch.full((4,), torch.nan if bad else 1.0)
 
     guide = AutoNormal(model)
@@ -344,16 +349,36 @@ def one_batch():
     fit(model, AutoRealNVP(model), batches=[(y, rows)], seed=0)
 
 
+def moved_apart():
+    """A fit in which rank 1 changes a parameter of its own accord."""
+    guide = AutoPlanar(normals_of_rows, num_layers=2)
+
+    def supply(i):
+        if i == 2 * 10 + 1:
+            with torch.no_grad():
+                next(guide.parameters()).add_(1e-12)
+        return torch.ones(4)
+
+    fit(normals_of_rows, guide, batches=supply, num_steps=60, seed=0, compile=False)
+
+
 class TestFailures:
     @pytest.mark.long
+    def test_parameters_that_come_apart(self, tmp_path):
+        for found in on_ranks(tmp_path / "ranks", 2, moved_apart):
+            assert isinstance(found, RuntimeError)
+            assert "expected the same numbers on all ranks, got others on rank 1" in str(found)
+            assert "AutoPlanar" in str(found)
+
+    @pytest.mark.long
     def test_numbers_that_are_none_on_one_rank_take_all_back(self, tmp_path):
-        one, two = on_ranks(tmp_path / "ranks", 2, bad_data, 20, 20)
+        one, two = on_ranks(tmp_path / "ranks", 2, bad_data, 1)
         assert one[:2] == two[:2] == (1, 60)
         assert equal(one[2], two[2])
 
     @pytest.mark.long
     def test_too_many_are_an_error_on_all(self, tmp_path):
-        one, two = on_ranks(tmp_path / "ranks", 2, bad_data, 20, 1000)
+        one, two = on_ranks(tmp_path / "ranks", 2, bad_data, 1000)
         assert "step 20" in one[0]
         assert "'y'" in one[0]
         assert one[0] == two[0]
@@ -471,3 +496,51 @@ class TestResume:
             assert isinstance(found, ValueError)
             assert "rank1" in str(found)
             assert "missing" in str(found)
+
+
+SCRIPT = """
+import os, signal, sys
+import torch
+import pyro_flowvi.infer._fit
+from pyro_flowvi import AutoRealNVP, fit
+from tests.rows import data, normals
+
+sys.modules["pyro_flowvi.infer._fit"].CHECKPOINT_SECONDS = 0.0
+folder, dies = sys.argv[1:]
+torch.set_num_threads(1)
+
+def model(y, size):
+    normals(y, size=size)
+
+def watched(self, *args, write=pyro_flowvi.infer._checkpoint.Checkpoint.write):
+    write(self, *args)
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if dies == "dies" and first and self._generation == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pyro_flowvi.infer._checkpoint.Checkpoint.write = watched
+guide = AutoRealNVP(model)
+file = f"{folder}/{dies}.pt"
+result = fit(model, guide, data(24), 6, num_steps=20, lr=0.01, seed=0, checkpoint=file, compile="auto")
+print(result)
+guide.gather_rows()
+if os.environ["RANK"] == "0":
+    torch.save((result.losses, guide.state_dict()), f"{folder}/{dies}.found")
+"""
+
+
+@pytest.mark.long
+def test_torchrun_restarts_from_the_checkpoint(tmp_path):
+    """The same as without the interruption, to the last bit."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    for dies in ("lives", "dies"):
+        command = [*launch, "--max-restarts", "1", str(script), str(tmp_path), dies]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{dies}.found") for dies in ("lives", "dies"))
+    assert torch.equal(one[0], two[0])
+    assert equal(one[1], two[1])
