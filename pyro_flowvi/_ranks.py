@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._noise import noise_state, set_noise_state
+
 __all__ = ["ALONE", "Distributed", "LostRank", "Ranks", "find_ranks"]
 
 Distributed = Literal["auto"] | bool
 
 PATIENCE = timedelta(minutes=10)
 """How long a rank waits for the others, where the user has not made the process group."""
-_FAILURES: tuple[type[Exception], ...] = (RuntimeError, dist.DistError)
 
 
 class LostRank(ConnectionError):
@@ -63,7 +64,7 @@ class Ranks:
         """Whether any rank has told something so far, and nobody has taken note."""
         self.bytes_reduced, self.seconds_reducing = 0, 0.0
         """What gradients have sent so far, and for how long."""
-        self._noise: Tensor | None = None
+        self._noise: list[Tensor] | None = None
 
     def tell(self, what: bool) -> None:
         """Tells the others something with the next gradient."""
@@ -90,7 +91,7 @@ class Ranks:
         """What ``torch.distributed`` raises becomes a :class:`LostRank`."""
         try:
             yield
-        except _FAILURES as error:
+        except RuntimeError as error:
             raise LostRank(
                 self.rank, (str(error).strip().splitlines() or [type(error).__name__])[0]
             ) from error
@@ -230,8 +231,10 @@ class Ranks:
         state = torch.get_rng_state()
         self.lead(state)
         torch.set_rng_state(state)
-        seed = int(torch.randint(2**48, (1,)))
-        self._noise = torch.Generator().manual_seed(self._stream(seed)).get_state()
+        seed, other = torch.randint(2**48, (2,), device="cpu").tolist()
+        torch.manual_seed(self._stream(seed))
+        self._noise = noise_state()
+        torch.manual_seed(other)
 
     def _stream(self, seed: int) -> int:
         """The seed of what this rank alone draws."""
@@ -243,20 +246,20 @@ class Ranks:
         if self._noise is None:
             yield
             return
-        shared = torch.get_rng_state()
-        torch.set_rng_state(self._noise)
+        shared = noise_state()
+        set_noise_state(self._noise)
         try:
             yield
         finally:
-            self._noise = torch.get_rng_state()
-            torch.set_rng_state(shared)
+            self._noise = noise_state()
+            set_noise_state(shared)
 
     @property
-    def noise(self) -> Tensor:
-        """Where this rank's own random numbers stand: a state of torch's generator."""
-        return torch.get_rng_state() if self._noise is None else self._noise.clone()
+    def noise(self) -> list[Tensor]:
+        """Where this rank's own random numbers stand."""
+        return noise_state() if self._noise is None else self._noise
 
-    def set_noise(self, state: Tensor) -> None:
+    def set_noise(self, state: list[Tensor]) -> None:
         """Has this rank's own random numbers go on from a state."""
         if not self.alone:
             self._noise = state
@@ -267,7 +270,7 @@ class Ranks:
         if self.alone:
             yield
             return
-        seed = int(torch.randint(2**48, (1,)))
+        seed = int(torch.randint(2**48, (1,), device="cpu"))
         with torch.random.fork_rng():
             torch.manual_seed(seed + self.rank)
             yield

@@ -40,7 +40,7 @@ def ranks_of(options: Mapping[str, Any]) -> Ranks:
         return ranks
     ranks.check_same({name: repr(options[name]) for name in OPTIONS})
     if options["seed"] is None:
-        pyro.set_rng_seed(ranks.same(int(torch.randint(2**31, (1,)))))
+        pyro.set_rng_seed(ranks.same(int(torch.randint(2**31, (1,), device="cpu"))))
     return ranks
 
 

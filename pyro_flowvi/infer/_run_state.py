@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .._compile.optimizers import meet
+from .._noise import noise_state, set_noise_state
 from .._program.log_density import REFUSALS
 from .._program.log_weights import LogWeights
 from .._program.pyro_private import get_traces
@@ -175,11 +176,11 @@ class Run:
         """Puts the best state back; what it does not know yet goes back to where it started."""
         put_back(self.optim.params, self.optim.first | self.best)
 
-    def find_site(self, call: Call, noise: Tensor, cause: Exception | None) -> str | None:
+    def find_site(self, call: Call, noise: list[Tensor], cause: Exception | None) -> str | None:
         """The site at which a step failed, here or on another rank.
 
         :param call: the model's arguments.
-        :param noise: the state of torch's generator before the step.
+        :param noise: where random numbers stood before the step.
         :param cause: what the model has raised, if it did.
         """
         own: str | None
@@ -187,10 +188,10 @@ class Run:
             named = re.search(r"at site '([^']+)'", str(cause))  # Pyro's validation names it
             own = named.group(1) if named else None
         else:
-            after = torch.get_rng_state()
-            torch.set_rng_state(noise)
+            after = noise_state()
+            set_noise_state(noise)
             own = self.find_bad_site(*call)
-            torch.set_rng_state(after)
+            set_noise_state(after)
         return next((site for site in self.ranks.all(own) if site is not None), None)
 
     def find_bad_site(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._compile.optimizers import inner_optimizer, meet
+from .._noise import noise_state, set_noise_state
 from .._ranks import Ranks
 from ..autoguide._protocol import as_fit_guide
 from ..objectives._choice import state_of
@@ -63,7 +64,7 @@ def part_of(loop: TrainingLoop) -> Part:
         "frame": as_fit_guide(loop.run.model, loop.run.guide).frame(),
         "rows": loop.stepper.rows() if isinstance(loop.stepper, FlowSteps) else None,
         "random": {
-            "torch": torch.get_rng_state(),
+            "torch": noise_state(),
             "own": loop.run.ranks.noise,
             "numpy": [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]],
             "python": random.getstate(),
@@ -162,4 +163,4 @@ def _set_random(saved: Mapping[str, Any], ranks: Ranks) -> None:
         version, internal, gauss = saved["python"]
         random.setstate((version, tuple(internal), gauss))
         ranks.set_noise(saved["own"])
-    torch.set_rng_state(saved["torch"])
+    set_noise_state(saved["torch"])

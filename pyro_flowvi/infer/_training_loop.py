@@ -240,7 +240,7 @@ class TrainingLoop:
 
     # -- recovery -----------------------------------------------------------------------------------
 
-    def _recover(self, call: Call, noise: Tensor, cause: Exception | None) -> None:
+    def _recover(self, call: Call, noise: list[Tensor], cause: Exception | None) -> None:
         """Goes back to the last good state with half the rate; gives up after several failures in a row."""
         run, progress = self.run, self.progress
         progress.failures += 1

@@ -36,7 +36,10 @@ class Lone(Ranks):
     """One process that draws the noise of its steps from a stream of its own, as each of several does."""
 
     def share_noise(self):
-        self._noise = torch.Generator().manual_seed(int(torch.randint(2**48, (1,)))).get_state()
+        seed, other = torch.randint(2**48, (2,)).tolist()
+        torch.manual_seed(seed)
+        self._noise = [torch.get_rng_state()]
+        torch.manual_seed(other)
 
 
 def with_common_noise(moves=True):

@@ -1,0 +1,19 @@
+"""Where torch's random numbers stand."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["noise_state", "set_noise_state"]
+
+
+def noise_state() -> list[Tensor]:
+    """The state of torch's generator, and of the one on the present GPU if any is in use."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else states
+
+
+def set_noise_state(states: list[Tensor]) -> None:
+    """Has random numbers go on from there."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
