@@ -79,6 +79,8 @@ class UnconstrainedModel:
         """The plates that each stands in."""
         structure = ProgramStructure.of(trace)
         self._nesting = structure.max_plate_nesting
+        self.largest: int = structure.largest
+        """Elements of the largest value of a site, data included."""
         self._enumerated = bool(structure.discrete)
         self._dtype = dtype_for_sums(model, args, self._kwargs, trace) if self._enumerated else None
         self.subsampled: bool = structure.subsampled

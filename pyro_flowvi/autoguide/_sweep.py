@@ -20,6 +20,8 @@ FIRST_NUMBERS = 500
 """Latents of a page from which the search for the roots can begin."""
 PAGE_NUMBERS = 10_000
 """Latents of a page, where it may be longer than the model's own."""
+PAGE_DATA = 100_000
+"""Numbers of the largest site of such a page."""
 
 
 class Shown(NamedTuple):
@@ -92,7 +94,9 @@ class Sweep:
 
     def _by_choice(self) -> None:
         call, own = self.calls[0], self.rows.first_view()
-        length = min(len(self.own), max(own.size, PAGE_NUMBERS // max(1, own.numbers_each)))
+        assert own.density is not None
+        most = min(PAGE_NUMBERS // max(1, own.numbers_each), PAGE_DATA * own.size // own.density.largest)
+        length = min(len(self.own), max(own.size, most))
         view = own
         if length > own.size:
             with suppress(ValueError, RuntimeError, IndexError):  # a model that is written for its own length

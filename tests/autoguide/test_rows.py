@@ -9,7 +9,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
 from pyro_flowvi import AutoPlanar, AutoRealNVP
-from tests.rows import MODELS, alone, data, given, normals
+from tests.rows import MODELS, alone, data, given, normals, table
 
 NUM, SIZE = 40, 8
 STILL = "shapes", "by_root"
@@ -41,6 +41,13 @@ def showing(program, rows, num):
 def traced(program, *args, seed=3):
     pyro.set_rng_seed(seed)
     return poutine.trace(program).get_trace(*args)
+
+
+def by_columns(y, size):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("n", len(y), subsample_size=size) as rows:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z[..., None], 0.5).to_event(1), obs=y[rows])
 
 
 class TestClosedForm:
@@ -156,6 +163,14 @@ class TestSizes:
         draws = guide.sample_posterior(3)
         assert draws["z"].shape == (3, num)
         assert guide.log_prob(draws).isfinite().all()
+
+    @pytest.mark.parametrize(("columns", "length"), [(1, 1000), (500, 200), (20_000, 10)])
+    def test_pages_are_as_long_as_latents_and_data_let_them(self, columns, length):
+        """Up to 10,000 latents and 100,000 numbers of data, but never shorter than the model's own."""
+        y = table(1000, columns)
+        guide = AutoRealNVP(by_columns).materialize(y, 10)
+        sweep = guide.sweep(lambda _: [((y, 10), {})])
+        assert {view.size for view in sweep.views()} == {length}
 
     def test_draws_and_densities_in_float32(self):
         torch.set_default_dtype(torch.float32)
