@@ -3,16 +3,14 @@
     python -m benchmarks.scale.scaling [--repeats 5] [--output benchmarks/results/scale.jsonl]
     python -m benchmarks.scale.scaling --report benchmarks/results/scale.jsonl
 
-Three fits: *regression*, a logistic regression, 200,000 x 50, whose plate draws its rows; *rows*, 5,000
+Three fits: *regression*, a logistic regression, 200,000 x 50, whose plate draws its rows; *rows*, 2,000
 groups of 100 observations with a latent each; *draws*, a hierarchy of 500 latents that sees all of its data,
 where processes share the draws of a step.  Each runs on one process with the work of a step and with half of
 it, and on two with half of it each (*strong scaling*: as much in all) and with all of it each (*weak*).
 Every process has one thread.  The runs are interleaved; what is reported are medians.
 
-A run fits twice from the same seed, with few steps and with more; the seconds, the bytes and the seconds in
-reductions of a step are the differences by the number of steps between, so that the start does not count, nor
-do the comparisons, of which both fits have as many.  Seconds in reductions include waiting for the slower
-process.
+The seconds of a step are the median over the training's calls, of some steps each, after the first fifth; the
+start and the comparisons do not count.  Seconds in reductions include waiting for the slower process.
 
 *The table of a cluster is a model, not a measurement*: a step takes what is fixed, what grows with the rows
 of a rank, both from one process here, and a ring's reduction of the gradient over links of a latency and a
@@ -42,6 +40,7 @@ import pyro_flowvi
 from benchmarks.common import minibatch_models
 from benchmarks.common.scoring import Row, markdown, median, number, read
 from benchmarks.scale import ten_million
+from pyro_flowvi.infer._training_loop import TrainingLoop
 
 SEED = 0
 NEVER = 1e-12
@@ -65,13 +64,13 @@ class Fit:
 
     :param make: from the work of a process in a step, model, arguments and options of ``fit``.
     :param work: of a step of one process: rows of data, groups or draws.
-    :param steps: of the two fits.
+    :param steps: of the fit.
     :param unit: of the work.
     """
 
     make: Callable[[int], tuple[Any, tuple[Any, ...], dict[str, Any]]]
     work: int
-    steps: tuple[int, int]
+    steps: int
     unit: str
 
 
@@ -85,8 +84,8 @@ def regression(each: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 def groups(each: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     generator = torch.Generator().manual_seed(SEED)
-    theta = 1.0 + torch.randn(5000, 1, generator=generator)
-    y = theta + 2.0 * torch.randn(5000, ten_million.EACH, generator=generator)
+    theta = 1.0 + torch.randn(2000, 1, generator=generator)
+    y = theta + 2.0 * torch.randn(2000, ten_million.EACH, generator=generator)
     return ten_million.model, (y, each), {}
 
 
@@ -104,9 +103,9 @@ def draws(each: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 
 FITS = {
-    "regression": Fit(regression, 2000, (50, 200), "rows"),
-    "rows": Fit(groups, 500, (50, 150), "groups"),
-    "draws": Fit(draws, 64, (100, 400), "draws"),
+    "regression": Fit(regression, 2000, 200, "rows"),
+    "rows": Fit(groups, 200, 200, "groups"),
+    "draws": Fit(draws, 64, 400, "draws"),
 }
 
 
@@ -143,33 +142,51 @@ def counted() -> Iterator[list[Any]]:
             used.find_ranks = own
 
 
+@contextmanager
+def timed(ranks: list[Any]) -> Iterator[list[tuple[int, float, float, float]]]:
+    """Of each call of a training: steps, seconds, bytes and seconds in reductions.
+
+    :param ranks: as :func:`counted` gives them; the last are those of the fit.
+    """
+    own, calls = TrainingLoop._steps, []
+
+    def timing(loop: TrainingLoop, *args: Any) -> Any:
+        found = ranks[-1]
+        sent, reducing, started = found.bytes_reduced, found.seconds_reducing, time.perf_counter()
+        taken = own(loop, *args)
+        seconds = time.perf_counter() - started
+        calls.append((len(taken), seconds, found.bytes_reduced - sent, found.seconds_reducing - reducing))
+        return taken
+
+    TrainingLoop._steps = timing
+    try:
+        yield calls
+    finally:
+        TrainingLoop._steps = own
+
+
 def measure(name: str, each: int) -> Row:
     """Seconds, bytes and seconds in reductions of a step, on this process."""
-    fit, figures = FITS[name], []
+    fit = FITS[name]
     model, args, options = fit.make(each)
-    for num_steps in fit.steps:
-        pyro.clear_param_store()
-        with counted() as found:
-            guide = pyro_flowvi.AutoRealNVP(model)
-            started = time.perf_counter()
-            fitted = pyro_flowvi.fit(
-                model,
-                guide,
-                *args,
-                num_steps=num_steps,
-                tolerance=NEVER,
-                seed=SEED,
-                progress=False,
-                **options,
-            )
-            seconds = time.perf_counter() - started
-        if len(fitted.losses) != num_steps:
-            raise RuntimeError(f"{name}: expected {num_steps} steps, got {len(fitted.losses)}")
-        sent = [(ranks.bytes_reduced, ranks.seconds_reducing) for ranks in found] or [(0, 0.0)]
-        figures.append((seconds, *(sum(column) for column in zip(*sent, strict=True))))
-    taken = fit.steps[1] - fit.steps[0]
-    step, sent, reducing = ((b - a) / taken for a, b in zip(*figures, strict=True))
-    return {"step": step, "bytes": sent, "reducing": reducing, "first": figures[0][0]}
+    pyro.clear_param_store()
+    started = time.perf_counter()
+    with counted() as ranks, timed(ranks) as calls:
+        guide = pyro_flowvi.AutoRealNVP(model)
+        options |= {"num_steps": fit.steps, "tolerance": NEVER, "seed": SEED, "progress": False}
+        fitted = pyro_flowvi.fit(model, guide, *args, **options)
+    if len(fitted.losses) != fit.steps:
+        raise RuntimeError(f"{name}: expected {fit.steps} steps, got {len(fitted.losses)}")
+    return summary(calls) | {"fit_seconds": time.perf_counter() - started}
+
+
+def summary(calls: list[tuple[int, float, float, float]]) -> Row:
+    """Of a step: median and mean seconds, bytes, and seconds in reductions by their share in all."""
+    kept = calls[len(calls) // 5 :]
+    taken, seconds, sent, reducing = (sum(column) for column in zip(*kept, strict=True))
+    step = median([spent / count for count, spent, *_ in kept])
+    share = reducing / seconds
+    return {"step": step, "mean_step": seconds / taken, "bytes": sent / taken, "reducing": share * step}
 
 
 def worker(name: str, each: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.scale import scaling, ten_million
 from benchmarks.scale.scaling import Cost, Network
+from pyro_flowvi import AutoRealNVP, fit
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,37 @@ class TestCluster:
 
 
 class TestCounted:
+    def test_a_step_is_the_median_after_the_first_fifth(self):
+        calls = [
+            (1, 9.0, 5, 9.0),
+            (10, 0.2, 100, 0.1),
+            (10, 0.2, 100, 0.1),
+            (5, 0.1, 50, 0.05),
+            (10, 1.0, 100, 0.5),
+        ]
+        row = scaling.summary(calls)
+        assert row["step"] == pytest.approx(0.02)
+        assert row["mean_step"] == pytest.approx(1.5 / 35)
+        assert row["bytes"] == 10.0
+        assert row["reducing"] == pytest.approx(0.01)
+
+    def test_times_the_steps_of_a_fit(self):
+        ranks = SimpleNamespace(bytes_reduced=0, seconds_reducing=0.0)
+        model, args, options = scaling.draws(4)
+        with scaling.timed([ranks]) as calls:
+            fit(
+                model,
+                AutoRealNVP(model),
+                *args,
+                num_steps=20,
+                tolerance=scaling.NEVER,
+                seed=0,
+                progress=False,
+                **options,
+            )
+        assert sum(count for count, *_ in calls) == 20
+        assert all(seconds > 0.0 for _, seconds, *_ in calls)
+
     def test_keeps_what_a_fit_finds(self, monkeypatch):
         module, user = ModuleType("pyro_flowvi._ranks"), ModuleType("pyro_flowvi.user")
         module.find_ranks = user.find_ranks = own = lambda *args: ("ranks", *args)
