@@ -116,8 +116,8 @@ class TestCluster:
         ]
         scaling.report([*rows, {"benchmark": "ten_million"}])
         out = capsys.readouterr().out
-        assert "| regression | one | 1 x 2000 rows | 11.0 | 10.0 to 12.0 | 1.00 | 8,000 | – |" in out
-        assert "| regression | strong | 2 x 1000 rows | 7.70 | 7.00 to 8.40 | 1.43 | 8,000 | 13 % |" in out
+        assert "| regression | one | 1 x 8000 rows | 11.0 | 10.0 to 12.0 | 1.00 | 8,000 | – |" in out
+        assert "| regression | strong | 2 x 4000 rows | 7.70 | 7.00 to 8.40 | 1.43 | 8,000 | 13 % |" in out
         assert "A model of a cluster" in out
         assert len([line for line in out.splitlines() if "Gbit/s" in line]) == 14
         assert "a machine; of all" in out
