@@ -9,9 +9,9 @@ mapped into memory; the model reads the rows of the groups that its plate draws.
 The guide is ``AutoRealNVP`` and ``fit`` is called at its defaults.
 
 Seconds are those of ``fit``, by the clock and of this process.  *Rows a second* are the rows of the data set
-by the clock's seconds; *rows of steps* are those that the training steps read, steps x groups a step x 100,
-which leaves out the passes of the start and of the comparisons.  Memory is the peak of each process's
-resident set, imports included, at the end of the fit.
+by the clock's seconds; *rows of steps* are those that the training steps of all ranks read, steps x groups a
+step x 100 x ranks, which leaves out the passes of the start and of the comparisons.  Memory is the peak of
+each process's resident set, imports included, at the end of the fit.
 
 The posterior is normal, and known from the groups' sums in float64.  Errors are those of the means of
 ``--draws`` draws, in standard deviations of the posterior; *by chance* is what as many exact draws would
@@ -222,7 +222,7 @@ def run(path: Path, groups: int, shown: int, draws: int, seed: int, **options: A
         "user_seconds": user,
         "system_seconds": system,
         "rows_a_second": groups * EACH / seconds,
-        "rows_of_steps": len(fitted.losses) * shown * EACH,
+        "rows_of_steps": len(fitted.losses) * shown * EACH * world,
         "mebibytes": mebibytes,
         "within_memory": max(mebibytes) <= MEBIBYTES,
     }
