@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pyro_flowvi import AutoRealNVP
-
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[1]
@@ -24,10 +22,6 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
 }
 WEIGHTS = [1.0, -0.5, 0.2]
-
-together = pytest.mark.skipif(
-    not hasattr(AutoRealNVP, "gather_rows"), reason="a fit has one process in this version"
-)
 
 
 def run(title, launcher, folder):
@@ -54,7 +48,7 @@ def test_all_scripts_are_run():
     assert list(SCRIPTS) == ["What is divided", "Latents of rows", "A loop of your own", "Lightning"]
 
 
-@pytest.mark.parametrize("launcher", ["python", pytest.param("torchrun", marks=together)])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_fit(launcher, tmp_path):
     numbers, lines = run("What is divided", launcher, tmp_path)
     assert numbers == pytest.approx(WEIGHTS, abs=0.1)
@@ -62,7 +56,6 @@ def test_fit(launcher, tmp_path):
     assert (tmp_path / "run.ckpt").exists()
 
 
-@together
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_rows(launcher, tmp_path):
     (mu, *theta), _ = run("Latents of rows", launcher, tmp_path)
