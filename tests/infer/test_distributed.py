@@ -17,7 +17,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_flowvi import AutoPlanar, AutoRealNVP, FitDiverged, diagnose, fit
+from pyro_flowvi import AutoCIF, AutoFlowMixture, AutoPlanar, AutoRealNVP, FitDiverged, diagnose, fit
 from pyro_flowvi._ranks import Ranks
 from pyro_flowvi.infer import LostRank, _checkpoint, _one_run
 from tests.ranks import on_ranks
@@ -547,3 +547,97 @@ def test_torchrun_restarts_from_the_checkpoint(tmp_path):
     one, two = (torch.load(tmp_path / f"{dies}.found") for dies in ("lives", "dies"))
     assert torch.equal(one[0], two[0])
     assert equal(one[1], two[1])
+
+
+# -- all kinds of guides and models ------------------------------------------------------------------
+
+
+def schools(y, group):
+    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfNormal(2.0))
+    with pyro.plate("groups", 6):
+        a = pyro.sample("a", dist.Normal(mu, tau))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(a[..., group], 1.0), obs=y)
+
+
+def two_modes(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(mu.abs(), 0.5), obs=y)
+
+
+def with_parameter(y):
+    sd = pyro.param("sd", torch.tensor(1.0), constraint=dist.constraints.positive)
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(mu, sd), obs=y)
+
+
+def fit_any(kind):
+    """What a short fit of some kind ends with."""
+    torch.manual_seed(torch.distributed.get_rank())  # whatever the ranks did before
+    y, group = data(30), torch.arange(30) % 6
+    options = {"num_steps": 60, "seed": 0}
+    if kind == "hierarchy":
+        model, guide, args = schools, AutoRealNVP(schools), (y, group)
+    elif kind == "hierarchy, compiled":
+        model, guide, args = schools, AutoRealNVP(schools), (y, group)
+        options |= {"loss": elbo(), "compile": True}
+    elif kind == "mixture":
+        model, guide, args = two_modes, AutoFlowMixture(two_modes, num_components=2), (y,)
+    elif kind == "continuously indexed":
+        model, guide, args = two_modes, AutoCIF(two_modes), (y,)
+    elif kind == "a model's parameter":
+        model, guide, args = with_parameter, AutoPlanar(with_parameter), (y,)
+    elif kind == "a scheduler":
+        model, guide, args = normals_of_rows, AutoNormal(normals_of_rows), (y,)
+        options["optim"] = pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.99}
+        )
+    elif kind == "validation":
+        model, guide, args = normals_of_rows, AutoPlanar(normals_of_rows), ()
+        options |= {"batches": list(y.split(10)), "validation": y[:7]}
+    elif kind == "networks that read rows":
+        model, args = given(30), ()
+        guide = AutoRealNVP(model, amortize="auto")
+        options["batches"] = list(zip(y.split(5), torch.arange(30).split(5), strict=True))
+    elif kind == "an earlier guide":
+        model, args = normals_of_rows, (y,)
+        first, guide = AutoPlanar(model), AutoPlanar(model)
+        fit(model, first, y[:20], **options)
+        options["init"] = first
+    else:
+        assert kind == "rows of an earlier guide"
+        model, args, guide = normals, (y,), AutoRealNVP(normals)
+        options |= {"model_kwargs": {"size": 6}}
+        fit(model, guide, y, **options)
+        options["init"] = guide
+    result = fit(model, guide, *args, **options)
+    guide = guide.gather_rows() if hasattr(guide, "gather_rows") else guide
+    params = {**numbers(guide), **{k: v.detach() for k, v in pyro.get_param_store().named_parameters()}}
+    return result.stop_reason, result.start, result.losses, params
+
+
+class TestKinds:
+    @pytest.mark.long
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "hierarchy",
+            "hierarchy, compiled",
+            "mixture",
+            "continuously indexed",
+            "a model's parameter",
+            "a scheduler",
+            "validation",
+            "networks that read rows",
+            "an earlier guide",
+            "rows of an earlier guide",
+        ],
+    )
+    def test_ranks_end_with_the_same(self, tmp_path, kind):
+        one, two = on_ranks(tmp_path / "ranks", 2, fit_any, kind)
+        assert one[:2] == two[:2]
+        assert torch.equal(one[2], two[2])
+        assert equal(one[3], two[3])
+        assert all(value.isfinite().all() for value in one[3].values())
