@@ -429,7 +429,8 @@ class TestCheckpoint:
         monkeypatch.setattr(checkpoint.torch, "save", broken)
         found = checkpoint.Checkpoint(path)
         loop = type("TrainingLoop", (), {})()
-        monkeypatch.setattr(checkpoint, "_state", lambda loop: {})
+        monkeypatch.setattr(checkpoint, "state_of_run", lambda loop: {})
+        monkeypatch.setattr(checkpoint, "part_of", lambda loop: {})
         with pytest.raises(OSError, match="no space"):
             found.write(loop, {})
         assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(before).digest()
