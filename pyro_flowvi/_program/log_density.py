@@ -146,7 +146,8 @@ class UnconstrainedModel:
     def _improper(self, sites: Mapping[str, Site]) -> Tensor:
         parts = []
         for name, latent in self.packing.latents.items():
-            flat = torch.tensor(isinstance(innermost(latent.fn), dist.ImproperUniform))
+            # On the CPU, whatever the default device is, as the mask.
+            flat = torch.tensor(isinstance(innermost(latent.fn), dist.ImproperUniform), device="cpu")
             masked = uncounted(sites[name])
             parts.append(
                 (flat if masked is None else flat | masked.cpu()).expand(latent.free_shape).reshape(-1)
