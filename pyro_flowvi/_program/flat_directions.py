@@ -41,7 +41,7 @@ def flat_sites(density: UnconstrainedModel) -> list[str]:
     if not 0 < len(places) <= MAX_DIM:
         return []
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(places) + 8, density.dim, generator=generator).to(density.start)
+    noise = torch.randn(len(places) + 8, density.dim, generator=generator, device="cpu").to(density.start)
     points = density.start + _SPREAD * noise
     gradients = in_parts(density.value_and_grad, points, CHUNK)[1] - density.log_det_gradient(points)
     gradients = gradients[:, places].double()

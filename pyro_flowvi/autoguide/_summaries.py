@@ -25,7 +25,9 @@ def reference_normal(num_points: int, dim: int) -> Tensor:
     uniform = engine.draw(num_points, dtype=torch.float64)
     if dim > _MAX_SOBOL_DIM:
         generator = torch.Generator().manual_seed(0)
-        rest = torch.rand((num_points, dim - _MAX_SOBOL_DIM), generator=generator, dtype=torch.float64)
+        rest = torch.rand(
+            (num_points, dim - _MAX_SOBOL_DIM), generator=generator, dtype=torch.float64, device="cpu"
+        )
         uniform = torch.cat([uniform, rest], -1)
     points: Tensor = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
     return points

@@ -97,7 +97,7 @@ def _join(parts: Sequence[Gaussian]) -> Gaussian:
 def normal_noise(num: int, dim: int, like: Tensor, seed: int = 0) -> Tensor:
     """Antithetic standard normal noise, shape ``(num, dim)``: the same at every call."""
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(-(-num // 2), dim, generator=generator, dtype=torch.float64)
+    half = torch.randn(-(-num // 2), dim, generator=generator, dtype=torch.float64, device="cpu")
     return torch.cat([half, -half])[:num].to(like)
 
 
@@ -208,7 +208,9 @@ def refine(
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         rate = 0.5 / (1.0 + 8.0 * step / steps)
-        half = torch.randn(num_draws // 2, dim, generator=generator, dtype=torch.float64).to(gaussian.loc)
+        half = torch.randn(num_draws // 2, dim, generator=generator, dtype=torch.float64, device="cpu").to(
+            gaussian.loc
+        )
         x = torch.cat([half, -half])
         z = gaussian.draw(x)
         values, gradients = value_and_grad(z.reshape(-1, dim))
@@ -238,7 +240,9 @@ def refine(
 def spread_starts(start: Tensor, num: int) -> Tensor:
     """The model's own start, points near it, and points spread over (-2, 2) as Stan has them."""
     generator = torch.Generator().manual_seed(0)
-    spread = torch.rand(num - 1, len(start), generator=generator, dtype=torch.float64) * 4.0 - 2.0
+    spread = (
+        torch.rand(num - 1, len(start), generator=generator, dtype=torch.float64, device="cpu") * 4.0 - 2.0
+    )
     centres = torch.stack([torch.zeros_like(start), start])[torch.arange(num - 1) % 2]
     return torch.cat([start.unsqueeze(0), centres + spread.to(start)])
 

@@ -194,7 +194,7 @@ def _split(x: Tensor, validation: float | Tensor, seed: int) -> tuple[Tensor, Te
         raise ValueError(f"validation: expected a share between 0 and 1, or rows, got {validation!r}")
     if len(x) < MIN_ROWS:
         raise ValueError(f"x: expected at least {MIN_ROWS} rows, got {len(x)}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu").to(x.device)
     count = max(2, round(validation * len(x)))
     return x[order[count:]], x[order[:count]]
 
