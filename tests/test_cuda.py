@@ -123,7 +123,7 @@ def test_compiled_svi_equals_eager(data, place, request):
 @cuda
 def test_rows_of_a_subsampled_plate(place):
     y = torch.randn(100, device=place)
-    guide = AutoRealNVP(rows_of_a_plate, structured=True)
+    guide = AutoRealNVP(rows_of_a_plate)
     fit(rows_of_a_plate, guide, y, num_steps=30, seed=0, progress=False)
     assert lie_on(place, guide.parameters())
 

@@ -216,7 +216,7 @@ def rows(device: torch.device, quick: bool, time_left: Callable[[], float]) -> L
             own = pyro.sample("own", dist.Normal(centre, 1.0))
             pyro.sample("y", dist.Normal(own, 0.5), obs=y[i])
 
-    guide = pyro_flowvi.AutoRealNVP(model, structured=True)
+    guide = pyro_flowvi.AutoRealNVP(model)
     start = time.perf_counter()
     result = pyro_flowvi.fit(model, guide, y, num_steps=20 if quick else 200, seed=0, progress=False)
     wait(device)
