@@ -689,6 +689,7 @@ def test_fused_rules_equal_the_optimizers(kind, options):
             assert torch.allclose(one, two, rtol=1e-12)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graph_equals_eager():
     losses = []
