@@ -127,7 +127,7 @@ class Outputs:
         if not len(places):
             raise ValueError(f"of: expected sites of which the mask leaves a part, got {list(self._sites)}")
         chosen = torch.zeros_like(every)
-        some = torch.linspace(0, len(places) - 1, min(len(places), MOST_OUTPUTS)).round().long()
+        some = torch.linspace(0, len(places) - 1, min(len(places), MOST_OUTPUTS), device="cpu").round().long()
         chosen[places[some]] = True
         parts = chosen.split([len(part) for part in shown.values()])
         columns = {name: part.nonzero().squeeze(-1) for name, part in zip(shown, parts, strict=True)}

@@ -137,6 +137,6 @@ def ascend(value_and_grad: ValueAndGrad, starts: Tensor, max_evaluations: int = 
     passed = torch.stack(track, 1)
     paths = []
     for run in passed[good[:KEPT_PATHS]]:
-        moved = torch.cat([torch.ones(1, dtype=torch.bool), (run[1:] != run[:-1]).any(-1).cpu()])
-        paths.append(run[moved.to(run.device)])
+        moved = (run[1:] != run[:-1]).any(-1)
+        paths.append(run[torch.cat([moved.new_ones(1), moved])])
     return Ascent(point[order], -loss[order], paths)
