@@ -61,7 +61,7 @@ class DataInParts:
         """
         if epoch is None:
             return list(range(len(self)))
-        found: list[int] = torch.randperm(len(self), generator=_generator(epoch)).tolist()
+        found: list[int] = torch.randperm(len(self), generator=_generator(epoch), device="cpu").tolist()
         return found
 
 
@@ -81,7 +81,10 @@ class RowParts(DataInParts):
         self._own, self._each = own, number * plate.size / len(own)
         self._rows = torch.arange(own.start, own.start + size, device=density.start.device)
         self._weights = density.start.new_full((size,), self._each)
-        self._shuffled, self._left = torch.arange(own.start, own.stop), len(own) - (number - 1) * size
+        self._shuffled, self._left = (
+            torch.arange(own.start, own.stop, device="cpu"),
+            len(own) - (number - 1) * size,
+        )
         shown = showing(model, plate, self._rows, self._weights)
         seen = density.at(shown, changing=[self._rows, self._weights])
         super().__init__([seen], [1.0 / self._each] * number)
@@ -97,9 +100,9 @@ class RowParts(DataInParts):
         return 0
 
     def order(self, epoch: int | None = None) -> list[int]:
-        rows = torch.arange(self._own.start, self._own.stop)
+        rows = torch.arange(self._own.start, self._own.stop, device="cpu")
         if epoch is not None:
-            rows = rows[torch.randperm(len(rows), generator=_generator(epoch))]
+            rows = rows[torch.randperm(len(rows), generator=_generator(epoch), device="cpu")]
         self._shuffled = rows
         return super().order(epoch)
 

@@ -16,6 +16,7 @@ from .._checks import check_positive_int
 from .._compile.inductor import PARALLEL_FROM
 from .._compile.optimizers import as_pyro_optim
 from .._program.call import as_keywords, check_batch
+from .._program.devices import check_devices
 from .._program.log_weights import LogWeights
 from .._program.rows import check_rows_known
 from .._ranks import Distributed, Ranks
@@ -224,8 +225,8 @@ def fit(
     :param progress: shows a progress bar, which tells of the search before the steps as well.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
     :raises ValueError: if an argument is not of the described kind, model and guide are swapped, Pyro's
-        validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors or
-        have NaN, improper priors leave the posterior flat along a direction, ``init`` has seen no data or has
+        validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors, lie
+        on another device than the guide, or have NaN, improper priors leave the posterior flat along a direction, ``init`` has seen no data or has
         none of the latents, the checkpoint is of another run or cut short, or the ranks differ in arguments,
         seeds, data, or versions.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
@@ -267,6 +268,7 @@ def fit(
     first, held_out = supply.first(), None if validation is None else as_call_with(kwargs, validation)
     for name, call in (("batches", first), ("validation", held_out)):
         check_batch(name, model, {} if call is None else call[1])
+    check_devices(model, guide, *first)
     check_same_call(ranks, options, first)
     with Bar(type(guide).__name__, num_steps, progress and ranks.leads) as bar, quiet_but_first(ranks):
         answers = as_fit_guide(model, guide)
