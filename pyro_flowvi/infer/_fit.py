@@ -225,10 +225,10 @@ def fit(
     :param progress: shows a progress bar, which tells of the search before the steps as well.
     :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
     :raises ValueError: if an argument is not of the described kind, model and guide are swapped, Pyro's
-        validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors, lie
-        on another device than the guide, or have NaN, improper priors leave the posterior flat along a direction, ``init`` has seen no data or has
-        none of the latents, the checkpoint is of another run or cut short, or the ranks differ in arguments,
-        seeds, data, or versions.
+        validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors,
+        have NaN, or lie on another device than the guide, improper priors leave the posterior flat along a
+        direction, ``init`` has seen no data or has none of the latents, the checkpoint is of another run or
+        cut short, or the ranks differ in arguments, seeds, data, or versions.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
     :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
     :raises LostRank: if another process has died, failed, or does not answer; the best state is restored.
