@@ -170,6 +170,11 @@ class View:
         assert self.density is not None
         return traced(self.density, width)
 
+    def narrow_graph(self, width: int) -> TracedDensity:
+        """The density of as many points at once as stay in a processor's cache, at most so many."""
+        assert self.density is not None
+        return self.graph(max(1, min(width, NARROW // self.density.largest)))
+
     def with_roots(self, roots: Tensor, x: Tensor) -> Tensor:
         """Noise ``(P, D)`` of a page of ``x`` ``(P, D)`` with the places of roots taken by ``(P, R)``."""
         return x.index_copy(-1, self.root_places, roots.to(x)) if len(self.root_places) else x
@@ -231,6 +236,8 @@ class View:
 
 
 LOG_2_PI = math.log(2.0 * math.pi)
+NARROW = 100_000
+"""Numbers of the largest site, at all points that a density is asked for at once, of pages with much data."""
 
 
 def _weigh(

@@ -41,7 +41,7 @@ class _Paged:
         """The search for messages in the pages of a view."""
         known = self._starters.get(id(view))
         if known is None:
-            known = self._starters[id(view)] = Starter(view.layer, view.graph(self.width))  # type: ignore[attr-defined]
+            known = self._starters[id(view)] = Starter(view.layer, view.narrow_graph(self.width))  # type: ignore[attr-defined]
         return known
 
     def renew(self, u: Tensor, sds: Tensor, steps: int) -> bool:
@@ -112,7 +112,7 @@ def place_rows(
         cannot be recorded, or the latents have no modes that can be found.
     """
     tables, ranks = sweep.tables, sweep.ranks
-    if not ranks.every(all(view.graph(width).holds for view in sweep.views())):
+    if not ranks.every(all(view.narrow_graph(width).holds for view in sweep.views())):
         return None
     shown = sweep.first()
     view = shown.view
@@ -122,7 +122,7 @@ def place_rows(
     found = (
         known
         if near
-        else ranks.attempt(lambda: place_messages(view.layer, view.graph(width)), None, REFUSALS)
+        else ranks.attempt(lambda: place_messages(view.layer, view.narrow_graph(width)), None, REFUSALS)
     )
     if not ranks.every(found is not None):
         return None
@@ -156,7 +156,7 @@ def _renewed(view: View, width: int, loc: Tensor, factor: Tensor) -> bool:
     density = view.density
     assert density is not None
     z = density.start.index_copy(0, view.root_places, loc.to(density.start))
-    return renew_messages(Starter(view.layer, view.graph(width)), z, factor.to(z).norm(dim=-1))
+    return renew_messages(Starter(view.layer, view.narrow_graph(width)), z, factor.to(z).norm(dim=-1))
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def place_new_rows(sweep: Sweep, view: View, width: int, rows: Tensor, call: Cal
     tables = sweep.tables
     view.page.turn_to(rows, call)
     tables.load(view.layer, rows)
-    starter = Starter(view.layer, view.graph(width))
+    starter = Starter(view.layer, view.narrow_graph(width))
     u, sds = sweep.guide.draw_roots(64, fixed=True).mean(0), None
     if tables.fixed_shared:  # from there messages move with the roots
         u, sds = tables.fixed_shared["root_loc"], tables.fixed_shared["log_root_width"].exp() / REACH

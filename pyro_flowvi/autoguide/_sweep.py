@@ -239,7 +239,7 @@ class Sweep:
         roots, log_q = self.guide.draw_roots_and_log_prob(num)
         view = self.nothing()
         still = view.with_roots(roots, roots.new_zeros(num, view.packing.dim))
-        outside = view.graph(width)(view.layer.forward_and_log_det(still)[0])[0]
+        outside = view.narrow_graph(width)(view.layer.forward_and_log_det(still)[0])[0]
 
         def of_rows() -> tuple[Tensor, Tensor]:
             total = torch.zeros_like(outside)
@@ -250,7 +250,7 @@ class Sweep:
                 assert rows is not None
                 weights = rows.noise_weights(view.packing).to(x).index_fill(0, view.root_places, 0.0)
                 normal = -0.5 * ((x.square() + LOG_2_PI) * weights).sum(-1)
-                total = total + (view.graph(width)(z)[0] - outside - (normal - log_det))
+                total = total + (view.narrow_graph(width)(z)[0] - outside - (normal - log_det))
             return total, roots.new_zeros(num, 0)
 
         with self.ranks.parted_noise():
@@ -259,7 +259,7 @@ class Sweep:
 
 def pull_back(view: View, roots: Tensor, noise: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """log p + log |det| of a page's latents of given noise, and the gradient by the roots."""
-    graph = view.graph(width)
+    graph = view.narrow_graph(width)
     with torch.enable_grad():
         at = roots.detach().requires_grad_()
         x = at.new_zeros(len(at), view.packing.dim) if noise is None else noise

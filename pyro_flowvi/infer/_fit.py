@@ -29,6 +29,7 @@ from ._checkpoint import Checkpoint, fingerprint
 from ._fit_bar import Bar
 from ._flow_steps import FlowWeights, has_scores
 from ._guarded_optim import GuardedOptim
+from ._memory import hold_freed_memory
 from ._minibatches import all_data
 from ._one_run import check_same_call, check_same_sites, quiet_but_first, ranks_of, share_start
 from ._result import FitResult
@@ -262,6 +263,7 @@ def fit(
     num_steps = NUM_STEPS if num_steps is None else check_positive_int("num_steps", num_steps)
     file = None if checkpoint is None else Checkpoint(checkpoint, ranks)
     started = time.perf_counter()
+    hold_freed_memory()
     if seed is not None:
         pyro.set_rng_seed(seed)
     supply, changing = Supply(batches, args, kwargs, ranks), batches is not None

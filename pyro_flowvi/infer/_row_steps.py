@@ -113,8 +113,8 @@ def _passes(pair: LogWeights, answers: FitGuide, supply: Supply, width: int, ran
     sweep: Sweep | None = answers.sweep(supply.epoch, ranks)
     if sweep is None:
         return None
-    held = all(view.graph(width).holds for view in [*sweep.views(), sweep.rows.first_view()])
-    return sweep if ranks.every(held) else None
+    held = all(view.narrow_graph(width).holds for view in sweep.views())
+    return sweep if ranks.every(held and sweep.rows.first_view().graph(width).holds) else None
 
 
 class RowStep(FlowStep):
