@@ -214,7 +214,7 @@ class Ranks:
             return
         found = self.all({name: _checksum(param) for name, param in params.items()})
         for rank, other in enumerate(found[1:], 1):
-            for name in found[0].keys() | other.keys():
+            for name in sorted(found[0].keys() | other.keys()):
                 if found[0].get(name) != other.get(name):
                     raise RuntimeError(
                         f"parameter {name!r}: expected the same numbers on all ranks, got others on rank "
