@@ -29,12 +29,20 @@ def regression(x, y):
     weights = pyro.sample("weights", dist.Normal(torch.zeros_like(x[0]), 1.0).to_event(1))
     scale = pyro.sample("scale", dist.HalfNormal(torch.ones_like(y[0])))
     with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(weights @ x.mT, scale), obs=y)
+
+
+def one_by_one(x, y):
+    """The same, written so that it runs for one draw at a time."""
+    weights = pyro.sample("weights", dist.Normal(torch.zeros_like(x[0]), 1.0).to_event(1))
+    scale = pyro.sample("scale", dist.HalfNormal(torch.ones_like(y[0])))
+    with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.Normal(x @ weights, scale), obs=y)
 
 
-def rows_of_a_plate(y):
+def rows_of_a_plate(y, device=None):
     centre = pyro.sample("centre", dist.Normal(torch.zeros_like(y[0]), 1.0))
-    with pyro.plate("rows", len(y), subsample_size=20, device=str(y.device)) as i:
+    with pyro.plate("rows", len(y), subsample_size=20, device=device) as i:
         own = pyro.sample("own", dist.Normal(centre, 1.0))
         pyro.sample("y", dist.Normal(own, 0.5), obs=y[i])
 
@@ -97,9 +105,9 @@ def test_fit_and_diagnose(kind, data, place):
 
 @cuda
 def test_moved_after_set_up(data, place):
-    guide = AutoRealNVP(regression, num_layers=2).materialize(*data)
+    guide = AutoRealNVP(one_by_one, num_layers=2).materialize(*data)
     guide.to("cpu").to(place)
-    fit(regression, guide, *data, num_steps=5, seed=0, progress=False)
+    fit(one_by_one, guide, *data, num_steps=5, seed=0, progress=False)
     assert lie_on(place, guide.sample_posterior(3).values())
 
 
@@ -121,10 +129,12 @@ def test_compiled_svi_equals_eager(data, place, request):
 
 
 @cuda
-def test_rows_of_a_subsampled_plate(place):
+@pytest.mark.parametrize("told", [True, False], ids=["indices on the device", "indices anywhere"])
+def test_rows_of_a_subsampled_plate(told, place):
     y = torch.randn(100, device=place)
     guide = AutoRealNVP(rows_of_a_plate)
-    fit(rows_of_a_plate, guide, y, num_steps=30, seed=0, progress=False)
+    device = str(place) if told else None
+    fit(rows_of_a_plate, guide, y, device=device, num_steps=30, seed=0, progress=False)
     assert lie_on(place, guide.parameters())
 
 

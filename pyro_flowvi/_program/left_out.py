@@ -59,7 +59,7 @@ def counted(site: Site) -> Tensor:
     found = _counted(fn)
     if mask is not None:
         mask = torch.as_tensor(mask).bool()
-        found = found & mask.reshape(mask.shape + (1,) * fn.event_dim)
+        found = found.to(mask.device) & mask.reshape(mask.shape + (1,) * fn.event_dim)
     return found.expand(site["value"].shape)
 
 
@@ -102,10 +102,10 @@ def find_left_out(
     none = torch.zeros((), dtype=torch.bool)
     out = torch.cat(
         [
-            candidates.get(name, none).expand(latent.free_shape).reshape(-1)
+            candidates.get(name, none).to(start.device).expand(latent.free_shape).reshape(-1)
             for name, latent in packing.latents.items()
         ]
-    ).to(start.device)
+    )
     direction = torch.cos(torch.arange(len(start))).to(start)
     for step in _STEPS:
         with suppress(ValueError, RuntimeError), torch.enable_grad():  # the model has no density there

@@ -64,10 +64,10 @@ class GivenRoots:
             begin += count
         self._mixing: set[int] = set()
         """Blocks whose numbers are coupled with each other."""
-        self._rank = torch.zeros(density.density.dim, dtype=torch.long)
-        self._rank[self.inner] = torch.arange(len(self.inner))
+        self._rank = torch.zeros(density.density.dim, dtype=torch.long, device="cpu")
+        self._rank[self.inner.cpu()] = torch.arange(len(self.inner), device="cpu")
         near = normal_noise(1, density.density.dim, start, seed=5)[0]
-        rows = None if layer.rows is None else layer.rows.row_of_numbers(sites).numpy()
+        rows = None if layer.rows is None else layer.rows.row_of_numbers(sites).cpu().numpy()
         self._hessian = SparseHessian(
             self._products, start + 0.1 * near, self.inner, list(sizes.values()), rows
         )
@@ -79,7 +79,7 @@ class GivenRoots:
 
     def components(self) -> Tensor:
         """Which of them are coupled with each other, directly or through others: a number for each group."""
-        return torch.from_numpy(self._hessian.components()).long()
+        return torch.from_numpy(self._hessian.components()).long().to(self.inner.device)
 
     # -- the model -----------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class GivenRoots:
     def newton(self, z: Tensor, steps: int) -> tuple[Tensor, list[Elimination | None]]:
         """Modes of the latents given the roots of points ``(P, D)``, and the factors there."""
         value, gradient = self.density(z)
-        settled = torch.zeros(len(z), dtype=torch.bool)
+        settled = torch.zeros(len(z), dtype=torch.bool, device="cpu")
         reach = np.full(len(z), MOST_MOVED)
         while True:
             prior = np.maximum(self._prior_precisions(z), 1e-8)
@@ -206,7 +206,7 @@ class GivenRoots:
         num, width = places.shape
         loc, scale = given.loc[0].reshape(num, width), given.scale[0].reshape(num, width, width)
         prior = torch.cholesky_inverse(scale)
-        blocks = factor.blocks(self._rank[places[:, 0].clamp(min=0)].numpy(), width)
+        blocks = factor.blocks(self._rank[places[:, 0].clamp(min=0).cpu()].numpy(), width)
         added = torch.from_numpy(blocks).to(z) - prior
         values, vectors = torch.linalg.eigh(0.5 * (added + added.mT))
         least = LEAST_SHARE * prior.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)

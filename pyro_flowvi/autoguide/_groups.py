@@ -246,7 +246,7 @@ def _labels(given: GivenRoots, dim: int) -> Tensor | None:
     """The group of each latent by the Hessian given the roots; -1 of a root."""
     if not given.usable:
         return None
-    labels = torch.full((dim,), -1)
+    labels = torch.full((dim,), -1, device=given.inner.device)
     labels[given.inner] = given.components()
     return labels
 

@@ -62,6 +62,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 def taken(z: Tensor, places: Tensor, otherwise: float = 0.0) -> Tensor:
     """The numbers of a vector at places, in the shape of these; ``otherwise`` at -1."""
+    places = places.to(z.device)
     return torch.where(places >= 0, z[places.clamp(min=0)], otherwise)
 
 
@@ -191,10 +192,12 @@ class MessagePlan:
         if not any(site in out for site in piece.sites):
             return log_det
         dropped = [
-            out[site].flatten() if site in out else torch.zeros(self._numel[site], dtype=torch.bool)
+            out[site].flatten().to(log_det.device)
+            if site in out
+            else log_det.new_zeros(self._numel[site], dtype=torch.bool)
             for site in piece.sites
         ]
-        mask = torch.cat(dropped).to(log_det.device)
+        mask = torch.cat(dropped)
         if piece.place is None:
             mask = mask.reshape(self.joint_shape(piece.sites[0])).all(-1)
         return torch.where(mask, 0.0, log_det)
@@ -202,14 +205,15 @@ class MessagePlan:
     # -- where things stand --------------------------------------------------------------------
 
     def places(self) -> dict[str, Tensor]:
-        """Where the numbers of each site are in the packed vector; -1 for what is left out."""
-        numbers = torch.arange(1.0, self.packing.dim + 1.0, dtype=torch.float64)
+        """Where the numbers of each site are in the packed vector, on the CPU; -1 for what is left out."""
+        numbers = torch.arange(1.0, self.packing.dim + 1.0, dtype=torch.float64, device="cpu")
         return {site: where.long() - 1 for site, where in self.split(numbers).items()}
 
     def places_of(self, sites: Sequence[str]) -> Tensor:
         """The same of some sites, one after another."""
         places = self.places()
-        return torch.cat([torch.zeros(0, dtype=torch.long), *(places[site].flatten() for site in sites)])
+        none = torch.zeros(0, dtype=torch.long, device="cpu")
+        return torch.cat([none, *(places[site].flatten() for site in sites)])
 
     def root_places(self) -> Tensor:
         """The same of the roots."""

@@ -33,7 +33,7 @@ class OnRoots(FlowTransform):
         super().__init__(dim)
         self.inner = inner
         self.exact_inverse = getattr(inner, "exact_inverse", True)
-        inside = torch.zeros(dim, dtype=torch.bool)
+        inside = torch.zeros(dim, dtype=torch.bool, device=places.device)
         inside[places] = True
         rest = (~inside).nonzero().squeeze(-1)
         self._count, self._leading = len(places), bool(inside[: len(places)].all())

@@ -36,11 +36,20 @@ class Page:
         well.
     :param rows: ``(B,)``.
     :param dtype: of the rows' weights.
+    :param device: of these; rows may lie elsewhere, as indices may.
     """
 
-    def __init__(self, model: Program, plate: RowPlate, call: Call, rows: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Program,
+        plate: RowPlate,
+        call: Call,
+        rows: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.rows = rows.clone()
-        self.weights = torch.ones(len(rows), dtype=dtype, device=rows.device)
+        self.weights = torch.ones(len(rows), dtype=dtype, device=device)
         """By which the densities of each row are multiplied."""
         leaves, spec = pytree.tree_flatten((tuple(call[0]), dict(call[1])))
         self._seen, own_data = list(leaves), plate.data_change
@@ -125,7 +134,7 @@ class View:
         device, dtype = placement
         self.layer = layer.to(device=device or density.start.device, dtype=dtype or density.start.dtype)
         """The map from noise to the latents."""
-        self.root_places = self.layer.plan.root_places()
+        self.root_places = self.layer.plan.root_places().to(density.start.device)
         self.axis = {
             site: len(latents[site].shape) - latents[site].fn.event_dim + plate.dim for site in local
         }
@@ -177,7 +186,8 @@ class View:
 
     def with_roots(self, roots: Tensor, x: Tensor) -> Tensor:
         """Noise ``(P, D)`` of a page of ``x`` ``(P, D)`` with the places of roots taken by ``(P, R)``."""
-        return x.index_copy(-1, self.root_places, roots.to(x)) if len(self.root_places) else x
+        places = self.root_places.to(x.device)
+        return x.index_copy(-1, places, roots.to(x)) if len(places) else x
 
     def draw_rows(self, roots: Tensor, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Unconstrained latents of the page's rows, and their log densities given the roots, by site.
@@ -216,7 +226,7 @@ class View:
             batch = value.dim() - 1
             first = row_of.flatten(batch)[..., 0] if row_of.dim() > batch else row_of
             total = value.new_zeros(len(value), self.size)
-            totals.append(total.index_add(1, first.flatten(), value.flatten(1)))
+            totals.append(total.index_add(1, first.flatten().to(value.device), value.flatten(1)))
         return torch.stack(totals).sum(0)
 
     def split_roots(self, roots: Tensor) -> dict[str, Tensor]:
@@ -254,7 +264,7 @@ def rows_that_see_others(view: View) -> bool:
     rows = view.layer.rows
     assert rows is not None
     kept = page.weights.clone()
-    index = torch.arange(view.size)
+    index = torch.arange(view.size, device="cpu")
     wave = torch.cos(torch.arange(density.dim, dtype=torch.float64)).to(density.start)
     point = (density.start + 0.1 * wave).unsqueeze(0)
     try:

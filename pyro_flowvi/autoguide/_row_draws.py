@@ -205,7 +205,9 @@ class Rows(RowPages):
         inside: Any = True
         for page, count, rows in self.parts(guide, torch.arange(self.plate.size)):
             shown = {
-                site: value.index_select(page.axis[site] - len(page.packing.latents[site].shape), rows)
+                site: value.index_select(
+                    page.axis[site] - len(page.packing.latents[site].shape), rows.to(value.device)
+                )
                 if site in page.axis
                 else value
                 for site, value in samples.items()

@@ -22,18 +22,18 @@ class Order:
         self.num = int(row_of.max()) + 1
         self._order = row_of.argsort(stable=True)
         self._back = self._order.argsort()
-        self._in_order = bool((self._order == torch.arange(len(row_of))).all())
+        self._in_order = bool((self._order == torch.arange(len(row_of), device=row_of.device)).all())
 
     def by_row(self, value: Tensor, dim: int) -> Tensor:
         """A page's tensor with the rows in front, ``(B, ..., W, ...)``."""
-        ordered = value if self._in_order else value.index_select(dim, self._order)
+        ordered = value if self._in_order else value.index_select(dim, self._order.to(value.device))
         rows: Tensor = ordered.unflatten(dim, (self.num, -1)).movedim(dim, 0)
         return rows
 
     def as_page(self, value: Tensor, dim: int) -> Tensor:
         """The inverse of :meth:`by_row`."""
         flat = value.movedim(0, dim).flatten(dim, dim + 1)
-        return flat if self._in_order else flat.index_select(dim, self._back)
+        return flat if self._in_order else flat.index_select(dim, self._back.to(flat.device))
 
 
 class RowLayout:
@@ -56,7 +56,9 @@ class RowLayout:
             axis = len(latent.shape) - latent.fn.event_dim + plate.dim
             shape = [1] * len(latent.free_shape)
             shape[axis] = latent.free_shape[axis]
-            self.row_of[site] = torch.arange(shape[axis]).reshape(shape).expand(latent.free_shape)
+            self.row_of[site] = (
+                torch.arange(shape[axis], device="cpu").reshape(shape).expand(latent.free_shape)
+            )
 
     def row_of_numbers(self, sites: Sequence[str]) -> Tensor:
         """The row of each number of some sites, one after another."""

@@ -79,7 +79,7 @@ def pages_of(size: int, page: int) -> Iterator[tuple[Tensor, int]]:
     """Pages of exactly ``page`` rows, the last ones twice if need be; how many of each are new, its last."""
     for first in range(0, size, page):
         last = min(first + page, size)
-        yield torch.arange(last - page, last), last - first
+        yield torch.arange(last - page, last, device="cpu"), last - first
 
 
 class RowTables(nn.Module):
@@ -98,7 +98,9 @@ class RowTables(nn.Module):
         self.shapes = layer.shapes
         """The flows of the rows' noise, which all pages share."""
         for key, page in rows_of_params(layer).items():
-            self.register_parameter(key, nn.Parameter(page[torch.arange(size) % len(page)].contiguous()))
+            self.register_parameter(
+                key, nn.Parameter(page[torch.arange(size, device=page.device) % len(page)].contiguous())
+            )
         for name, param in _shared(layer).items():
             self.register_parameter(name, param)
         self.fixed: dict[str, Tensor] = {}
@@ -119,6 +121,7 @@ class RowTables(nn.Module):
         """
         if self.own is None:
             return rows
+        rows = rows.to(self.own.device)
         found = torch.searchsorted(self.own, rows).clamp(max=max(len(self.own) - 1, 0))
         if not torch.equal(self.own[found], rows):
             raise RuntimeError(ELSEWHERE)
@@ -199,7 +202,7 @@ class RowTables(nn.Module):
     @torch.no_grad()
     def store(self, layer: MessageMap, rows: Tensor, fresh: Tensor) -> None:
         """Takes over a map's fixed numbers, of those rows of the page that are ``fresh``."""
-        kept = fresh.bool()
+        kept = fresh.bool().to(rows.device)
         at = self.at(rows[kept])
         for key, (module, name, dim, order) in _places(layer).items():
             value = module._buffers.get(f"fixed_{name}")
@@ -218,7 +221,7 @@ class RowTables(nn.Module):
     def know_nothing_of_others(self, layer: MessageMap, rows: Tensor) -> None:
         """Gives all other rows messages that say nothing, at the mean of the centres of some."""
         at = self.at(rows)
-        others = torch.ones(self.size, dtype=torch.bool)
+        others = torch.ones(self.size, dtype=torch.bool, device=at.device)
         others[at] = False
         for key, (_, name, *_) in _places(layer).items():
             known = self.fixed.get(key)

@@ -79,7 +79,7 @@ class _Rows(NamedTuple):
         assert view.density is not None
         rows = view.layer.rows
         assert rows is not None
-        labels = torch.full((view.packing.dim,), -1)
+        labels = torch.full((view.packing.dim,), -1, device="cpu")
         places = view.layer.places()
         for site, row_of in rows.row_of.items():
             labels[places[site].flatten()] = row_of.flatten()

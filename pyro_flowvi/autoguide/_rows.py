@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._program.log_density import UnconstrainedModel
-from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in, rows_said
+from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in, rows_said, showing
+from .._program.sites import latent_sites
 from .._shapes import broadcast_shapes
 from .._types import Program
 from ._pages import Call, Page, View, rows_that_see_others, same_shapes
@@ -50,6 +51,12 @@ def find_rows(model: Program, call: Call, init: Any) -> tuple[RowPlate, Tensor] 
         "ones at each run, which the guide cannot know; let the plate draw them, with `with pyro.plate("
         f"{plate.name!r}, {plate.size}, subsample_size={plate.shown}) as rows`"
     )
+
+
+def _device_of_latents(model: Program, call: Call, init: Any) -> torch.device | None:
+    with torch.random.fork_rng(), poutine.block(), torch.no_grad():
+        trace = poutine.trace(InitMessenger(init)(model)).get_trace(*call[0], **call[1])
+    return next((site["value"].device for _, site in latent_sites(trace)), None)
 
 
 class RowPages:
@@ -120,7 +127,13 @@ class RowPages:
         """A view beside those that are there."""
         dtype = guide._placement[1] or torch.get_default_dtype()
         model, plate = guide._require_model(), self.plate
-        page = Page(model, plate, call, rows, dtype)
+        if self._views:
+            first = self.first_view().page
+            device, rows = first.weights.device, rows.to(first.rows.device)
+        else:
+            shown = showing(model, plate, None if plate.given else rows, None)
+            device = _device_of_latents(shown, call, guide._init_fn) or rows.device
+        page = Page(model, plate, call, rows, dtype, device)
         assert page.program is not None
         density = UnconstrainedModel(page.program, *page.call, guide._init_fn, changing=page.tensors)
         if density.packing.left_out:

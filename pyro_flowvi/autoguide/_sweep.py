@@ -49,9 +49,9 @@ class Sweep:
         """Rows of a pass, and how much each counts: more than one where the calls show a part of them."""
         self.share = 1.0
         """Of the rows of a pass, those of this rank."""
-        self.own = torch.arange(self.size)
+        self.own = torch.arange(self.size, device="cpu")
         """The rows of this rank."""
-        self.seen = torch.ones(self.size, dtype=torch.bool)
+        self.seen = torch.ones(self.size, dtype=torch.bool, device="cpu")
         """Rows that have messages: those that a pass shows, and what steps have shown since."""
         self._pages: list[tuple[View, Tensor, Tensor, Call]] = []
         if not ranks.alone:
@@ -65,12 +65,12 @@ class Sweep:
         """Finds the rows of this rank: those in its batches, or a part of those that the guide chooses."""
         ranks, plate, size = self.ranks, self.rows.plate, self.size
         if plate.given:
-            seen = torch.zeros(size, dtype=torch.long)
+            seen = torch.zeros(size, dtype=torch.long, device="cpu")
             for call in self.calls:
-                seen[self.rows.rows_of(self.guide, call)] = 1
+                seen[self.rows.rows_of(self.guide, call).cpu()] = 1
         else:
             part = ranks.part(size)
-            seen = torch.zeros(size, dtype=torch.long)
+            seen = torch.zeros(size, dtype=torch.long, device="cpu")
             seen[part.start : part.stop] = 1
         total = ranks.sum(seen)
         fewest = min(ranks.all(int(seen.sum())))
@@ -123,8 +123,8 @@ class Sweep:
 
         :raises ValueError: if the batch is longer, or of another form.
         """
-        page, view = self.rows.rows_of(self.guide, call), self.rows.first_view()
-        count, real = len(page), torch.arange(view.size) < len(page)
+        page, view = self.rows.rows_of(self.guide, call).cpu(), self.rows.first_view()
+        count, real = len(page), torch.arange(view.size, device="cpu") < len(page)
         if count < view.size:
             call = padded(call, count, view.size)
             page = torch.cat([page, page[:1].expand(view.size - count)])

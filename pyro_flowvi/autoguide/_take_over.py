@@ -180,7 +180,10 @@ def _same_sites(sites: Iterable[str], old: Packing, new: Packing) -> bool:
 def _same(old: Latent, new: Latent) -> bool:
     if old.free_shape != new.free_shape or old.shape != new.shape:
         return False
-    out = [torch.zeros(one.free_shape) if one.left_out is None else one.left_out.cpu() for one in (old, new)]
+    out = [
+        torch.zeros(one.free_shape, device="cpu") if one.left_out is None else one.left_out.cpu()
+        for one in (old, new)
+    ]
     free = torch.linspace(-1.0, 1.0, old.free_shape.numel(), dtype=torch.float64).reshape(old.free_shape)
     one, other = (latent.bijection(free) for latent in (old, new))
     return torch.equal(out[0].bool(), out[1].bool()) and torch.allclose(one, other, rtol=1e-5, atol=1e-6)

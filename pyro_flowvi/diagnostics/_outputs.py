@@ -135,7 +135,9 @@ class Outputs:
 
     def _labels(self, name: str) -> list[str]:
         shape = self._shape(self._sites[name])
-        places = zip(*np.unravel_index(self._columns[name].numpy(), shape), strict=True) if shape else [()]
+        places = (
+            zip(*np.unravel_index(self._columns[name].cpu().numpy(), shape), strict=True) if shape else [()]
+        )
         return [name + (f"[{','.join(map(str, place))}]" if place else "") for place in places]
 
     @property

@@ -142,19 +142,19 @@ class RowStep(FlowStep):
         self._tables, layer = sweep.tables, view.layer
         self._ranks = sweep.ranks
         self._turn(*self._first_rows(), 1.0)
-        self._shown, self._weight = view.page.rows, view.page.weights
+        self._shown, self._weight = view.page.rows.cpu(), view.page.weights
         self._real = torch.ones_like(self._shown, dtype=torch.bool)
         self._keys = [key for key in trained_in_frame(layer) if key in dict(self._tables.named_parameters())]
         self._own = [moving_param(layer, key) for key in self._keys]
         self._orders = [order_of(layer, key) for key in self._keys]
         self._first = [torch.zeros_like(self._tables.table(key)) for key in self._keys]
         self._second = [torch.zeros_like(self._tables.table(key)) for key in self._keys]
-        self._drawn = torch.zeros(self._tables.size, dtype=torch.long)
+        self._drawn = torch.zeros(self._tables.size, dtype=torch.long, device="cpu")
         self._shares = sweep.ranks.size * sweep.share
         """How much a row of this rank counts in the mean over the ranks."""
         self._page: Tensor | None = None
         self._pages = [] if self._rows.plate.given else self._deal()
-        self._order, self._position = torch.zeros(0, dtype=torch.long), 0
+        self._order, self._position = torch.zeros(0, dtype=torch.long, device="cpu"), 0
         self.shared: list[Tensor] = sweep.guide.params_of_page(view)
         """What is compared and averaged: all that is trained but the rows."""
         self._count_shared = sum(param.numel() for param in self.shared)
@@ -187,7 +187,7 @@ class RowStep(FlowStep):
         size = len(own)
         with torch.random.fork_rng():
             torch.manual_seed(size)
-            order = own[torch.randperm(size)]
+            order = own[torch.randperm(size, device="cpu")]
         num = -(-size // count)
         extra = num * count - size
         dealt = torch.cat([order, order[:extra]])
@@ -228,7 +228,7 @@ class RowStep(FlowStep):
         """Shows the rows of the next step: those of a batch, or the next page of a shuffled epoch."""
         if self._pages:
             if self._position == len(self._order):
-                self._order, self._position = torch.randperm(len(self._pages)), 0
+                self._order, self._position = torch.randperm(len(self._pages), device="cpu"), 0
             self._page = self._order[self._position]
             self._position += 1
             page, weights = self._pages[self._page]

@@ -70,8 +70,9 @@ def _all_starts(start: Tensor, prior: Tensor, num: int) -> Tensor:
     drawn = prior[: num // 4]
     generator = torch.Generator().manual_seed(1)
     left = max(0, num - len(near) - len(drawn))
-    spread = torch.rand(left, len(start), generator=generator, dtype=torch.float64) * 4.0 - 2.0
-    scale = torch.tensor(WIDE_SCALES, dtype=torch.float64)[torch.arange(left) % len(WIDE_SCALES)]
+    spread = torch.rand(left, len(start), generator=generator, dtype=torch.float64, device="cpu") * 4.0 - 2.0
+    widths = [WIDE_SCALES[i % len(WIDE_SCALES)] for i in range(left)]
+    scale = torch.tensor(widths, dtype=torch.float64, device="cpu")
     return torch.cat([near, drawn, start + (scale.unsqueeze(-1) * spread).to(start)])
 
 

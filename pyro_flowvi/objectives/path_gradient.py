@@ -130,23 +130,27 @@ class TraceSTL_ELBO(ELBO):
     def _batched(self) -> bool:
         return bool(self.vectorize_particles) and self.num_particles > 1
 
-    def _sum(self, terms: list[Tensor]) -> Tensor:
-        """Terms summed over all dimensions but the particles', shape ``(R,)``."""
+    def _sum(self, terms: list[Tensor], device: torch.device | None) -> Tensor:
+        """Terms summed over all dimensions but the particles', shape ``(R,)``; of none on a device."""
         total: Tensor | float = 0.0
         for term in terms:
             if self._batched:
                 total = total + sum_apart(term, self.num_particles, int(self.max_plate_nesting) - 1)
             else:
                 total = total + term.sum()
-        return torch.as_tensor(total).expand(self.num_particles if self._batched else 1)
+        total = total if isinstance(total, Tensor) else torch.tensor(total, device=device)
+        return total.expand(self.num_particles if self._batched else 1)
 
     def _run(self, model: Program, guide: Program, args: Any, kwargs: Any) -> _Run:
         path = self._path and torch.is_grad_enabled()
         draws = Draws(model, guide, args, kwargs, path=path, nesting=self.max_plate_nesting)
-        log_p, density = self._sum(draws.model), self._sum(draws.density)
+        own = [log_prob for _, log_prob in draws.own.values()]
+        device = next((t.device for t in (*draws.model, *draws.density, *draws.scored, *own)), None)
+        log_p, density, scored, known = (
+            self._sum(terms, device) for terms in (draws.model, draws.density, draws.scored, own)
+        )
         direct = self._combine(log_p, density)
-        total = self._combine(log_p, density + self._sum(draws.scored))
-        known = self._sum([log_prob for _, log_prob in draws.own.values()])
+        total = self._combine(log_p, density + scored)
         weights = (total - known).detach()
         good = weights.isfinite()
         leaves = list(draws.leaves.values())
