@@ -7,6 +7,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from .._program.call import refusing_data
+from .._program.devices import check_devices
 from .._types import CompileMode
 from .errors import CannotCompile
 from .graph_cache import GraphCache
@@ -107,6 +108,7 @@ class Stepper:
     def _step_eagerly(self, svi: SVI, args: Any, kwargs: Any, left: int | None) -> float:
         first, guide = not self.started, svi.guide
         if first:
+            check_devices(svi.model, guide, args, kwargs)
             svi.guide = refusing_data(guide)
         try:
             loss: float = SVI.step(svi, *args, **kwargs)

@@ -111,6 +111,7 @@ class CompiledSVI(SVI):
             dicts.
         :param kwargs: their keyword arguments.
         :return: the loss, as Pyro's SVI reports it.
+        :raises ValueError: at the first step, for data on another device than the guide's.
         :raises CannotCompile: with ``compile=True``, where the step cannot be compiled.
         """
         return self._stepper.take(self, args, kwargs, 1, None)[0].loss

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .._checks import check_positive_int
 from .._compile.log_density import traced
 from .._program.call import as_keywords, check_programs
+from .._program.devices import check_devices
 from .._program.flat_directions import flat_sites
 from ..autoguide import AutoFlow
 from ..psis import effective_sample_size, generalized_pareto_shape, khat_threshold
@@ -185,8 +186,8 @@ def diagnose(
     :param fit_result: what :func:`pyro_flowvi.fit` returned: a fit that had not converged is never good.
     :raises ValueError: if an argument is not of the described kind, ``num_samples`` is too small, the outputs
         that ``of`` names are none of the model's or change with the rows that a run shows, the guide has not
-        been set up and cannot be, model and guide are swapped, the data are no tensors, or Pyro's validation
-        refuses the shape of a site.
+        been set up and cannot be, model and guide are swapped, the data are no tensors or on another device
+        than the guide, or Pyro's validation refuses the shape of a site.
     :raises TypeError: for a keyword that is neither an option nor an argument of the model.
 
     References: Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto Smoothed Importance Sampling*, 2024
@@ -210,6 +211,7 @@ def diagnose(
         raise ValueError(f"probes: expected True or False, got {probes!r}")
     check_programs(model, guide)
     kwargs = as_keywords(diagnose, model, kwargs, model_kwargs)
+    check_devices(model, guide, args, kwargs)
     if seed is not None:
         pyro.set_rng_seed(seed)
     draws = weighted_draws(model, guide, args, kwargs, num_samples)

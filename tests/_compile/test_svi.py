@@ -1,6 +1,7 @@
 """CompiledSVI: what it refuses and why, whose state it works on, when it compiles."""
 
 import copy
+import math
 import random
 import warnings
 
@@ -15,7 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam, ClippedAdam, ExponentialLR
 from torch import nn
 
-from pyro_flowvi import CompiledSVI
+from pyro_flowvi import AutoPlanar, CompiledSVI
 from pyro_flowvi._compile import graph_cache, policy, torch_private
 from pyro_flowvi._compile.optimizers import FlatParameters, make_buckets, meet
 from pyro_flowvi._compile.tensor_objectives import tensor_loss
@@ -702,3 +703,12 @@ def test_cuda_graph_equals_eager():
         assert svi.compiled == choice
     assert losses[1].is_cuda
     assert len(set(losses[1].tolist())) == 50
+
+
+def test_data_on_another_device_are_refused_at_the_first_step():
+    y = Y.to(torch.get_default_dtype())
+    guide = AutoPlanar(model, num_layers=2).materialize(y)
+    svi = CompiledSVI(model, guide, Adam({"lr": 1e-2}), Trace_ELBO())
+    with pytest.raises(ValueError, match=r"args\[0\]: .*guide's device .*, got a tensor on meta"):
+        svi.step(y.to("meta"))
+    assert math.isfinite(svi.step(y))  # nothing is left of the refused one

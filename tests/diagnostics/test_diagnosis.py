@@ -263,3 +263,12 @@ def test_advice_does_not_name_the_guide_that_is_used(name):
     assert f"guide: {name}" not in told
     assert f"take {name}" not in told
     assert ("sample_posterior" in told) <= (name != "AutoNormal")
+
+
+def test_data_on_another_device_are_refused():
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    guide = AutoPlanar(model, num_layers=2).materialize(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"args\[0\]: .*guide's device .*, got a tensor on meta"):
+        diagnose(model, guide, torch.ones(1, device="meta"))
