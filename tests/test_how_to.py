@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 
-pytestmark = pytest.mark.long
+import pyro_flowvi
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "how-to" / "several-processes.md").read_text()
+HOW_TO = ROOT / "docs" / "how-to"
+PAGE = (HOW_TO / "several-processes.md").read_text()
 SCRIPTS = {
     title: block
     for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -48,6 +52,7 @@ def test_all_scripts_are_run():
     assert list(SCRIPTS) == ["What is divided", "Latents of rows", "A loop of your own", "Lightning"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_fit(launcher, tmp_path):
     numbers, lines = run("What is divided", launcher, tmp_path)
@@ -56,6 +61,7 @@ def test_fit(launcher, tmp_path):
     assert (tmp_path / "run.ckpt").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_rows(launcher, tmp_path):
     (mu, *theta), _ = run("Latents of rows", launcher, tmp_path)
@@ -64,12 +70,27 @@ def test_rows(launcher, tmp_path):
     assert max(theta) - min(theta) > 0.5  # each group has its own
 
 
+@pytest.mark.long
 def test_own_loop(tmp_path):
     numbers, _ = run("A loop of your own", "torchrun", tmp_path)
     assert numbers == pytest.approx(WEIGHTS, abs=0.15)
 
 
+@pytest.mark.long
 def test_lightning(tmp_path):
     pytest.importorskip("lightning")
     numbers, _ = run("Lightning", "python", tmp_path)
     assert numbers == pytest.approx(WEIGHTS, abs=0.15)
+
+
+@pytest.mark.filterwarnings("ignore:.*eager.*")
+def test_gpu_on_the_cpu():
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```$", (HOW_TO / "gpu.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert '"cuda"' in block
+    x = torch.randn(30, 2)
+    names = {"pyro": pyro, "dist": dist, "pyro_flowvi": pyro_flowvi, "x": x, "y": (x[:, 0] > 0).to(x)}
+    exec(block.replace('"cuda"', '"cpu"'), names)
+    w = names["guide"].sample_posterior(500)["w"].mean(0)
+    assert w[0] > abs(w[1])
