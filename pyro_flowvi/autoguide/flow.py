@@ -189,7 +189,9 @@ class AutoFlow(RowFit):
         start = torch.zeros_like(loc)
         start[roots] = loc[roots]
         log_scale = affine.log_scale.data
-        affine.log_scale.data = torch.zeros_like(log_scale).index_copy(-1, roots, log_scale[roots])
+        affine.log_scale.data = torch.zeros_like(log_scale).index_copy(
+            -1, roots.to(log_scale.device), log_scale[roots]
+        )
         return start
 
     def _take_flat(self, why: str) -> None:
