@@ -1,6 +1,7 @@
 """The processes that train one model together, over ``torch.distributed``."""
 
 import atexit
+import io
 import math
 import os
 import time
@@ -54,10 +55,11 @@ class Ranks:
 
     :param rank: the number of this process, from 0.
     :param size: how many there are.
+    :param device: of this one's parameters.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size, self._device = rank, size, device
         self.flag = False
         """What this rank tells the others with its next gradient."""
         self.flagged = False
@@ -117,10 +119,10 @@ class Ranks:
         if self.alone:
             return grad, loss, dropped
         started = time.perf_counter()
-        # In two parts, of which the first alone may have too few digits.
-        high = torch.tensor(loss, dtype=torch.float32).item()
-        low = loss - high if math.isfinite(high) else 0.0
-        told = grad.new_tensor([share * high, share * low, float(dropped), share, float(self.flag)])
+        # Two parts, the first so short that it is summed without rounding: float32 has few digits for a loss.
+        high = torch.tensor(share * loss, dtype=torch.bfloat16).item()
+        low = share * loss - high if math.isfinite(high) else 0.0
+        told = grad.new_tensor([high, low, float(dropped), share, float(self.flag)])
         buffer = torch.cat([grad if share == 1.0 else grad * share, told])
         with self._together():
             dist.all_reduce(buffer)
@@ -166,10 +168,10 @@ class Ranks:
         """What rank 0 has in its place."""
         if self.alone:
             return value
-        box = [value]
+        box = [self._packed(value) if self.leads else None]
         with self._together():
             dist.broadcast_object_list(box, 0)
-        return box[0]
+        return value if self.leads else self._unpacked(box[0])
 
     def all(self, value: Any) -> list[Any]:
         """What all ranks have in its place, in their order."""
@@ -177,16 +179,31 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.size
         with self._together():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(found, self._packed(value))
+        return [self._unpacked(other) for other in found]
+
+    def _packed(self, value: Any) -> Any:
+        """What is sent: with tensors of a GPU, which is another one on each rank, as in a file."""
+        if self._device is None or self._device.type == "cpu":
+            return value
+        file = io.BytesIO()
+        torch.save(value, file)
+        return file.getvalue()
+
+    def _unpacked(self, sent: Any) -> Any:
+        if self._device is None or self._device.type == "cpu":
+            return sent
+        return torch.load(io.BytesIO(sent), map_location=self.place, weights_only=False)
+
+    def place(self, storage: Any, location: str) -> Any:
+        """Where a rank puts what another one has saved, as ``map_location`` of ``torch.load``."""
+        if location == "cpu" or self._device is None:
+            return storage
+        return storage.cpu() if self._device.type == "cpu" else storage.cuda(self._device.index)
 
     def every(self, value: bool) -> bool:
         """Whether something holds on all ranks."""
         return all(self.all(value))
-
-    def wait(self) -> None:
-        """Returns once all ranks have come so far."""
-        self.all(None)
 
     # -- checks --------------------------------------------------------------------------------------
 
@@ -337,20 +354,25 @@ def find_ranks(distributed: Distributed, device: torch.device) -> Ranks:
     if not ready:
         if int(os.environ["WORLD_SIZE"]) == 1:
             return ALONE
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group(_backend_for(device), timeout=PATIENCE)
         atexit.register(_leave)
     backend = str(dist.get_backend_config()) if dist.get_world_size() > 1 else "gloo"
     served = dict(part.split(":", 1) for part in backend.split(",") if ":" in part)
-    own = served.get(device.type, backend)
-    if "nccl" in own and (device.type != "cuda" or not torch.cuda.is_available()):
+    wanted = list(dict.fromkeys(("cpu", device.type)))
+    if (served and not set(wanted) <= set(served)) or ("nccl" in backend and not torch.cuda.is_available()):
         raise ValueError(
-            f"distributed: expected a process group that serves {device.type!r}, where the guide is, got "
+            f"distributed: expected a process group that serves {' and '.join(wanted)}, got "
             f"{backend!r}{'' if torch.cuda.is_available() else ' on a machine without GPUs'}; "
-            "use `torch.distributed.init_process_group('gloo')`"
+            f"use `torch.distributed.init_process_group({_backend_for(device)!r})`"
         )
     if not any(kind in backend for kind in ("gloo", "nccl", "mpi", "ucc")):
         raise ValueError(f"distributed: expected a process group of gloo or nccl, got {backend!r}")
-    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.get_world_size() > 1 else ALONE
+    size = dist.get_world_size()
+    return Ranks(dist.get_rank(), size, device) if size > 1 else ALONE
+
+
+def _backend_for(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _leave() -> None:

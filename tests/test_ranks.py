@@ -34,7 +34,7 @@ class TestFind:
         ("backend", "told"),
         [
             ("fake", "distributed: expected a process group of gloo or nccl, got 'fake'"),
-            ("nccl", "expected a process group that serves 'cpu'.*on a machine without GPUs"),
+            ("nccl", "expected a process group that serves cpu, got 'nccl' on a machine without GPUs"),
         ],
     )
     def test_a_group_that_cannot_serve(self, monkeypatch, backend, told):

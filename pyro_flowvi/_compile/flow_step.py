@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._program.log_density import REFUSALS
 from .._ranks import ALONE, Ranks
 from ..distributions.flow import standard_normal_log_prob
 from ..transforms._fused import pass_through
@@ -242,7 +243,7 @@ class FlowStep:
         except Exception as raised:  # the others are waiting
             error, self._loss, grad = raised, math.nan, torch.full_like(self._values, math.nan)
         grad = self._average(grad)
-        if error is not None:
+        if error is not None and not isinstance(error, REFUSALS):
             raise error
         return grad
 

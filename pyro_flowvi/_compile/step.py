@@ -10,6 +10,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from .._ranks import LostRank
 from .._types import Program
 from .errors import CannotCompile, brief
 from .inductor import lower
@@ -226,6 +227,8 @@ class CompiledStep:
         generator = torch.get_rng_state() if self._may_fail else None
         try:
             stats, *grads = self.run(*tensors)
+        except LostRank:
+            raise
         except Exception as error:
             if generator is not None:
                 torch.set_rng_state(generator)

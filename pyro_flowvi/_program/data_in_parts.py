@@ -44,7 +44,7 @@ class DataInParts:
 
     def divide(self, ranks: Ranks) -> None:
         """Makes the shares those in the data of all ranks."""
-        total = float(ranks.sum(torch.tensor(sum(self.shares), dtype=torch.float64)))
+        total = float(ranks.sum(torch.tensor(sum(self.shares), dtype=torch.float64, device="cpu")))
         self.shares = [share / total for share in self.shares]
 
     def __len__(self) -> int:

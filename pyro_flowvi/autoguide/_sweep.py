@@ -208,7 +208,10 @@ class Sweep:
         :param num: draws.
         """
         points = roots.repeat_interleave(num, 0)
-        outside = pull_back(self.nothing(), points, None, width)
+        nothing = points.new_full(points.shape[:1], torch.nan), torch.full_like(points, torch.nan)
+        outside = self.ranks.attempt(
+            lambda: pull_back(self.nothing(), points, None, width), nothing, REFUSALS
+        )
 
         def of_rows() -> tuple[Tensor, Tensor]:
             value, slope = (torch.zeros_like(part) for part in outside)
@@ -231,7 +234,9 @@ class Sweep:
         if not self.ranks.alone:
             total = self.ranks.sum(torch.cat([more.unsqueeze(-1), steeper], -1))
             more, steeper = total[:, 0], total[:, 1:]
-        return value + more, slope + steeper
+        value, slope = value + more, slope + steeper
+        self.ranks.lead(value, slope)  # each has what is known outside by itself
+        return value, slope
 
     @torch.no_grad()
     def log_weights(self, num: int, width: int) -> tuple[Tensor, Tensor]:

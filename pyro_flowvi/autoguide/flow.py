@@ -186,12 +186,10 @@ class AutoFlow(RowFit):
         roots = layer.plan.root_places()
         if self._flow_dim < self.latent_dim:
             return loc[roots]
-        start = torch.zeros_like(loc)
-        start[roots] = loc[roots]
+        start = torch.zeros_like(loc).index_put((roots,), loc[roots])
         log_scale = affine.log_scale.data
-        affine.log_scale.data = torch.zeros_like(log_scale).index_copy(
-            -1, roots.to(log_scale.device), log_scale[roots]
-        )
+        affine.log_scale.data = torch.zeros_like(log_scale)
+        affine.log_scale.data[..., roots] = log_scale[..., roots]
         return start
 
     def _take_flat(self, why: str) -> None:

@@ -108,14 +108,15 @@ class Supply:
         :raises ValueError: if there are none.
         """
         call = self(0)
-        if call is None:
+        found = self._ranks.all(None if call is None else _lengths(call))
+        if call is None or None in found:
             few = "" if self._ranks.alone else f" for each of {self._ranks.size} ranks"
             raise ValueError(f"batches: expected at least one batch{few}, got none")
-        self._lengths = _lengths(call)
+        self._lengths = found[0]
         return call
 
     def share(self, call: Call) -> float:
-        """How many rows a call has beside the first one: how much its gradient counts among others."""
+        """How many rows a call has beside the first one of rank 0: how much its gradient counts."""
         if self._ranks.alone or self.batches is None:
             return 1.0
         found = [own / first for own, first in zip(_lengths(call), self._lengths, strict=False) if first]

@@ -5,9 +5,9 @@ that all share, which rank 0 writes, names it; that file takes the place of the 
 there, and what is left of an unfinished set is not looked at.
 """
 
-import glob
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from .._ranks import ALONE, Ranks
+from .._ranks import ALONE, LostRank, Ranks
 from ._digest import digest
 from ._saved_state import part_of, regrouped, state_of_run
 from ._training_loop import TrainingLoop
@@ -24,8 +24,6 @@ from ._training_loop import TrainingLoop
 __all__ = ["Checkpoint", "fingerprint"]
 
 _FORMAT = "pyro_flowvi fit 3"
-_OF_RANKS = {"threads", "data"}
-"""What may differ in a run that goes on with another number of ranks: each sees other batches."""
 
 
 def fingerprint(settings: Mapping[str, Any], data: Any) -> dict[str, str]:
@@ -58,15 +56,18 @@ class Checkpoint:
     def _part(self, generation: int, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{generation}.rank{rank}")
 
-    def read(self, expected: Mapping[str, str], rows: Tensor | None = None) -> dict[str, Any] | None:
+    def read(
+        self, expected: Mapping[str, str], rows: Tensor | None = None, batches: bool = False
+    ) -> dict[str, Any] | None:
         """What the file holds, with this rank's part; None if there is none.
 
         :param expected: what describes this run.
         :param rows: those of this rank.
+        :param batches: whether each number of ranks sees other data first.
         :raises ValueError: on all ranks, if it is no checkpoint, is cut short, or is one of another run.
         """
         found = self._ranks.same(
-            self._together(lambda: self._read_shared(expected) if self._ranks.leads else None)
+            self._together(lambda: self._read_shared(expected, batches) if self._ranks.leads else None)
         )
         if found is None:
             return None
@@ -85,19 +86,22 @@ class Checkpoint:
         result = None
         try:
             result = act()
-        except (OSError, ValueError) as raised:
+        except LostRank:
+            raise
+        except Exception as raised:
             error = raised
         failed = next((other for other in self._ranks.all(error) if other is not None), None)
         if failed is not None:
             raise failed
         return result
 
-    def _read_shared(self, expected: Mapping[str, str]) -> dict[str, Any] | None:
+    def _read_shared(self, expected: Mapping[str, str], batches: bool) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         state = self._load(self.path)
         found = state["fingerprint"]
-        free = set() if state["ranks"] == self._ranks.size else _OF_RANKS
+        other = state["ranks"] != self._ranks.size
+        free = {name for name, may in (("threads", other), ("data", other and batches)) if may}
         keys = [key for key in expected if key not in free and found.get(key) != expected[key]]
         if keys:
             told = ", ".join(f"{key} ({str(found.get(key))[:80]}, now {expected[key][:80]})" for key in keys)
@@ -114,7 +118,8 @@ class Checkpoint:
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            state = torch.load(path, weights_only=True)
+            place = None if self._ranks.alone else self._ranks.place
+            state = torch.load(path, map_location=place, weights_only=True)
         except Exception as error:
             raise ValueError(
                 f"checkpoint: expected a file that fit has written, got {str(path)!r}, which is "
@@ -145,10 +150,11 @@ class Checkpoint:
             self._together(lambda: self._save(self.path, shared) if ranks.leads else None)
         self._generation = generation
         if ranks.leads:
-            kept = {self._part(generation, rank) for rank in range(ranks.size)} if not ranks.alone else set()
-            for old in self.path.parent.glob(f"{glob.escape(self.path.name)}.*.rank*"):
-                if old not in kept:
-                    old.unlink(missing_ok=True)
+            own = re.compile(rf"{re.escape(self.path.name)}\.(\d+)\.rank\d+(\.partial)?")
+            for path in self.path.parent.iterdir():
+                found = own.fullmatch(path.name)
+                if found and (ranks.alone or int(found[1]) != generation):
+                    path.unlink(missing_ok=True)
 
     def _save(self, path: Path, state: Mapping[str, Any]) -> None:
         """Writes a neighbouring file first, which then takes this one's place."""

@@ -224,7 +224,8 @@ def fit(
         ``guide.gather_rows()`` is called on all.  Rank 0 alone shows progress and warnings.  A checkpoint has
         a file beside it for each process, and may be gone on from with another number of them.
     :param progress: shows a progress bar, which tells of the search before the steps as well.
-    :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state.
+    :return: losses, best state, reason to stop, wall time.  Ctrl-C ends the run early with the best state;
+        of several ranks it ends the process.
     :raises ValueError: if an argument is not of the described kind, model and guide are swapped, Pyro's
         validation refuses the shape of a site (a forgotten plate or ``to_event``), the data are no tensors,
         have NaN, or lie on another device than the guide, improper priors leave the posterior flat along a
@@ -272,6 +273,8 @@ def fit(
         check_batch(name, model, {} if call is None else call[1])
     check_devices(model, guide, *first)
     check_same_call(ranks, options, first)
+    if changing:
+        first = ranks.same(first)
     with Bar(type(guide).__name__, num_steps, progress and ranks.leads) as bar, quiet_but_first(ranks):
         answers = as_fit_guide(model, guide)
         answers.set_up(*first, all_data=not changing)
@@ -279,7 +282,7 @@ def fit(
             answers.gather_rows()
             if answers.rows_by_batch:
                 supply.keep_rows()
-                first = supply.first()
+                first = ranks.same(supply.first())
         if changing and not answers.amortised:
             check_rows_known(model, guide, first)
         needed = answers.can_move() or answers.pushforward(model) is not None
@@ -336,7 +339,7 @@ def fit(
             settings = settings_of({**options, "num_steps": num_steps, "objective": objective}, pair, answers)
             identity = fingerprint(settings, (first, validation))
             saved, save = (
-                file.read(identity, None if sweep is None else sweep.own),
+                file.read(identity, None if sweep is None else sweep.own, batches is not None),
                 partial(file.write, loop, identity),
             )
         try:

@@ -22,6 +22,7 @@ __all__ = ["check_same_call", "check_same_sites", "quiet_but_first", "ranks_of",
 
 OPTIONS = ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
 """Those that all ranks have to give alike, and that tell by themselves what they are."""
+GIVEN = ("batches", "validation", "init", "checkpoint", "optim", "loss")
 
 
 def ranks_of(options: Mapping[str, Any]) -> Ranks:
@@ -39,6 +40,7 @@ def ranks_of(options: Mapping[str, Any]) -> Ranks:
     if ranks.alone:
         return ranks
     ranks.check_same({name: repr(options[name]) for name in OPTIONS})
+    ranks.check_same({f"whether {name} is given": options[name] is not None for name in GIVEN})
     if options["seed"] is None:
         pyro.set_rng_seed(ranks.same(int(torch.randint(2**31, (1,), device="cpu"))))
     return ranks
@@ -67,6 +69,7 @@ def check_same_call(ranks: Ranks, options: Mapping[str, Any], call: Call) -> Non
         }
     )
     ranks.check_same({} if given else {"args: contents of data, by a checksum,": digest(call)})
+    ranks.check_same({"validation: contents, by a checksum,": digest(options["validation"])})
 
 
 def _name(program: Any) -> str:

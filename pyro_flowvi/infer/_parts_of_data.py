@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from .._ranks import Ranks
@@ -54,7 +54,7 @@ def in_turn(batches: Any, ranks: Ranks) -> Iterator[Any]:
     """
     if ranks.alone or _divided(batches, ranks):
         yield from _rounds(batches)
-    elif isinstance(batches, DataLoader) and batches.batch_sampler is not None:
+    elif _has_rows(batches) and batches.batch_sampler is not None:
         yield from _rounds(_with(batches, batch_sampler=_Turns(batches.batch_sampler, ranks)), ranks.size)
     else:
         source = _rounds(batches)
@@ -68,7 +68,9 @@ def fixed_part(batches: Any, ranks: Ranks) -> Any:
         return batches
     if isinstance(batches, list | tuple):
         return batches[ranks.rank :: ranks.size] if len(batches) >= ranks.size else None
-    plain = isinstance(batches, DataLoader) and type(batches.sampler) in (RandomSampler, SequentialSampler)
+    plain = _has_rows(batches) and type(batches.sampler) in (RandomSampler, SequentialSampler)
+    plain = plain and len(batches.sampler) == len(batches.dataset)
+    plain = plain and not getattr(batches.sampler, "replacement", False)
     if not plain or batches.batch_size is None or len(batches.dataset) < ranks.size:
         return None
     rows = range(ranks.rank, len(batches.dataset), ranks.size)
@@ -79,6 +81,11 @@ def fixed_part(batches: Any, ranks: Ranks) -> Any:
         shuffle=isinstance(batches.sampler, RandomSampler),
         drop_last=batches.drop_last,
     )
+
+
+def _has_rows(batches: Any) -> bool:
+    """Whether batches are those of a loader that names the rows of each."""
+    return isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
 
 
 def _divided(batches: Any, ranks: Ranks) -> bool:

@@ -342,12 +342,12 @@ class TrainingLoop:
         self.bar.begin(progress.step)
         try:
             reason = self._take_all(save, seconds)
-        except KeyboardInterrupt:
-            reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
-        except LostRank:
+        except (KeyboardInterrupt, LostRank) as error:
             if run.best:
                 run.restore()
-            raise
+            if isinstance(error, LostRank) or not run.ranks.alone:  # which are left waiting
+                raise
+            reason = "interrupted"  # in the middle of a step: the last checkpoint stays as it is
         except FitDiverged:
             if save is not None:
                 progress.failures = 0

@@ -39,7 +39,7 @@ def one_at_a_time(count=10):
 def both(request):
     """The parts of ten rows, and the density of all rows."""
     program = request.param
-    parts = in_rows(UnconstrainedModel(program), program, row_plate(program, (), {}), 10)
+    parts = in_rows(UnconstrainedModel(program), program, row_plate(program, (), {}), 10, range(N))
     return parts, UnconstrainedModel(program, (None,))
 
 

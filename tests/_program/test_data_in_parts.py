@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_flowvi._program.call import as_call
 from pyro_flowvi._program.data_in_parts import in_batches, in_rows, row_plate
 from pyro_flowvi._program.log_density import UnconstrainedModel
+from pyro_flowvi._ranks import ALONE
 
 N, B = 23, 5
 GENERATOR = torch.Generator().manual_seed(0)
@@ -86,13 +87,13 @@ def assert_whole(parts):
     [(by_plate, 8, 3), (by_plate, 100, 1), (by_plate, 2, 5), (of_a_fixed_size, 8, 5)],
 )
 def test_rows_of_a_plate(model, size, number):
-    parts = in_rows(UnconstrainedModel(model), model, row_plate(model, (), {}), size)
+    parts = in_rows(UnconstrainedModel(model), model, row_plate(model, (), {}), size, range(N))
     assert len(parts) == number
     assert_whole(parts)
 
 
 def test_epochs_have_other_parts():
-    parts = in_rows(UnconstrainedModel(by_plate), by_plate, row_plate(by_plate, (), {}), 8)
+    parts = in_rows(UnconstrainedModel(by_plate), by_plate, row_plate(by_plate, (), {}), 8, range(N))
 
     def first(epoch):
         parts.order(epoch)
@@ -115,6 +116,7 @@ def test_batches_of_an_epoch(name):
     model, batches = LISTS[name]
     args, kwargs = as_call(next(iter(batches)))
     parts = in_batches(UnconstrainedModel(model, args, kwargs), model, batches, as_call)
+    parts.divide(ALONE)
     assert len(parts) == 5
     assert_whole(parts)
 

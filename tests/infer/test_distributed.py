@@ -165,6 +165,20 @@ def elbo():
     return Trace_ELBO(num_particles=3, vectorize_particles=True)
 
 
+def fit_ragged(size):
+    """Losses of a fit to batches of which the first on rank 1 is the short one."""
+    with_common_noise(moves=False)
+    x, y = points()
+    cuts = [20, 10, 30, 20, 20, 20] if size == 1 else [30, 50, 40]
+    found = list(zip(x.split(cuts), y.split(cuts), strict=True))
+    model = regression()
+    guide = AutoRealNVP(model)
+    result = fit(
+        model, guide, batches=found, loss=elbo(), compile=False, num_steps=6, lr=0.01, seed=0, progress=False
+    )
+    return result.losses, None, numbers(guide)
+
+
 class TestAgainstOneProcess:
     """Two ranks with batches of 15 rows and one with batches of 30, on the same noise."""
 
@@ -191,6 +205,13 @@ class TestAgainstOneProcess:
         """Batches of 16, the last of which has 8 rows: with that before it, as one of 24."""
         options = {"loss": elbo(), "compile": False, "num_steps": 4, "lr": 0.01}
         assert close(*self.compared(tmp_path, 2, 16, [32, 32, 32, 24], options))
+
+    @pytest.mark.long
+    def test_a_shorter_first_batch_counts_less(self, tmp_path):
+        one, two = on_ranks(tmp_path / "several", 2, fit_ragged, 1)
+        (alone,) = on_ranks(tmp_path / "alone", 1, fit_ragged, 2)
+        assert close(one, two, 0.0)
+        assert close(one, alone)
 
     @pytest.mark.long
     @pytest.mark.parametrize(("kind", "size"), [("all data", None), ("a plate", 20), ("batches", 20)])
@@ -327,6 +348,8 @@ def differ(kind):
         y = torch.ones(5)
     if kind == "data" and rank == 1:
         y = torch.zeros(4)
+    if kind == "checkpoint" and rank == 0:
+        options["checkpoint"] = os.devnull + "/run.pt"
     if kind == "model" and rank == 1:
 
         def model(y):
@@ -405,6 +428,7 @@ class TestFailures:
             ("seed", "seed: expected the same on all ranks, got '0' on rank 0 and '1' on rank 1"),
             ("shape", "args: forms of data: expected the same on all ranks, got 'torch.float64 (4,)'"),
             ("data", "args: contents of data"),
+            ("checkpoint", "whether checkpoint is given: expected the same on all ranks, got True on rank 0"),
             ("model", "model: expected the same on all ranks, got 'normals_of_rows'"),
             ("latents", "model: latents: expected the same on all ranks"),
         ],
@@ -475,7 +499,8 @@ class TestResume:
         ],
     )
     def test_of_ranks_that_were_killed(self, tmp_path, kind, victims, moment):
-        file = tmp_path / "run.pt"
+        file, stranger = tmp_path / "run.pt", tmp_path / "run.pt.b.3.rank0"
+        stranger.touch()  # of another run
         whole = on_ranks(tmp_path / "whole", 2, fit_saved, kind, tmp_path / "whole.pt")
         killed = on_ranks(
             tmp_path / "killed", 2, fit_saved, kind, file, victims, moment, patience=timedelta(seconds=10)
@@ -487,6 +512,7 @@ class TestResume:
             assert torch.equal(one[0], other[0])
             assert torch.equal(one[2], other[2])
             assert equal(one[1], other[1])
+        stranger.unlink()
         left = sorted(path.name.rsplit(".", 1)[-1] for path in tmp_path.glob("run.pt*"))
         assert left == ["pt", "rank0", "rank1"]
 
