@@ -100,7 +100,7 @@ class FlowStep:
         noise_weights: Weights = _alike,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._transform, self.params, self._density, self._ranks = transform, params, density, ranks
+        self._transform, self.params, self._density, self.ranks = transform, params, density, ranks
         self._changing, self._weights = list(changing), noise_weights
         self._limits = torch.full((2,), math.inf, dtype=torch.float64) if limits is None else limits
         self._homes = [param.data for param in params]
@@ -234,7 +234,7 @@ class FlowStep:
     def _gradient(self) -> Tensor:
         """The gradient of the loss at new noise, averaged over the ranks; keeps the loss."""
         noise = torch.randn(**self._noise)
-        if self._ranks.alone:
+        if self.ranks.alone:
             found: Tensor = self._run(noise)[0]
             return found
         error: Exception | None = None
@@ -247,9 +247,15 @@ class FlowStep:
             raise error
         return grad
 
+    def give_up(self) -> StepStats:
+        """A step that this rank cannot take, of which the others hear."""
+        self._loss = math.nan
+        self._average(torch.full_like(self._values, math.nan))
+        return StepStats(math.nan, self._dropped, math.nan)
+
     def _average(self, grad: Tensor) -> Tensor:
         """The mean of the ranks' gradients; keeps that of their losses."""
-        grad, self._loss, self._dropped = self._ranks.average(grad, self._loss, self._dropped)
+        grad, self._loss, self._dropped = self.ranks.average(grad, self._loss, self._dropped)
         return grad
 
     def _norm(self, grad: Tensor) -> float:

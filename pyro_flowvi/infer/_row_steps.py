@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._compile.flow_step import FlowStep
 from .._compile.step import StepStats
+from .._program.log_density import REFUSALS
 from .._program.log_weights import LogWeights
 from .._ranks import Ranks
 from ..autoguide._pages import Call, View
@@ -140,7 +141,7 @@ class RowStep(FlowStep):
         """Where rows get their messages that no pass has shown."""
         self._view = view = self._rows.first_view()
         self._tables, layer = sweep.tables, view.layer
-        self._ranks = sweep.ranks
+        self.ranks = sweep.ranks
         self._turn(*self._first_rows(), 1.0)
         self._shown, self._weight = view.page.rows.cpu(), view.page.weights
         self._real = torch.ones_like(self._shown, dtype=torch.bool)
@@ -175,7 +176,7 @@ class RowStep(FlowStep):
 
     def _first_rows(self) -> tuple[Tensor, Call | None]:
         """Rows of this rank to begin with, and their data where these come with the rows."""
-        if self._ranks.alone:
+        if self.ranks.alone:
             return self._view.page.rows.clone(), None
         if self._rows.plate.given:
             return self._sweep.filled(self._sweep.calls[0])[:2]
@@ -191,7 +192,7 @@ class RowStep(FlowStep):
         num = -(-size // count)
         extra = num * count - size
         dealt = torch.cat([order, order[:extra]])
-        each = float(self._ranks.size * num)
+        each = float(self.ranks.size * num)
         weights = self._view.page.weights.new_full((num * count,), each)
         if extra:
             weights[:extra] = weights[-extra:] = 0.5 * each
@@ -247,7 +248,7 @@ class RowStep(FlowStep):
 
     def _average(self, grad: Tensor) -> Tensor:
         shared = grad[: self._count_shared]
-        mean, self._loss, self._dropped = self._ranks.average(shared, self._loss, self._dropped)
+        mean, self._loss, self._dropped = self.ranks.average(shared, self._loss, self._dropped)
         shared.copy_(mean)
         return grad
 
@@ -346,7 +347,13 @@ class RowSteps(FlowSteps):
     def take(self, svi: SVI, args: Any, kwargs: Any, count: int, left: int | None) -> list[StepStats]:
         self.started, found = True, list[StepStats]()
         for _ in range(count):
-            self._step.turn(args, kwargs)
+            try:
+                self._step.turn(args, kwargs)
+            except REFUSALS:
+                if self._step.ranks.alone:
+                    raise
+                found.append(self._step.give_up())
+                break
             found.append(self._step(self.rate))
             if not math.isfinite(found[-1].loss):
                 break

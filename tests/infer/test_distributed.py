@@ -375,6 +375,23 @@ def one_batch():
     fit(model, AutoRealNVP(model), batches=[(y, rows)], seed=0)
 
 
+def refused_batch():
+    """A fit in which rank 1 is once given more rows than a page has, after a pass that shows all."""
+    y, model, shown = data(40), given(40), [0]
+
+    def supply(i):
+        step, rank = divmod(i, 2)
+        shown[0] += rank == 1 and step == 6
+        rows = torch.arange(40).split(5)[rank::2][step % 4]
+        rows = torch.cat([rows, rows]) if rank == 1 and step == 6 and shown[0] == 2 else rows
+        return y[rows], rows
+
+    guide = AutoRealNVP(model)
+    result = fit(model, guide, batches=supply, num_steps=20, seed=0)
+    guide.gather_rows()
+    return result.num_restarts, result.losses, numbers(guide)
+
+
 def moved_apart():
     """A fit in which rank 1 changes a parameter of its own accord."""
     guide = AutoPlanar(normals_of_rows, num_layers=2)
@@ -400,6 +417,14 @@ class TestFailures:
     def test_numbers_that_are_none_on_one_rank_take_all_back(self, tmp_path):
         one, two = on_ranks(tmp_path / "ranks", 2, bad_data, 1)
         assert one[:2] == two[:2] == (1, 60)
+        assert equal(one[2], two[2])
+
+    @pytest.mark.long
+    def test_a_batch_that_one_rank_refuses_takes_all_back(self, tmp_path):
+        one, two = on_ranks(tmp_path / "ranks", 2, refused_batch)
+        assert one[0] == two[0] == 1
+        assert len(one[1]) == 20
+        assert torch.equal(one[1], two[1])
         assert equal(one[2], two[2])
 
     @pytest.mark.long
