@@ -354,7 +354,7 @@ def find_ranks(distributed: Distributed, device: torch.device) -> Ranks:
     if not ready:
         if int(os.environ["WORLD_SIZE"]) == 1:
             return ALONE
-        dist.init_process_group(_backend_for(device), timeout=PATIENCE)
+        _meet(_backend_for(device))
         atexit.register(_leave)
     backend = str(dist.get_backend_config()) if dist.get_world_size() > 1 else "gloo"
     served = dict(part.split(":", 1) for part in backend.split(",") if ":" in part)
@@ -369,6 +369,20 @@ def find_ranks(distributed: Distributed, device: torch.device) -> Ranks:
         raise ValueError(f"distributed: expected a process group of gloo or nccl, got {backend!r}")
     size = dist.get_world_size()
     return Ranks(dist.get_rank(), size, device) if size > 1 else ALONE
+
+
+def _meet(backend: str) -> None:
+    """Makes the process group of a launch.
+
+    The store of ``torchrun`` outlives the processes: after a restart they would find the addresses of the
+    dead ones there, but for a prefix.  Each machine counts its own restarts, so that several do as torch does.
+    """
+    from torch.distributed.rendezvous import rendezvous  # not in builds without processes
+
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def _backend_for(device: torch.device) -> str:
