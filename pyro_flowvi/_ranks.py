@@ -375,13 +375,15 @@ def _meet(backend: str) -> None:
     """Makes the process group of a launch.
 
     The store of ``torchrun`` outlives the processes: after a restart they would find the addresses of the
-    dead ones there, but for a prefix.  Each machine counts its own restarts, so that several do as torch does.
+    dead ones there, but for a prefix.  Each machine counts its own restarts: several do as torch does.
     """
     from torch.distributed.rendezvous import rendezvous  # not in builds without processes
 
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+        )
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
