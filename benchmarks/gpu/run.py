@@ -20,8 +20,6 @@ error, the others go on, and the exit status is 1.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -36,6 +34,7 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 
 import pyro_flowvi
+from benchmarks.common.setting import setting
 from pyro_flowvi.models import Minibatches, MLPDecoder, MLPEncoder
 from pyro_flowvi.objectives import TraceSTL_ELBO
 
@@ -164,6 +163,19 @@ def graphs(device: torch.device, quick: bool, time_left: Callable[[], float]) ->
     yield row
 
 
+def fitted(model: Any, guide: Any, *data: torch.Tensor, num_steps: int) -> dict[str, Any]:
+    """How long a fit took, and what of it."""
+    device, start = data[0].device, time.perf_counter()
+    result = pyro_flowvi.fit(model, guide, *data, num_steps=num_steps, seed=0, progress=False)
+    wait(device)
+    return {
+        "fit_seconds": time.perf_counter() - start,
+        "steps": len(result.losses),
+        "start": result.start,
+        "peak_mib": peak_mib(device),
+    }
+
+
 def regression(device: torch.device, quick: bool, time_left: Callable[[], float]) -> Lines:
     rows, columns = (10_000, 20) if quick else (1_000_000, 100)
     generator = torch.Generator().manual_seed(0)
@@ -178,18 +190,13 @@ def regression(device: torch.device, quick: bool, time_left: Callable[[], float]
             pyro.sample("y", dist.Bernoulli(logits=w @ x.mT), obs=y)
 
     guide = pyro_flowvi.AutoRealNVP(model)
-    start = time.perf_counter()
-    result = pyro_flowvi.fit(model, guide, x, y, num_steps=10 if quick else 50, seed=0, progress=False)
-    wait(device)
+    found = fitted(model, guide, x, y, num_steps=10 if quick else 50)
     mean = guide.sample_posterior(1000)["w"].mean(0).cpu()
     yield {
         "rows": rows,
         "columns": columns,
-        "fit_seconds": time.perf_counter() - start,
-        "steps": len(result.losses),
-        "start": result.start,
+        **found,
         "error_of_mean": float((mean - truth).norm()),
-        "peak_mib": peak_mib(device),
     }
 
 
@@ -222,37 +229,16 @@ def rows(device: torch.device, quick: bool, time_left: Callable[[], float]) -> L
             pyro.sample("y", dist.Normal(own, 0.5), obs=y[i])
 
     guide = pyro_flowvi.AutoRealNVP(model)
-    start = time.perf_counter()
-    result = pyro_flowvi.fit(model, guide, y, num_steps=20 if quick else 200, seed=0, progress=False)
-    wait(device)
-    yield {
-        "rows": number,
-        "page": page,
-        "fit_seconds": time.perf_counter() - start,
-        "steps": len(result.losses),
-        "start": result.start,
-        "peak_mib": peak_mib(device),
-    }
+    yield {"rows": number, "page": page, **fitted(model, guide, y, num_steps=20 if quick else 200)}
 
 
 PARTS = {"steps": steps, "graphs": graphs, "regression": regression, "vae": vae, "rows": rows}
 
 
 def about(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Machine, versions and commit of a line."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": device.type,
-        "machine": name,
-        "threads": torch.get_num_threads(),
-        "quick": quick,
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-        "commit": found.stdout.strip() or None,
-    }
+    """Device, machine, versions and commit of a line."""
+    found = {"device": device.type, "threads": torch.get_num_threads(), "quick": quick, **setting()}
+    return found | ({"machine": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def run_part(name: str, device: torch.device, quick: bool) -> Lines:

@@ -39,6 +39,7 @@ from torch import Tensor
 import pyro_flowvi
 from benchmarks.common import minibatch_models
 from benchmarks.common.scoring import Row, markdown, median, number, read
+from benchmarks.common.setting import setting
 from benchmarks.scale import ten_million
 from pyro_flowvi.infer._training_loop import TrainingLoop
 
@@ -119,7 +120,7 @@ def counted() -> Iterator[list[Any]]:
     :raises RuntimeError: if the package's fits have one process only.
     """
     try:
-        module = importlib.import_module("pyro_flowvi._ranks")
+        module = importlib.import_module("pyro_flowvi._launch")
     except ModuleNotFoundError as error:
         raise RuntimeError("expected a pyro_flowvi whose fits can have several processes") from error
     own, found = module.find_ranks, []
@@ -365,12 +366,12 @@ def main() -> None:
         worker(options.worker[0], int(options.worker[1]))
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    setting, rows = ten_million.setting(), []
+    place, rows = setting(), []
     for repeat in range(options.repeats):
         for name in options.fits:
             for shape in SHAPES:
                 row = {"benchmark": "scaling", "fit": name, "shape": shape, "repeat": repeat}
-                row |= launch(name, shape) | setting
+                row |= launch(name, shape) | place
                 rows.append(row)
                 print(f"{name}, {shape}, {repeat}: {1e3 * row['step']:.2f} ms", flush=True)
                 with options.output.open("a") as file:

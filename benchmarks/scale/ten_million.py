@@ -24,9 +24,7 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +39,7 @@ import torch
 from torch import Tensor
 
 import pyro_flowvi
+from benchmarks.common.setting import setting
 
 EACH = 100
 """Observations of a group."""
@@ -160,24 +159,6 @@ def peaks() -> list[float]:
     found: list[Any] = [None] * ranks.get_world_size()
     ranks.all_gather_object(found, peak())
     return found
-
-
-def setting() -> dict[str, Any]:
-    """Machine, versions and commit of a measurement."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    try:
-        root = Path(__file__).parents[2]
-        told = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        commit = subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = ""
-    return {
-        "machine": f"{cpu or platform.processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, Pyro {pyro.__version__}",
-        "commit": commit,
-    }
 
 
 def awaited(path: Path, rank: int, groups: int) -> Tensor:

@@ -156,9 +156,9 @@ class TestCounted:
         assert all(seconds > 0.0 for _, seconds, *_ in calls)
 
     def test_keeps_what_a_fit_finds(self, monkeypatch):
-        module, user = ModuleType("pyro_flowvi._ranks"), ModuleType("pyro_flowvi.user")
+        module, user = ModuleType("pyro_flowvi._launch"), ModuleType("pyro_flowvi.user")
         module.find_ranks = user.find_ranks = own = lambda *args: ("ranks", *args)
-        monkeypatch.setitem(sys.modules, "pyro_flowvi._ranks", module)
+        monkeypatch.setitem(sys.modules, "pyro_flowvi._launch", module)
         monkeypatch.setitem(sys.modules, "pyro_flowvi.user", user)
         with scaling.counted() as found:
             assert user.find_ranks("auto") == ("ranks", "auto")
@@ -166,6 +166,6 @@ class TestCounted:
         assert module.find_ranks is user.find_ranks is own
 
     def test_says_what_is_missing(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "pyro_flowvi._ranks", None)
+        monkeypatch.setitem(sys.modules, "pyro_flowvi._launch", None)
         with pytest.raises(RuntimeError, match="fits can have several processes"), scaling.counted():
             pass
