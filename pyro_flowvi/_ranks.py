@@ -1,14 +1,11 @@
 """The processes that train one model together, over ``torch.distributed``."""
 
-import atexit
 import io
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +13,7 @@ from torch import Tensor
 
 from ._noise import noise_state, set_noise_state
 
-__all__ = ["ALONE", "Distributed", "LostRank", "Ranks", "find_ranks"]
-
-Distributed = Literal["auto"] | bool
-
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for the others, where the user has not made the process group."""
+__all__ = ["ALONE", "LostRank", "Ranks"]
 
 
 class LostRank(ConnectionError):
@@ -108,6 +100,23 @@ class Ranks:
         with self._together():
             dist.all_reduce(total)
         return total
+
+    def sum_both(
+        self,
+        of_own: Callable[[], tuple[Tensor, Tensor]],
+        otherwise: tuple[Tensor, Tensor],
+        refusals: Sequence[type[Exception]],
+    ) -> tuple[Tensor, Tensor]:
+        """Totals over all ranks of values ``(P,)`` and slopes ``(P, D)``, in one message.
+
+        :param of_own: computes those of this rank.
+        :param otherwise: what counts where it cannot, among others.
+        """
+        value, slope = self.attempt(of_own, otherwise, refusals)
+        if self.alone:
+            return value, slope
+        total = self.sum(torch.cat([value.unsqueeze(-1), slope.to(value)], -1))
+        return total[:, 0], total[:, 1:].to(slope)
 
     def average(
         self, grad: Tensor, loss: float, dropped: int = 0, share: float = 1.0
@@ -325,72 +334,3 @@ def _checksum(param: Tensor) -> int:
 
 
 ALONE = Ranks()
-
-
-def _launched() -> bool:
-    """Whether this process was started by ``torchrun``, or as it does."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-
-
-def find_ranks(distributed: Distributed, device: torch.device) -> Ranks:
-    """The processes of a fit; the process group is initialised where there is none.
-
-    :param distributed: False for this process alone, True to demand others, "auto" to look.
-    :param device: of the parameters.
-    :raises ValueError: if there are no others, or their process group cannot serve the device.
-    """
-    if distributed not in (True, False, "auto"):
-        raise ValueError(f"distributed: expected True, False or 'auto', got {distributed!r}")
-    if distributed is False:
-        return ALONE
-    ready = dist.is_available() and dist.is_initialized()
-    if not ready and not (dist.is_available() and _launched()):
-        if distributed is True:
-            raise ValueError(
-                "distributed: expected a process group or the environment of torchrun with True, got "
-                "neither; start the script by `torchrun --nproc-per-node 2 script.py`"
-            )
-        return ALONE
-    if not ready:
-        if int(os.environ["WORLD_SIZE"]) == 1:
-            return ALONE
-        _meet(_backend_for(device))
-        atexit.register(_leave)
-    backend = str(dist.get_backend_config()) if dist.get_world_size() > 1 else "gloo"
-    served = dict(part.split(":", 1) for part in backend.split(",") if ":" in part)
-    wanted = list(dict.fromkeys(("cpu", device.type)))
-    if (served and not set(wanted) <= set(served)) or ("nccl" in backend and not torch.cuda.is_available()):
-        raise ValueError(
-            f"distributed: expected a process group that serves {' and '.join(wanted)}, got "
-            f"{backend!r}{'' if torch.cuda.is_available() else ' on a machine without GPUs'}; "
-            f"use `torch.distributed.init_process_group({_backend_for(device)!r})`"
-        )
-    if not any(kind in backend for kind in ("gloo", "nccl", "mpi", "ucc")):
-        raise ValueError(f"distributed: expected a process group of gloo or nccl, got {backend!r}")
-    size = dist.get_world_size()
-    return Ranks(dist.get_rank(), size, device) if size > 1 else ALONE
-
-
-def _meet(backend: str) -> None:
-    """Makes the process group of a launch.
-
-    The store of ``torchrun`` outlives the processes: after a restart they would find the addresses of the
-    dead ones there, but for a prefix.  Each machine counts its own restarts: several do as torch does.
-    """
-    from torch.distributed.rendezvous import rendezvous  # not in builds without processes
-
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(  # type: ignore[attr-defined]
-            f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-        )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-
-
-def _backend_for(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -7,7 +7,8 @@ import torch
 import torch.distributed
 from torch.testing._internal.distributed import fake_pg
 
-from pyro_flowvi._ranks import ALONE, LostRank, Ranks, find_ranks
+from pyro_flowvi._launch import find_ranks
+from pyro_flowvi._ranks import ALONE, LostRank, Ranks
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")

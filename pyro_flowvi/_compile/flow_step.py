@@ -237,21 +237,24 @@ class FlowStep:
         if self.ranks.alone:
             found: Tensor = self._run(noise)[0]
             return found
-        error: Exception | None = None
         try:
             grad = self._run(noise)[0]
-        except Exception as raised:  # the others are waiting
-            error, self._loss, grad = raised, math.nan, torch.full_like(self._values, math.nan)
-        grad = self._average(grad)
-        if error is not None and not isinstance(error, REFUSALS):
-            raise error
-        return grad
+        except Exception as error:
+            grad = self._without_gradient()
+            if not isinstance(error, REFUSALS):
+                raise
+            return grad
+        return self._average(grad)
 
     def give_up(self) -> StepStats:
-        """A step that this rank cannot take, of which the others hear."""
-        self._loss = math.nan
-        self._average(torch.full_like(self._values, math.nan))
+        """A step that this rank cannot take."""
+        self._without_gradient()
         return StepStats(math.nan, self._dropped, math.nan)
+
+    def _without_gradient(self) -> Tensor:
+        """Tells the others, who wait, that there is none."""
+        self._loss = math.nan
+        return self._average(torch.full_like(self._values, math.nan))
 
     def _average(self, grad: Tensor) -> Tensor:
         """The mean of the ranks' gradients; keeps that of their losses."""

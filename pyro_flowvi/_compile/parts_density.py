@@ -38,10 +38,7 @@ class WholeDensity:
         """Of points of shape ``(P, D)``, shapes ``(P,)`` and ``(P, D)``."""
         self.passes += 1
         nothing = z.new_full(z.shape[:1], torch.nan, dtype=torch.float64), torch.full_like(z, torch.nan)
-        value, gradient = self.ranks.attempt(lambda: self._of_own_parts(z), nothing, REFUSALS)
-        if not self.ranks.alone:
-            total = self.ranks.sum(torch.cat([value.unsqueeze(-1), gradient.double()], -1))
-            value, gradient = total[:, 0], total[:, 1:].to(z.dtype)
+        value, gradient = self.ranks.sum_both(lambda: self._of_own_parts(z), nothing, REFUSALS)
         return value.to(z.dtype), gradient
 
     def _of_own_parts(self, z: Tensor) -> tuple[Tensor, Tensor]:

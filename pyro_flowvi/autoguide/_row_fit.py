@@ -8,9 +8,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .._launch import find_ranks
 from .._program.log_density import REFUSALS, UnconstrainedModel
 from .._program.rows import showing
-from .._ranks import ALONE, Ranks, find_ranks
+from .._ranks import ALONE, Ranks
 from .._types import Program
 from ..init.gaussians import normal_noise
 from ..transforms import Compose

@@ -230,10 +230,7 @@ class Sweep:
     ) -> tuple[Tensor, Tensor]:
         """What is known outside of the rows, and the sum of theirs over all ranks."""
         nothing = torch.full_like(value, torch.nan), torch.full_like(slope, torch.nan)
-        more, steeper = self.ranks.attempt(of_rows, nothing, REFUSALS)
-        if not self.ranks.alone:
-            total = self.ranks.sum(torch.cat([more.unsqueeze(-1), steeper], -1))
-            more, steeper = total[:, 0], total[:, 1:]
+        more, steeper = self.ranks.sum_both(of_rows, nothing, REFUSALS)
         value, slope = value + more, slope + steeper
         self.ranks.lead(value, slope)  # each has what is known outside by itself
         return value, slope

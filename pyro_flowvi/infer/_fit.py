@@ -15,11 +15,12 @@ from pyro.optim import PyroOptim
 from .._checks import check_positive_int
 from .._compile.inductor import PARALLEL_FROM
 from .._compile.optimizers import as_pyro_optim
+from .._launch import Distributed
 from .._program.call import as_keywords, check_batch
 from .._program.devices import check_devices
 from .._program.log_weights import LogWeights
 from .._program.rows import check_rows_known
-from .._ranks import Distributed, Ranks
+from .._ranks import Ranks
 from .._types import CompileMode, Program
 from ..autoguide._protocol import Taken, as_fit_guide
 from ..objectives._choice import as_objective, objective_for
@@ -355,10 +356,13 @@ def fit(
                         loop.start = sweep.guide.start_rows(sweep, particles)
                 else:
                     answers.set_frame(saved["part"]["frame"])
-                trained = trained_outside(graph or data, sweep, answers, model)
                 share_start(ranks, answers, guide, sweep)
                 loop.start = ranks.same(loop.start)
-                arrived = near and saved is None and loop.is_there(trained)
+                arrived = (
+                    near
+                    and saved is None
+                    and loop.is_there(trained_outside(graph or data, sweep, answers, model))
+                )
                 if save is not None or not arrived:
                     loop.prepare(steps_outside(graph, data, sweep, answers, run, particles))
                 ranks.share_noise()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._launch import find_ranks
 from .._program.log_weights import LogWeights
-from .._ranks import Ranks, find_ranks
+from .._ranks import Ranks
 from ..autoguide._protocol import FitGuide
 from ..autoguide._sweep import Sweep
 from ._batches import Call
@@ -23,6 +24,7 @@ __all__ = ["check_same_call", "check_same_sites", "quiet_but_first", "ranks_of",
 OPTIONS = ("num_steps", "lr", "num_particles", "tolerance", "seed", "compile")
 """Those that all ranks have to give alike, and that tell by themselves what they are."""
 GIVEN = ("batches", "validation", "init", "checkpoint", "optim", "loss")
+"""Those that all have to give or leave out: each changes what ranks tell each other, and when."""
 
 
 def ranks_of(options: Mapping[str, Any]) -> Ranks:
@@ -39,8 +41,10 @@ def ranks_of(options: Mapping[str, Any]) -> Ranks:
     ranks = find_ranks(options["distributed"], known[0].device if known else torch.empty(0).device)
     if ranks.alone:
         return ranks
-    ranks.check_same({name: repr(options[name]) for name in OPTIONS})
-    ranks.check_same({f"whether {name} is given": options[name] is not None for name in GIVEN})
+    ranks.check_same(
+        {name: repr(options[name]) for name in OPTIONS}
+        | {f"whether {name} is given": options[name] is not None for name in GIVEN}
+    )
     if options["seed"] is None:
         pyro.set_rng_seed(ranks.same(int(torch.randint(2**31, (1,), device="cpu"))))
     return ranks
@@ -66,10 +70,10 @@ def check_same_call(ranks: Ranks, options: Mapping[str, Any], call: Call) -> Non
             "optim": type(options["optim"]).__name__,
             "loss": type(options["loss"]).__name__,
             "batches: forms of data" if given else "args: forms of data": _forms(call, given),
+            **({} if given else {"args: contents of data, by a checksum,": digest(call)}),
+            "validation: contents, by a checksum,": digest(options["validation"]),
         }
     )
-    ranks.check_same({} if given else {"args: contents of data, by a checksum,": digest(call)})
-    ranks.check_same({"validation: contents, by a checksum,": digest(options["validation"])})
 
 
 def _name(program: Any) -> str:

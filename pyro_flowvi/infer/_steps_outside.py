@@ -1,6 +1,7 @@
 """Steps taken outside Pyro: those of a flow, or of pages of rows, where model and flow are graphs."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -48,7 +49,16 @@ def steps_outside(
     width: int,
 ) -> FlowSteps | None:
     """The steps of a flow in the place where it is now; None where a rank cannot take them so."""
-    steps = _own_steps(graph, data, sweep, answers, run, width)
+    steps: FlowSteps | None = None
+    with suppress(CannotCompile):
+        if sweep is not None:
+            steps = RowSteps(RowStep(sweep, width, run.optim.limits))
+        else:
+            params = trained_outside(graph or data, None, answers, run.model)
+            flow = answers.pushforward(run.model)
+            seen = graph if data is None else data.minibatches(flow, width)
+            if seen and params:
+                steps = FlowSteps(FlowStep(flow, params, seen, run.optim.limits, ranks=run.ranks))
     if run.ranks.every(steps is not None):
         return steps
     if steps is not None:
@@ -56,29 +66,6 @@ def steps_outside(
     if sweep is not None:
         sweep.tables.gather(run.ranks)
     return None
-
-
-def _own_steps(
-    graph: TracedDensity | None,
-    data: AllData | None,
-    sweep: Sweep | None,
-    answers: FitGuide,
-    run: Run,
-    width: int,
-) -> FlowSteps | None:
-    try:
-        if sweep is not None:
-            return RowSteps(RowStep(sweep, width, run.optim.limits))
-        params = trained_outside(graph or data, None, answers, run.model)
-        flow = answers.pushforward(run.model)
-        seen = graph if data is None else data.minibatches(flow, width)
-        return _flow_steps(flow, params, seen, run) if seen and params else None
-    except CannotCompile:
-        return None
-
-
-def _flow_steps(flow: Any, params: list[Tensor], seen: Any, run: Run) -> FlowSteps:
-    return FlowSteps(FlowStep(flow, params, seen, run.optim.limits, ranks=run.ranks))
 
 
 def trained_outside(
