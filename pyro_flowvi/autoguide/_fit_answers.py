@@ -299,6 +299,12 @@ class FitAnswers(StructuredGuide):
 
         :return: the guide.
         :raises RuntimeError: if this process has some of the rows, and the others are gone.
+
+        Example, on one process, where there is nothing to bring::
+
+            >>> guide = pyro_flowvi.AutoPlanar(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))).materialize()
+            >>> guide.gather_rows() is guide
+            True
         """
         return self
 
