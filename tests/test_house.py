@@ -19,7 +19,7 @@ PACKAGE = ROOT / "pyro_flowvi"
 
 # A row imports from its own row and from those above it.
 ROWS = [
-    {"_bar", "_checks", "_launch", "_noise", "_ranks", "_shapes", "_types", "numerics", "psis"},
+    {"_bar", "_checks", "_html", "_launch", "_noise", "_ranks", "_shapes", "_types", "numerics", "psis"},
     {"nn"},
     {"_program"},
     {"init"},
@@ -42,6 +42,7 @@ EXTRAS = {
     "numpyro",
     "matplotlib",
     "arviz",
+    "pandas",
     "sklearn",
     "joblib",
     "normflows",

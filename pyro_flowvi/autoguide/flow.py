@@ -29,14 +29,14 @@ from ._latent_site import CallPosterior
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
 from ._root_tails import RootTails
-from ._row_fit import RowFit
 from ._summaries import marginal_quantiles, reference_normal
+from ._summarised import SummarisedGuide
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
 
 
-class AutoFlow(RowFit):
+class AutoFlow(SummarisedGuide):
     """A guide whose posterior is a normalizing flow over all continuous latents of the model.
 
     Posterior = flow(standard normal) followed by a trainable affine map that starts from
