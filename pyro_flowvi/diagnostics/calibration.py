@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _html
 from ._ranks import LOCATION_UNIT, SCALE_UNIT
 from ._uniformity import uniform_p_value
 
@@ -205,30 +206,55 @@ class Calibration:
 
         return plot_calibration(self, names=names)
 
-    def __repr__(self) -> str:
-        count = f"{len(self)} fits, {len(self.scalars)} scalars"
-        return f"Calibration({self.verdict}: {count}, p {self.p_value:.2g})"
-
     def __str__(self) -> str:
-        wrong = [label for label, p in self.adjusted().items() if p < LEVELS[1]]
+        lines = [self._head()]
+        for label, p, words in self._lines():
+            lines.append(f"  {label}: p {p}{f', {words}' if words else ''}")
+        return "\n".join(lines + [f"  {note}" for note in self._remarks()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        verdict, _, rest = self._head().partition(": ")
+        return _html.block(
+            _html.paragraph(rest, strong=f"{verdict}:"),
+            _html.table(("scalar", "p", "its ranks"), self._lines()),
+            _html.bullets(self._remarks()),
+        )
+
+    def _wrong(self) -> list[str]:
+        """What has ranks that are not uniform."""
+        return [label for label, p in self.adjusted().items() if p < LEVELS[1]]
+
+    def _head(self) -> str:
+        wrong = self._wrong()
         head = f"{self.verdict}: of {len(self.scalars)} scalars in {len(self)} fits "
-        lines = [head + (_told(wrong) if wrong else f"none has ranks that are not uniform{self._seen()}")]
-        for label, shape in [*self._shapes.items()][:MOST_LISTED]:
-            words = f", {self.shape(label)}" if label in wrong else ""
-            lines.append(f"  {label}: p {_number(shape.p)}{words}")
+        return head + (_told(wrong) if wrong else f"none has ranks that are not uniform{self._seen()}")
+
+    def _lines(self) -> list[tuple[str, str, str]]:
+        """The smallest p values, with a word on the ranks where they are not uniform."""
+        wrong = self._wrong()
+        return [
+            (label, _number(shape.p), self.shape(label) if label in wrong else "")
+            for label, shape in [*self._shapes.items()][:MOST_LISTED]
+        ]
+
+    def _remarks(self) -> list[str]:
+        """What there is to say beside the p values."""
+        remarks = []
         if len(self._shapes) > MOST_LISTED:
-            lines.append(f"  and {len(self._shapes) - MOST_LISTED} with larger p")
+            remarks.append(f"and {len(self._shapes) - MOST_LISTED} with larger p")
         if self.verdicts is not None:
             counts = Counter(self.verdicts)
-            lines.append("  fits: " + ", ".join(f"{counts[v]} {v}" for v in ("good", "usable", "poor")))
+            remarks.append("fits: " + ", ".join(f"{counts[v]} {v}" for v in ("good", "usable", "poor")))
         if self.failures:
             number, why = self.failures[0]
-            lines.append(f"  {len(self.failures)} of {self.num} fits failed, the first at {number}: {why}")
+            remarks.append(f"{len(self.failures)} of {self.num} fits failed, the first at {number}: {why}")
         left = self.num - len(self) - len(self.failures)
         if left:
-            lines.append(f"  interrupted with {left} fits to go")
-        lines += [f"  {count} fits warned: {note}" for note, count in self.notes.items()]
-        return "\n".join(lines)
+            remarks.append(f"interrupted with {left} fits to go")
+        return remarks + [f"{count} fits warned: {note}" for note, count in self.notes.items()]
 
     def _seen(self) -> str:
         if len(self) < FEWEST_FITS:

@@ -1,21 +1,22 @@
 """compare: several guides of one model in one table."""
 
-import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import _html
 from .._program.call import as_keywords, check_programs
 from .diagnosis import Diagnosis, diagnose
 
 __all__ = ["Comparison", "compare"]
 
+VERDICTS = ("good", "usable", "poor")
 HEADER = ("guide", "ELBO ± s.e.", "IW-ELBO", "gap", "ESS", "k-hat", "shift", "verdict")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Diagnoses of several guides, the highest ELBO first; prints as a table.
+    """Diagnoses of several guides, the best verdict first, then the highest ELBO; prints as a table.
 
     ELBO, IW-ELBO and gap are in nats, ESS in draws of the number in brackets, the shift in sd.
 
@@ -76,13 +77,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """The table for a notebook; the reasons appear over the verdict."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEADER)
-        body = []
-        for cells, (_, d) in zip(self._cells(), self.rows, strict=True):
-            texts = [f"<td>{html.escape(cell)}</td>" for cell in cells[:-1]]
-            title = html.escape("\n".join(d.reasons), quote=True)
-            body.append(f'<tr>{"".join(texts)}<td title="{title}">{html.escape(cells[-1])}</td></tr>')
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        return _html.table(HEADER, self._cells(), ["\n".join(d.reasons) for _, d in self.rows])
 
 
 def compare(
@@ -96,11 +91,11 @@ def compare(
     of: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Comparison:
-    """Ranks fitted guides of one model by their ELBO, with a diagnosis of each.
+    """Ranks fitted guides of one model by verdict, then by ELBO, with a diagnosis of each.
 
-    The ELBO ranks by the divergence KL(q || p), which forgives a guide the modes that it misses: read the
-    verdict as well.  Models of which one is the other reparameterised have the same evidence, so that their
-    ELBOs may be compared too, each from its own call.
+    Good guides come first, then usable ones, then poor ones: the ELBO alone ranks by the divergence
+    KL(q || p), which forgives a guide the modes that it misses.  Models of which one is the other
+    reparameterised have the same evidence, so that their ELBOs may be compared too, each from its own call.
 
     :param model: a Pyro model.
     :param guides: Pyro guides for it, or a mapping from names to guides; otherwise the names are those of the
@@ -148,7 +143,7 @@ def compare(
         )
         for name, guide in named.items()
     ]
-    return Comparison(tuple(sorted(rows, key=lambda row: -row[1].elbo)))
+    return Comparison(tuple(sorted(rows, key=lambda row: (VERDICTS.index(row[1].verdict), -row[1].elbo))))
 
 
 def _names(guides: Any) -> dict[str, Any]:

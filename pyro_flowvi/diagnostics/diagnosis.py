@@ -19,6 +19,7 @@ from ..psis import effective_sample_size, generalized_pareto_shape, khat_thresho
 from ._chains import ChainStates
 from ._outputs import Outputs
 from ._predictions import compare_outputs, judge_predictions
+from ._printed import as_html, as_text
 from ._verdict import SUPPORT, Figures, judge
 from ._weighted_draws import WeightedDraws, weighted_draws
 from ._weights import WeightFigures, read_weights
@@ -34,7 +35,7 @@ WEAK_SHARE, FEW_LATENTS = 0.5, 1000
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found.
+    """What :func:`diagnose` found; prints as lines, and in a notebook as a table.
 
     :param elbo: evidence lower bound, nats.
     :param elbo_se: its Monte Carlo standard error.
@@ -73,7 +74,8 @@ class Diagnosis:
     Example::
 
         >>> Diagnosis(-3.2, 0.01, -3.1, 3500.0, 0.2, 4000, "good", ("k-hat 0.20 is low",))
-        Diagnosis(good: ELBO -3.20 ± 0.01, IW-ELBO -3.10, ESS 3500 of 4000, k-hat 0.20; k-hat 0.20 is low)
+        good: ELBO -3.20 ± 0.01, IW-ELBO -3.10 (gap 0.10), ESS 3500 of 4000, k-hat 0.20
+          - k-hat 0.20 is low
     """
 
     elbo: float
@@ -110,26 +112,14 @@ class Diagnosis:
         """The largest k-hat at which resampled draws can be relied on, by the number of draws."""
         return khat_threshold(self.num_samples)
 
-    def __repr__(self) -> str:
-        return (
-            f"Diagnosis({self.verdict}: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f}, IW-ELBO "
-            f"{self.iw_elbo:.2f}, ESS {self.ess:.0f} of {self.num_samples}, k-hat {_tail_text(self.khat)}; "
-            f"{'; '.join(self.reasons)})"
-        )
-
     def __str__(self) -> str:
-        lines = [
-            f"{self.verdict}: ELBO {self.elbo:.2f} ± {self.elbo_se:.2f}, IW-ELBO {self.iw_elbo:.2f} "
-            f"(gap {self.gap:.2f}), ESS {self.ess:.0f} of {self.num_samples}, k-hat {_tail_text(self.khat)}, "
-            f"shift {self.shift:.2f} sd",
-            *(f"  - {reason}" for reason in self.reasons),
-            *(f"  try: {advice}" for advice in self.advice),
-        ]
-        return "\n".join(lines)
+        return as_text(self)
 
+    __repr__ = __str__
 
-def _tail_text(khat: float) -> str:
-    return f"{khat:.2f}" if math.isfinite(khat) else "-"
+    def _repr_html_(self) -> str:
+        """For a notebook: the verdict, a table of the figures with a word on each, reasons and advice."""
+        return as_html(self)
 
 
 def diagnose(

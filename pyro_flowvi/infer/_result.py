@@ -6,12 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _html
+from ..autoguide._protocol import FitGuide
+
 __all__ = ["FitDiverged", "FitResult"]
+
+START_WORDS = {None: "where the guide stood", "previous": "the earlier guide"}
+MORE = {
+    "no more batches": "give more batches",
+    "interrupted": "start again with checkpoint=, which can be gone on from",
+}
+"""What else helps, by the reason to stop."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What :func:`fit` returns.  The guide holds ``best_state`` already.
+    """What :func:`fit` returns; prints in a line, and what to do next where it has not converged.
+
+    The guide holds ``best_state`` already.
 
     :param guide: the trained guide.
     :param losses: the loss (negative ELBO, nats) of every step, shape ``(steps,)``.
@@ -36,6 +48,7 @@ class FitResult:
         >>> result = FitResult(None, torch.tensor([2.0, 1.0]), 1.0, {}, "completed", 0.5)
         >>> result
         FitResult(completed: 2 steps in 0.5 s, loss 2.00 -> 1.00)
+          not converged, the ELBO may still rise: go on by another call of fit, or take a larger num_steps
     """
 
     guide: Any = field(repr=False)
@@ -54,20 +67,55 @@ class FitResult:
     num_restarts: int = 0
 
     def __repr__(self) -> str:
+        line = (
+            f"FitResult({self.stop_reason}: {len(self.losses)} steps in {self.wall_time:.1f} s, "
+            f"loss {', '.join([self._loss(), *self._notes()])})"
+        )
+        return f"{line}\n  {self._next()}" if self._next() else line
+
+    def _repr_html_(self) -> str:
+        """For a notebook: why it stopped, a table of figures, and what to do next."""
+        rows = [
+            ("steps", str(len(self.losses))),
+            ("seconds", f"{self.wall_time:.1f}"),
+            ("loss (-ELBO, nats)", self._loss()),
+            ("start", START_WORDS.get(self.start, f"the best Gaussian of a search ({self.start})")),
+            ("left out", ", ".join(self._left_out()) or "nothing"),
+        ]
+        state = "converged" if self.converged else "not converged"
+        words = "" if self.stop_reason == state else f"({state})"
+        return _html.block(
+            _html.paragraph(words, strong=self.stop_reason),
+            _html.table((), rows),
+            _html.paragraph(self._next()),
+        )
+
+    def _loss(self) -> str:
         first = f"{float(self.losses[0]):.2f} -> " if len(self.losses) else ""
+        return f"{first}{self.best_loss:.2f}"
+
+    def _notes(self) -> list[str]:
+        """Where it started, if it was moved, and what was left out."""
         earlier = self.start == "previous"
         start = "started at the earlier guide" if earlier else f"started at the best Gaussian ({self.start})"
-        notes = [] if self.start is None else [start]
-        for count, what in (
+        return [*([] if self.start is None else [start]), *self._left_out()]
+
+    def _left_out(self) -> list[str]:
+        counts = (
             (self.num_dropped, "particles without a finite density"),
             (self.num_skipped, "steps skipped"),
             (self.num_restarts, "restarts"),
-        ):
-            notes += [f"{count} {what}"] if count else []
-        return (
-            f"FitResult({self.stop_reason}: {len(self.losses)} steps in {self.wall_time:.1f} s, "
-            f"loss {first}{self.best_loss:.2f}{''.join(f', {note}' for note in notes)})"
         )
+        return [f"{count} {what}" for count, what in counts if count]
+
+    def _next(self) -> str:
+        """What to do where the ELBO had not stopped rising; nothing where it had."""
+        if self.converged:
+            return ""
+        # Pyro's own guides go on from where they are; those of this package search for a start, unless told.
+        again = "with fit(..., init=result)" if isinstance(self.guide, FitGuide) else "by another call of fit"
+        more = MORE.get(self.stop_reason, "take a larger num_steps")
+        return f"not converged, the ELBO may still rise: go on {again}, or {more}"
 
     @property
     def located(self) -> bool:

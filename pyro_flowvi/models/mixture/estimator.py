@@ -14,6 +14,7 @@ from ..._checks import check_count, check_positive, check_positive_int
 from ...flows import check_layer_flow
 from ._labels import Targets
 from ._partitions import STARTS
+from ._printed import MixtureSummary
 from ._search import Settings, StartSearch
 from .vmonf import VMoNF
 
@@ -311,6 +312,18 @@ class FlowMixture(_Base):
         return np.asarray(np.concatenate(parts) + shift[:, None])
 
     # -- what was learnt ----------------------------------------------------------------------------
+
+    def summary(self) -> MixtureSummary:
+        """What the fit has found: flow, start, steps, held-out likelihood, labels and weights of components,
+        and the starts that were tried.  It prints as lines, and in a notebook as tables; the estimator itself
+        prints its parameters, as all of scikit-learn's do.
+
+        :raises NotFittedError: before ``fit``.
+        """
+        from sklearn.utils.validation import check_is_fitted
+
+        check_is_fitted(self)
+        return MixtureSummary.of(self)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """The most probable component of each row, as ``component_labels_`` has it, shape ``(N,)``."""

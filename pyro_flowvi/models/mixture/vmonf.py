@@ -17,6 +17,7 @@ from ...flows import check_layer_flow
 from ...nn import MLP
 from ...transforms import Compose, Stacked
 from ._parts import Flow, Weights, check_rows, check_weight, class_map, component_flows
+from ._printed import mixture_html, mixture_line
 
 __all__ = ["VMoNF"]
 
@@ -129,6 +130,9 @@ class VMoNF(NamedModel):
         for key, value, known in (("inference", inference, INFERENCES), ("weights", weights, WEIGHTS)):
             if value not in known:
                 raise ValueError(f"{key}: expected one of {list(known)}, got {value!r}")
+        self.flow_name: str = (
+            flow if isinstance(flow, str) else getattr(flow, "__name__", type(flow).__name__)
+        )
         self.inference = inference
         self.weights_kind = weights
         self.concentration = check_positive("concentration", concentration)
@@ -379,5 +383,8 @@ class VMoNF(NamedModel):
         new.register_buffer("classes", self.classes[kept])
         return new
 
-    def extra_repr(self) -> str:
-        return f"inference={self.inference!r}, weights={self.weights_kind!r}"
+    def __repr__(self) -> str:
+        return mixture_line(self)
+
+    def _repr_html_(self) -> str:
+        return mixture_html(self)

@@ -1,0 +1,71 @@
+"""How the result of a fit prints."""
+
+import xml.etree.ElementTree as ET
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_flowvi import AutoPlanar, FitResult, fit
+
+
+def model(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def result(stop_reason="completed", **more):
+    return FitResult(None, torch.tensor([2.0, 1.0]), 1.0, {}, stop_reason, 0.5, **more)
+
+
+def test_one_line_once_it_has_converged():
+    line = "FitResult(converged: 2 steps in 0.5 s, loss 2.00 -> 1.00, started at the best Gaussian (laplace)"
+    done = result("converged", converged=True, start="laplace")
+    assert repr(done) == str(done) == f"{line})"
+    more = result("converged", converged=True, start="laplace", num_dropped=3, num_restarts=1)
+    assert repr(more) == f"{line}, 3 particles without a finite density, 1 restarts)"
+    assert repr(result("completed", converged=True)).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "what"),
+    [
+        ("completed", "take a larger num_steps"),
+        ("no more batches", "give more batches"),
+        ("interrupted", "checkpoint="),
+    ],
+)
+def test_what_to_do_next(stop_reason, what):
+    first, second = repr(result(stop_reason)).splitlines()
+    assert first == f"FitResult({stop_reason}: 2 steps in 0.5 s, loss 2.00 -> 1.00)"
+    assert second.startswith("  not converged")
+    assert what in second
+    assert what in result(stop_reason)._repr_html_()
+
+
+@pytest.mark.parametrize("make", [lambda model: AutoPlanar(model, 2), AutoNormal])
+def test_the_advice_can_be_followed(make):
+    y, guide = torch.ones(5), make(model)
+    short = fit(model, guide, y, num_steps=2, lr=1e-3, seed=0, progress=False)
+    assert not short.converged
+    options = {"init": short} if "fit(..., init=result)" in repr(short) else {}
+    assert bool(options) == isinstance(guide, AutoPlanar)
+    longer = fit(model, guide, y, seed=0, progress=False, **options)
+    assert longer.best_loss <= short.best_loss + 0.01
+    assert longer.converged
+
+
+def test_html():
+    done = result(start="previous", num_skipped=2)
+    text = [part.strip() for part in ET.fromstring(done._repr_html_()).itertext() if part.strip()]
+    assert text[:2] == ["completed", "(not converged)"]
+    for part in ("2", "0.5", "2.00 -> 1.00", "the earlier guide", "2 steps skipped"):
+        assert part in text
+    assert text[-1].startswith("not converged, the ELBO may still rise")
+    assert "color" not in done._repr_html_()
+    converged = result("converged", converged=True)._repr_html_()
+    assert "where the guide stood" in converged
+    assert "not converged" not in converged
