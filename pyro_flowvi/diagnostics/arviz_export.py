@@ -13,12 +13,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._checks import check_positive_int
-from .._program.batching import align
 from .._program.call import as_keywords, check_programs
 from .._program.log_weights import LogWeights
 from .._program.sites import is_computed, observed_sites
 from ..psis import psis
 from ..psis import resample as resampled
+from ._at_draws import stacked, traces_at
 from ._weighted_draws import WeightedDraws, weighted_draws
 
 __all__ = ["to_arviz"]
@@ -159,32 +159,6 @@ def _numpy(value: Tensor) -> Array:
     return value.detach().cpu().numpy()
 
 
-def _run(particles: LogWeights, sites: Mapping[str, Tensor], model: Callable[..., Any], shapes: Any) -> Any:
-    """A trace of a model with all draws at once, conditioned on them.
-
-    :param shapes: name -> event dimensions of the site.
-    """
-    nesting, size = particles.structure.max_plate_nesting, len(next(iter(sites.values())))
-    values = {name: align(value, shapes[name], nesting) for name, value in sites.items()}
-    program = particles.batched(poutine.condition(model, data=values), size)
-    return poutine.trace(program).get_trace(*particles.args, **particles.kwargs)
-
-
-def _traces(
-    particles: LogWeights, sites: Mapping[str, Tensor], model: Callable[..., Any], shapes: Any
-) -> list[Any]:
-    """One trace of all draws, or one of each where the model does not run for many at once."""
-    with pyro.validation_enabled(False):
-        if particles.vectorized:
-            return [_run(particles, sites, model, shapes)]
-        return [
-            poutine.trace(poutine.condition(model, data={k: v[i] for k, v in sites.items()})).get_trace(
-                *particles.args, **particles.kwargs
-            )
-            for i in range(len(next(iter(sites.values()))))
-        ]
-
-
 @torch.no_grad()
 def _data_groups(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str, Group]:
     """Log density of each observed value at each draw, new values at each draw, and the observed ones."""
@@ -204,34 +178,22 @@ def _data_groups(particles: LogWeights, sites: Mapping[str, Tensor]) -> dict[str
         }
         # A value that depends on a site that is summed out, or is subsampled, has no density of its own.
         if not (particles.structure.sums_out or particles.structure.subsampled):
-            traces = _traces(particles, sites, particles.model, shapes)
+            traces = traces_at(particles, sites, particles.model, shapes)
             for trace in traces:
                 trace.compute_log_prob()
             one.compute_log_prob()
             groups["log_likelihood"] = {
-                name: _stack(traces, name, "log_prob", one.nodes[name]["log_prob"].shape, size)
+                name: stacked(traces, name, "log_prob", one.nodes[name]["log_prob"].shape, size)
                 for name in data
             }
         try:
-            traces = _traces(particles, sites, poutine.uncondition(particles.model), shapes)
+            traces = traces_at(particles, sites, poutine.uncondition(particles.model), shapes)
         except NotImplementedError:  # a site that can be scored, not sampled
             return groups
         groups["posterior_predictive"] = {
-            name: _stack(traces, name, "value", site["value"].shape, size) for name, site in data.items()
+            name: stacked(traces, name, "value", site["value"].shape, size) for name, site in data.items()
         }
         groups["computed"] = {
-            k: _stack(traces, k, "value", fixed[k].get("value").shape, size) for k in computed
+            k: stacked(traces, k, "value", fixed[k].get("value").shape, size) for k in computed
         }
     return groups
-
-
-def _stack(traces: list[Any], name: str, key: str, shape: Any, size: int) -> Array:
-    """One entry of a site for all draws, shape ``(S,) + shape``."""
-    if len(traces) < size:
-        value = traces[0].nodes[name][key]
-        lead = value.dim() - len(shape)
-        if lead <= 0:  # the same for all draws
-            return _numpy(value.expand((size,) + tuple(shape)))
-        padded = value.reshape((value.shape[0], *value.shape[lead:]))
-        return _numpy(padded.expand((size,) + tuple(shape)))
-    return _numpy(torch.stack([trace.nodes[name][key].expand(shape) for trace in traces]))
