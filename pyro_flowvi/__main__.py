@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(f"{row.name}: {row.diagnosis.verdict}; {'; '.join(row.diagnosis.reasons)}")
     try:
-        figure = picture(rows, eight_schools_reference() if model is eight_schools else None)
+        axes = picture(rows, eight_schools_reference() if model is eight_schools else None)
     except ImportError as error:
         print(f"\nNo figure: {error}", file=sys.stderr)
         return 0
-    figure.savefig(options.figure, dpi=150)
+    axes[0].figure.savefig(options.figure, dpi=150)
     print(f"\nFigure: {options.figure.resolve()}")
     return 0
 

@@ -21,7 +21,7 @@ from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
 from .diagnostics import Diagnosis, diagnose
 from .infer import fit
-from .plotting.fits import pair_panels
+from .plotting import pair_panels
 
 __all__ = ["GUIDES", "Row", "eight_schools", "load_data", "load_model", "run_demo", "table"]
 
@@ -212,7 +212,7 @@ def table(rows: list[Row]) -> str:
 
 
 def picture(rows: list[Row], reference: Reference | None = None) -> Any:
-    """A panel for each guide: the funnel of the eight schools, else the model's first two scalars."""
+    """The Axes of all guides: the funnel of the eight schools, else the model's first two scalars."""
     names = list(rows[0].draws)
     if reference is not None:
         x, y = "theta[0]", "tau"

@@ -156,7 +156,7 @@ def main() -> None:
         print(report(options.report))
         if options.figures is not None:
             for name, (found, _) in by_model(options.report).items():
-                found.plot().savefig(options.figures / f"calibration_{name}.png", dpi=120)
+                found.plot()[0, 0].figure.savefig(options.figures / f"calibration_{name}.png", dpi=120)
         return
     keys = [
         {"model": name, "part": part}

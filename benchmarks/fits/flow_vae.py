@@ -116,7 +116,7 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from pyro_flowvi.plotting.fits import COLOURS
+    from pyro_flowvi.plotting import COLOURS
 
     picture, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.4))
     titles = {"bound": "bound, -ELBO (nats)", "nll": f"-log p(x), {DRAWS} weights (nats)"}

@@ -436,7 +436,7 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from pyro_flowvi.plotting.fits import COLOURS
+    from pyro_flowvi.plotting import COLOURS
 
     points = [
         row for row in latest_of(rows) if row["steps"] is not None and row.get("worst_mean") is not None

@@ -61,7 +61,7 @@ from pyro_flowvi.datasets import (
 )
 from pyro_flowvi.models import FlowMixture, VMoNF
 from pyro_flowvi.models.mixture._partitions import cluster_gaussians
-from pyro_flowvi.plotting.fits import plot_images
+from pyro_flowvi.plotting import plot_images
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -258,8 +258,7 @@ def draw_digits(flows: FlowMixture, data: Data, path: Path) -> None:
 
 
 def save(page: Any, names: list[str], path: Path) -> None:
-    figure = plot_images(page, SAMPLES_EACH, names)
-    figure.savefig(path, dpi=150)
+    plot_images(page, SAMPLES_EACH, names).figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
 

@@ -196,15 +196,18 @@ class Calibration:
             notes={},
         )
 
-    def plot(self, names: list[str] | None = None) -> Any:
-        """Draws distribution functions and histograms of ranks; a matplotlib figure.
+    def plot(self, names: list[str] | None = None, *, ax: Any = None) -> Any:
+        """Draws distribution functions and histograms of ranks; as
+        :func:`~pyro_flowvi.plotting.plot_calibration`.
 
         :param names: the scalars to show; by default the worst ones.
+        :param ax: 2 × K matplotlib Axes, or a Figure or SubFigure to make them in; None for a new figure.
+        :return: an array of the Axes, ``(2, K)``.
         :raises ImportError: without matplotlib.
         """
         from ..plotting import plot_calibration
 
-        return plot_calibration(self, names=names)
+        return plot_calibration(self, names=names, ax=ax)
 
     def __str__(self) -> str:
         lines = [self._head()]

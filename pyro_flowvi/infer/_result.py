@@ -122,14 +122,16 @@ class FitResult:
         """Whether the guide was moved before training."""
         return self.start is not None
 
-    def plot(self) -> Any:
-        """Draws ELBO, learning rate and gradient norm by step; a matplotlib figure.
+    def plot(self, *, ax: Any = None) -> Any:
+        """Draws ELBO, learning rate and gradient norm by step; as :func:`~pyro_flowvi.plotting.plot_trace`.
 
+        :param ax: matplotlib Axes, or a Figure or SubFigure to make them in; None for a new figure.
+        :return: an array of the Axes, from the ELBO down.
         :raises ImportError: without matplotlib.
         """
         from ..plotting import plot_trace
 
-        return plot_trace(self)
+        return plot_trace(self, ax=ax)
 
 
 START = (

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._checks import check_positive_int
-from .fits import COLOURS, _import_pyplot, _limits
+from ._densities import limits as limits_of
+from ._densities import mass_level
+from ._panels import COLOURS, import_pyplot, own_figure, panels
 
 __all__ = ["animate_mixture", "plot_mixture"]
 
@@ -23,7 +25,16 @@ MARKERS: Final = "osDv^<>Ph*"
 
 
 def _joint(mixture: Any) -> Callable[[Tensor], Tensor]:
-    """The function that gives log w_k + log p_k."""
+    """The function that gives log w_k + log p_k, at points in the units of the data."""
+    if hasattr(mixture, "_joint_log_prob") and hasattr(mixture, "get_params"):  # a FlowMixture
+        if not hasattr(mixture, "model_"):
+            raise ValueError(f"mixture: expected a fitted {type(mixture).__name__}, got one before its fit")
+        estimator = mixture
+
+        def in_units(x: Tensor) -> Tensor:
+            return torch.as_tensor(estimator._joint_log_prob(x.double().cpu().numpy()))
+
+        return in_units
     joint = getattr(mixture, "joint_log_prob", mixture)
     if not callable(joint):
         raise ValueError(f"mixture: expected a joint_log_prob, or a callable, got {type(mixture).__name__}")
@@ -51,11 +62,19 @@ def _label_array(labels: Any, num: int) -> Array:
 class _Canvas:
     """What all frames share: the points, the box around them and the grid in it."""
 
-    def __init__(self, x: Any, labels: Any, limits: Limits | None, resolution: int) -> None:
+    def __init__(
+        self,
+        x: Any,
+        labels: Any,
+        limits: Limits | None,
+        resolution: int,
+        names: tuple[str, str] = ("x[0]", "x[1]"),
+    ) -> None:
+        self.names = names
         self.x = _rows(x)
         self.points: Array = self.x.cpu().numpy()
         self.labels = _label_array(labels, len(self.points))
-        chosen = [_limits([column]) for column in self.points.T] if limits is None else [*limits]
+        chosen = [limits_of([column]) for column in self.points.T] if limits is None else [*limits]
         if len(chosen) != 2 or any(len(pair) != 2 or not pair[0] < pair[1] for pair in chosen):
             raise ValueError(f"limits: expected two pairs (low, high), got {limits!r}")
         self.limits = chosen
@@ -83,12 +102,14 @@ class _Canvas:
             log_density = grid[..., k]
             density = np.exp(log_density - log_density.max()) if np.isfinite(log_density.max()) else None
             if density is not None and density.min() < density.max():
-                levels = sorted({_level(density, mass) for mass in MASSES})
+                levels = sorted({mass_level(density, mass) for mass in MASSES})
                 ax.contour(*self.axes, density, levels, colors=[colour], linewidths=1.0)
         self._draw_points(ax, np.array(colours, dtype=object)[points.argmax(-1)])
         ax.set_xlim(*self.limits[0])
         ax.set_ylim(*self.limits[1])
         ax.set_aspect("equal", adjustable="box")
+        ax.set_xlabel(self.names[0])
+        ax.set_ylabel(self.names[1])
         if title is not None:
             ax.set_title(title)
 
@@ -111,19 +132,14 @@ class _Canvas:
             )
 
 
-def _level(density: Array, mass: float) -> float:
-    """The height above which the density has that share of its mass on the grid."""
-    heights = np.sort(density, axis=None)[::-1]
-    above = heights.cumsum()
-    return float(heights[np.searchsorted(above, mass * above[-1])])
-
-
 def _colours(num: int) -> list[str]:
     if num <= len(COLOURS):
         return list(COLOURS[:num])
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
+    if num <= 10:
+        return [to_hex(colormaps["tab10"](k)) for k in range(num)]
     return [to_hex(colormaps["hsv"](k / num)) for k in range(num)]
 
 
@@ -135,6 +151,7 @@ def plot_mixture(
     limits: Limits | None = None,
     resolution: int = 200,
     title: str | None = None,
+    names: tuple[str, str] = ("x[0]", "x[1]"),
     ax: Any = None,
 ) -> Any:
     """A mixture in the plane: whose each point is, what each component holds, and how they divide the plane.
@@ -142,16 +159,18 @@ def plot_mixture(
     A point has the colour of its most probable component, and so, paler, has the ground.  The contours of a
     component enclose half and 95 % of its mass within the picture.
 
-    :param mixture: a :class:`~pyro_flowvi.distributions.MixtureOfFlows`, a :class:`pyro_flowvi.VMoNF`, or
-        a callable from ``(N, 2)`` to log w_k + log p_k, shape ``(N, K)``.
+    :param mixture: a :class:`~pyro_flowvi.distributions.MixtureOfFlows`, a :class:`pyro_flowvi.VMoNF`, a
+        fitted :class:`~pyro_flowvi.models.FlowMixture`, in the units of its data, or a callable from
+        ``(N, 2)`` to log w_k + log p_k, shape ``(N, K)``.
     :param x: points, shape ``(N, 2)``.
     :param labels: integers, shape ``(N,)``, -1 where there is none: labelled points are larger, with a marker
         for each label.
     :param limits: the picture's box, two pairs (low, high); by default around the points.
     :param resolution: of the grid in each direction.
     :param title: above the picture.
-    :param ax: the matplotlib axes to draw on, instead of a new figure.
-    :return: a matplotlib figure.
+    :param names: of the two columns, for the axes.
+    :param ax: the matplotlib Axes to draw on, or a Figure or SubFigure to make one in; None for a new figure.
+    :return: the Axes.
     :raises ValueError: if an argument is not of the described kind.
     :raises ImportError: without matplotlib.
 
@@ -160,20 +179,15 @@ def plot_mixture(
         >>> locs = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
         >>> def joint(x):
         ...     return -2.0 * (x.unsqueeze(-2) - locs).square().sum(-1)
-        >>> figure = plot_mixture(joint, torch.randn(100, 2), resolution=50)
-        >>> len(figure.axes)
-        1
+        >>> axis = plot_mixture(joint, torch.randn(100, 2), resolution=50, title="two components")
+        >>> axis.get_title(), axis.get_xlabel()
+        ('two components', 'x[0]')
     """
-    pyplot = _import_pyplot()
-    canvas = _Canvas(x, labels, limits, resolution)
+    canvas = _Canvas(x, labels, limits, resolution, names)
     _joint(mixture)
-    if ax is not None:
-        canvas.draw(ax, mixture, title)
-        return ax.figure
-    figure, ax = pyplot.subplots(figsize=(4.6, 4.4))
-    canvas.draw(ax, mixture, title)
-    figure.tight_layout()
-    return figure
+    with panels(ax, 1, 1, (4.6, 4.4)) as ((axis,),):
+        canvas.draw(axis, mixture, title)
+    return axis
 
 
 def animate_mixture(
@@ -220,7 +234,7 @@ def animate_mixture(
         ...     path.stat().st_size > 0
         True
     """
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
     from matplotlib.animation import PillowWriter
 
     target = Path(path)
@@ -230,24 +244,26 @@ def animate_mixture(
         raise ValueError(f"path: expected a directory that exists, got {target.parent}")
     canvas = _Canvas(x, labels, limits, resolution)
     repeats = check_positive_int("hold", hold)
-    figure, ax = pyplot.subplots(figsize=(4.6, 4.4))
-    try:
-        writer = PillowWriter(fps=check_positive_int("fps", fps))
-        writer.setup(figure, target, dpi=90)
-        drawn = 0
-        for item in snapshots:
-            if not isinstance(item, tuple) or len(item) != 2:
-                raise ValueError(f"snapshots: expected pairs (step, mixture), got {type(item).__name__}")
-            step, mixture = item
-            ax.clear()
-            canvas.draw(ax, mixture, f"step {step}")
-            writer.grab_frame()
-            drawn += 1
-        if not drawn:
-            raise ValueError("snapshots: expected at least one, got none")
-        for _ in range(repeats - 1):
-            writer.grab_frame()
-        writer.finish()
-    finally:
-        pyplot.close(figure)
+    with own_figure(1, 1, (4.6, 4.4)) as ((axis,),):
+        try:
+            writer = PillowWriter(fps=check_positive_int("fps", fps))
+            writer.setup(axis.figure, target, dpi=90)
+            drawn = 0
+            for item in snapshots:
+                if not isinstance(item, tuple) or len(item) != 2:
+                    raise ValueError(f"snapshots: expected pairs (step, mixture), got {type(item).__name__}")
+                step, mixture = item
+                axis.clear()
+                canvas.draw(axis, mixture, f"step {step}")
+                if not drawn:  # the frames are laid out alike
+                    axis.figure.tight_layout()
+                writer.grab_frame()
+                drawn += 1
+            if not drawn:
+                raise ValueError("snapshots: expected at least one, got none")
+            for _ in range(repeats - 1):
+                writer.grab_frame()
+            writer.finish()
+        finally:
+            pyplot.close(axis.figure)
     return target

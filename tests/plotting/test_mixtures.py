@@ -10,17 +10,11 @@ import torch
 from pyro_flowvi.datasets import NINE_MODES, hide_labels, nine_modes
 from pyro_flowvi.distributions import MixtureOfFlows
 from pyro_flowvi.flows import FLOWS
+from pyro_flowvi.models import FlowMixture
 from pyro_flowvi.plotting.mixtures import animate_mixture, plot_mixture
 from pyro_flowvi.transforms import Compose, LowerAffine, Stacked
 
 matplotlib = pytest.importorskip("matplotlib")
-matplotlib.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    matplotlib.pyplot.close("all")
 
 
 def two_normals():
@@ -33,7 +27,7 @@ def two_normals():
 class TestPlot:
     def test_points_have_the_colour_of_their_component(self):
         x = torch.tensor([[-3.0, 0.0], [-2.0, 1.0], [3.0, 0.5]])
-        (axis,) = plot_mixture(two_normals(), x, title="a title").axes
+        axis = plot_mixture(two_normals(), x, title="a title")
         (points,) = [c for c in axis.collections if isinstance(c, matplotlib.collections.PathCollection)]
         np.testing.assert_allclose(points.get_offsets(), x)
         colours = points.get_facecolors()
@@ -48,21 +42,21 @@ class TestPlot:
         def joint(z):
             return -0.5 * z.square().sum(-1, keepdim=True)
 
-        (axis,) = plot_mixture(joint, x, limits=[(-6, 6), (-6, 6)], resolution=300).axes
+        axis = plot_mixture(joint, x, limits=[(-6, 6), (-6, 6)], resolution=300)
         (contours,) = [c for c in axis.collections if isinstance(c, matplotlib.contour.ContourSet)]
         radii = [np.linalg.norm(path.vertices, axis=1).mean() for path in contours.get_paths()]
         np.testing.assert_allclose(radii, [np.sqrt(-2 * np.log(1 - m)) for m in (0.95, 0.5)], rtol=0.02)
 
     def test_the_ground_is_divided_where_components_are_as_probable(self):
         """Components of unit scale at -3 and 3 with weights 1/4 and 3/4: at x = -log 3 / 6."""
-        (axis,) = plot_mixture(two_normals(), torch.randn(5, 2), limits=[(-1, 1), (-1, 1)]).axes
+        axis = plot_mixture(two_normals(), torch.randn(5, 2), limits=[(-1, 1), (-1, 1)])
         owner = np.asarray(axis.images[0].get_array())
         assert (owner == owner[0]).all()
         assert np.linspace(-1, 1, 200)[owner[0].argmax()] == pytest.approx(-np.log(3) / 6, abs=0.011)
 
     def test_labelled_points_and_many_components(self):
         points, labels = nine_modes(20)
-        (axis,) = plot_mixture(NINE_MODES.component_log_prob, points, hide_labels(labels, 2)).axes
+        axis = plot_mixture(NINE_MODES.component_log_prob, points, hide_labels(labels, 2))
         drawn = [c for c in axis.collections if isinstance(c, matplotlib.collections.PathCollection)]
         assert [len(c.get_offsets()) for c in drawn] == [180 - 18] + [2] * 9
         owner = np.asarray(axis.images[0].get_array())
@@ -70,8 +64,29 @@ class TestPlot:
 
     def test_on_a_given_axis(self):
         figure, axes = matplotlib.pyplot.subplots(1, 2)
-        assert plot_mixture(two_normals(), torch.randn(5, 2), ax=axes[1]) is figure
+        assert plot_mixture(two_normals(), torch.randn(5, 2), ax=axes[1]) is axes[1]
+        assert figure.axes == list(axes)
         assert not axes[0].collections
+
+    def test_a_fitted_estimator_in_the_units_of_its_data(self):
+        pytest.importorskip("sklearn")
+        points, _ = nine_modes(10)
+        x = np.asarray(points) * [100.0, 0.01] + [5000.0, -3.0]
+        mixture = FlowMixture(3, max_iter=3, n_init=1, init="kmeans", flow="realnvp", random_state=0)
+        with pytest.raises(ValueError, match="mixture: expected a fitted FlowMixture"):
+            plot_mixture(mixture, x)
+        mixture.fit(x)
+        axis = plot_mixture(mixture, x, resolution=20, names=("mass", "length"))
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("mass", "length")
+        (drawn,) = [c for c in axis.collections if isinstance(c, matplotlib.collections.PathCollection)]
+        np.testing.assert_allclose(drawn.get_offsets(), x)
+        colours = [tuple(colour) for colour in drawn.get_facecolors()]
+        pairs = set(zip(mixture.predict(x), colours, strict=True))
+        assert len(pairs) == len(set(mixture.predict(x)))
+        across, up = (np.linspace(*box, 20) for box in (axis.get_xlim(), axis.get_ylim()))
+        grid = np.stack(np.meshgrid(across, up), -1).reshape(-1, 2)
+        owner = np.asarray(axis.images[0].get_array())
+        np.testing.assert_array_equal(owner.ravel(), mixture.predict(grid))
 
     @pytest.mark.parametrize(
         ("change", "name"),

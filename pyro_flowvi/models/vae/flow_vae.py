@@ -264,24 +264,29 @@ class FlowVAE(NamedModel):
         z = self.posterior(x).rsample_and_log_prob((check_positive_int("num_samples", num_samples),))[0]
         return self.decode(z, x.shape[1:]).sigmoid().mean(0)
 
-    def plot_samples(self, num_samples: int = 40, columns: int = 10) -> Any:
-        """Draws images of the model; a matplotlib figure.
+    def plot_samples(self, num_samples: int = 40, columns: int = 10, *, ax: Any = None) -> Any:
+        """Draws images of the model.
 
+        :param ax: matplotlib Axes, or a Figure or SubFigure to make them in; None for a new figure.
+        :return: the Axes.
         :raises ImportError: without matplotlib.
         """
         from ...plotting import plot_images
 
-        return plot_images(self.sample(num_samples), columns=columns)
+        return plot_images(self.sample(num_samples), columns=columns, ax=ax)
 
-    def plot_reconstructions(self, x: Tensor) -> Any:
-        """Draws images above their reconstructions; a matplotlib figure.
+    def plot_reconstructions(self, x: Tensor, *, ax: Any = None) -> Any:
+        """Draws images above their reconstructions.
 
         :param x: images of zeros and ones, shape ``(B, ...)``.
+        :param ax: matplotlib Axes, or a Figure or SubFigure to make them in; None for a new figure.
+        :return: the Axes.
         :raises ImportError: without matplotlib.
         """
         from ...plotting import plot_images
 
-        return plot_images(torch.cat([x, self.reconstruct(x)]), columns=len(x), labels=["data", "decoded"])
+        page = torch.cat([x, self.reconstruct(x)])
+        return plot_images(page, columns=len(x), labels=["data", "decoded"], ax=ax)
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, feature_dim={self.feature_dim}, amortize={self.amortize!r}"

@@ -29,7 +29,7 @@ from pyro_flowvi.models import (
     MLPEncoder,
     binarize,
 )
-from pyro_flowvi.plotting.fits import plot_images
+from pyro_flowvi.plotting import plot_images
 from pyro_flowvi.transforms import IndexedCompose, LULinear, Planar, SplineAutoregressive
 
 SHAPE, DIM, FEATURES = (1, 4, 4), 2, 6
@@ -368,9 +368,9 @@ def test_float32():
 def test_pictures():
     pytest.importorskip("matplotlib").use("Agg")
     vae = FlowVAE(*parts())
-    assert len(vae.plot_samples(6, columns=3).axes) == 1
-    figure = vae.plot_reconstructions(images(4))
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["data", "decoded"]
+    axis = vae.plot_samples(6, columns=3)
+    assert vae.plot_reconstructions(images(4), ax=axis) is axis
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["data", "decoded"]
     with pytest.raises(ValueError, match="images: expected shape"):
         plot_images(torch.rand(3, 8))
 
