@@ -45,6 +45,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import constraints
 
+from benchmarks.common.pictures import save
 from pyro_flowvi import FLOWS, AutoFlow, CompiledSVI
 from pyro_flowvi.datasets import ENERGIES, ENERGY_BOX
 
@@ -211,7 +212,7 @@ def draw(rows: list[Arrays], path: Path) -> None:
     for axis, title in zip(axes[0], ["true", *(f"{r['family']}, {r['K']}" for r in shown)], strict=True):
         axis.set_title(title.replace("neural_", ""), fontsize=9)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=80)
+    save(figure, path, dpi=80)
 
 
 def targets(rows: list[Arrays]) -> list[str]:

@@ -42,6 +42,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 import pyro_flowvi
+from benchmarks.common.pictures import save
 from benchmarks.common.scoring import Row, collect, markdown, median, number, read
 from pyro_flowvi import AutoCIF, AutoFlow, CompiledSVI
 from pyro_flowvi.datasets import NINE_MODES, NormalLattice
@@ -315,7 +316,7 @@ def plot(rows: list[Row], path: Path, target: str = "nine") -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path, dpi=110)
     print(f"wrote {path}")
 
 

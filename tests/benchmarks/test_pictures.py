@@ -1,0 +1,22 @@
+"""Pictures with a palette: small, opaque, and of nearly the same colours."""
+
+import numpy as np
+import pytest
+
+from benchmarks.common.pictures import save
+
+pyplot = pytest.importorskip("matplotlib.pyplot")
+
+
+def test_a_palette_changes_little(tmp_path):
+    from PIL import Image
+
+    figure, axis = pyplot.subplots()
+    axis.imshow(np.random.default_rng(0).random((80, 80)) ** 4, cmap="Blues")
+    figure.savefig(tmp_path / "full.png", dpi=80)
+    save(figure, tmp_path / "small.png", dpi=80)
+    pyplot.close(figure)
+    names = ("full.png", "small.png")
+    full, small = (np.asarray(Image.open(tmp_path / name).convert("RGB"), int) for name in names)
+    assert np.abs(full - small).max() < 20
+    assert (tmp_path / "small.png").stat().st_size < 0.6 * (tmp_path / "full.png").stat().st_size
