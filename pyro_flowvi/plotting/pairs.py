@@ -126,7 +126,7 @@ def plot_pairs(
                 _draw_histograms(axis, columns[across], over and over[across], scales[across], labels)
             else:
                 pair = (scales[across], scales[down])
-                _draw_points(axis, (columns[across], columns[down]), *pair)
+                _draw_points(axis, columns[across], columns[down])
                 if over is not None:
                     _draw_reference(axis, (over[across], over[down]), *pair)
             _fit_axis(axis, scales[across], scales[down] if i != j else None)
@@ -171,9 +171,10 @@ def _draw_histograms(
     axis.set_yticks([])
 
 
-def _draw_points(axis: Any, values: tuple[Array, Array], across: Scale, down: Scale) -> None:
-    x, y = (each[:MAX_POINTS] for each in values)
-    axis.scatter(x, y, s=4, linewidths=0, color=COLOURS[1], alpha=0.4, rasterized=True)
+def _draw_points(axis: Any, x: Array, y: Array) -> None:
+    axis.scatter(
+        x[:MAX_POINTS], y[:MAX_POINTS], s=4, linewidths=0, color=COLOURS[1], alpha=0.4, rasterized=True
+    )
 
 
 def _draw_reference(axis: Any, values: tuple[Array, Array], across: Scale, down: Scale) -> None:

@@ -89,12 +89,10 @@ def _draw_zones(axis: Any, khat: float, threshold: float) -> None:
         axis.axhline(value, color=ink(axis), linewidth=0.8, linestyle="--")
     axis.set_yticks([0.0, GOOD_KHAT, threshold, 1.0], ["0", f"{GOOD_KHAT:g}", f"{threshold:.2f}", "1"])
     at = float(np.clip(khat, LOW + 0.05, HIGH - 0.05))
-    axis.plot([0.86], [at], "o", color=ink(axis))
+    axis.plot([0.9], [at], "o", color=ink(axis))
     text = f"{khat:.2f}" if np.isfinite(khat) else "no tail"
-    below = at > HIGH - 0.3
-    axis.annotate(
-        text, (0.86, at), (0, -14 if below else 6), textcoords="offset points", ha="center", fontsize=9
-    )
+    place: dict[str, Any] = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+    axis.annotate(text, (0.9, at), fontsize=9, **place)
     axis.set_xlim(0, 1)
     axis.set_ylim(LOW, HIGH)
     axis.set_xticks([])
