@@ -31,6 +31,7 @@ GUIDES: Final[dict[str, Callable[..., Any]]] = {
     "AutoRadial": AutoRadial,
     "AutoRealNVP": AutoRealNVP,
 }
+"""The guides that the demo fits, by their names in its table."""
 NUM_STEPS: Final = 4000
 NUM_DRAWS: Final = 20_000
 
@@ -55,7 +56,7 @@ class Row:
 
     :param name: of the guide.
     :param diagnosis: of its fit.
-    :param error: worst |mean - reference mean| / reference sd; None without a reference.
+    :param error: worst ``|mean - reference mean|`` / reference sd; None without a reference.
     :param seconds: that the fit took.
     :param draws: name of a scalar -> draws, shape ``(S,)``.
 

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"tanh": torch.tanh, "relu": torch.relu}
+"""The activations of hidden layers, by name."""
 _IN_PLACE: Final[dict[str, Callable[[Tensor], Tensor]]] = {"tanh": torch.tanh_, "relu": torch.relu_}
 Biases = Mapping[str, Tensor]
 

@@ -103,7 +103,7 @@ class NamedModel(PyroModule):
     def take_name(self, name: str | None) -> None:
         """Takes ``name``, or a free one after the class, once the modules are there.
 
-        :raises ValueError: as :func:`claim_name`.
+        :raises ValueError: if it is no non-empty string.
         """
         self.__dict__["_store_name"] = claim_name(self, name, type(self).__name__)
         self._pyro_name = self.name

@@ -46,14 +46,15 @@ class Diagnosis:
     :param verdict: "good", "usable" (after importance weighting) or "poor".
     :param reasons: why, in words.
     :param advice: what to try next, in words; empty if nothing is needed.
-    :param shift: worst |mean of the draws - mean of the resampled draws| of a scalar latent, in sd of the
-        resampled draws, in unconstrained coordinates; NaN where the draws have none.
-    :param scale_shift: worst |log(sd of the resampled draws / sd of the draws)| of a scalar latent, as above.
+    :param shift: worst ``|mean of the draws - mean of the resampled draws|`` of a scalar latent, in sd
+        of the resampled draws, in unconstrained coordinates; NaN where the draws have none.
+    :param scale_shift: worst ``|log(sd of the resampled draws / sd of the draws)|`` of a scalar latent, as
+        above.
     :param tail_index: heaviest tail of a scalar latent, a generalised Pareto shape: 1/nu of a Student t with
         nu degrees of freedom, about 0 of a normal.  Of the states of the probes' chains, else of the draws;
         NaN without either.
-    :param predictive_shift: worst |mean of the draws - mean of the resampled draws| of an output, in sd of
-        its predictions, with ``of``; NaN without.
+    :param predictive_shift: worst ``|mean of the draws - mean of the resampled draws|`` of an output, in sd
+        of its predictions, with ``of``; NaN without.
     :param predictive_coverage: of the draws' 90 % intervals of the outputs, under the resampled draws, what
         is farthest from .9; NaN without ``of``.
     :param chains_shift: as ``predictive_shift``, of the draws against the probes' chains.

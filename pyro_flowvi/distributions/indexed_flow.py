@@ -38,7 +38,7 @@ def log_mean_exp(values: Tensor) -> Tensor:
 
 
 def index_log_ratios(density: FlowDistribution, inner_dim: int, z: Tensor, num_index_samples: int) -> Tensor:
-    """Log ratios q(w, u) |det ∂w/∂z| / r(u | z) of indices drawn from r, whose mean ratio is q(z).
+    """Log ratios ``q(w, u) |det ∂w/∂z| / r(u | z)`` of indices drawn from r, whose mean ratio is q(z).
 
     :param density: the law of variable and noise, with an :class:`IndexedCompose` as its last transform.
     :param inner_dim: the length D of the variable.

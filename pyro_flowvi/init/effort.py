@@ -20,7 +20,7 @@ class Effort:
     :param points_on_path: points on the way that do, for each of a few runs.
     :param draws: draws, the same for all, on which candidates are compared; a quarter sorts most of them out.
     :param finalists: candidates that are refined.
-    :param refinements: steps of :func:`refine` on all of them, then on the best.
+    :param refinements: natural-gradient steps on all of them, then on the best.
 
     Example::
 

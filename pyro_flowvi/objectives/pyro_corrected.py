@@ -69,7 +69,7 @@ class TraceMeanFieldJacobian_ELBO(TraceMeanField_ELBO):
 
     Pyro's autoguides give a constrained site a point mass ``Delta(value, log_density=...)`` at the image of
     an unconstrained draw, whose log density is minus the log-Jacobian of the map.  The divergence that Pyro
-    has for ``Delta`` forgets it: the ELBO of a positive site is off by E[log |dx/du|], which the guide
+    has for ``Delta`` forgets it: the ELBO of a positive site is off by ``E[log |dx/du|]``, which the guide
     then inflates.  Here such a site counts with log p - log q at its value (Kucukelbir et al. 2017,
     equation 5); all others keep their closed divergences.
 

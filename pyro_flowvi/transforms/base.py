@@ -96,19 +96,19 @@ class FlowTransform(TransformModule):
         return Size()
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The image of ``x``, shape ``(*, D)``, and log |det J| there, shape ``(*,)``."""
+        """The image of ``x``, shape ``(*, D)``, and ``log |det J|`` there, shape ``(*,)``."""
         raise NotImplementedError(f"{type(self).__name__}.forward_and_log_det")
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The preimage of ``y`` and the log |det J| *of the inverse* at ``y``."""
+        """The preimage of ``y`` and the ``log |det J|`` *of the inverse* at ``y``."""
         raise NotImplementedError(f"{type(self).__name__}.inverse_and_log_det")
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The forward pass, carrying the score of the density of ``x`` to that of its image.
 
-        With log q(y) = log q(x) - log |det J(x)| the score is J⁻ᵀ(score - ∇ log |det J|) (Vaitl, Winkler,
-        Richter and Kessel 2024, proposition 3.1).  This way through the inverse serves any layer; layers
-        that know the structure of their Jacobian override it.
+        With ``log q(y) = log q(x) - log |det J(x)|`` the score is ``J⁻ᵀ(score - ∇ log |det J|)`` (Vaitl,
+        Winkler, Richter and Kessel 2024, proposition 3.1).  This way through the inverse serves any layer;
+        layers that know the structure of their Jacobian override it.
 
         :param x: shape ``(*, D)``, part of a graph.
         :param score: ∇ log q at ``x``, same shape.
@@ -124,7 +124,7 @@ class FlowTransform(TransformModule):
         return self.inverse_and_log_det(y)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log |det dy/dx| at ``x``, shape ``(*,)``; ``y`` is not needed."""
+        """``log |det dy/dx|`` at ``x``, shape ``(*,)``; ``y`` is not needed."""
         return self.forward_and_log_det(x)[1]
 
     def with_cache(self, cache_size: int = 1) -> Self:

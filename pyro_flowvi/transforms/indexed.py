@@ -158,7 +158,7 @@ class IndexedLayer(nn.Module):
 
         :param w: shape ``(*, D)``.
         :param noise: the standardised index under q, shape ``(*, k)``.
-        :return: the image w', the standardised index under r, and log |det| of the whole.
+        :return: the image w', the standardised index under r, and ``log |det|`` of the whole.
         """
         u, log_q = self.index(noise, self._given(w))
         if self.order == "before":
@@ -171,7 +171,7 @@ class IndexedLayer(nn.Module):
         return y, noise, log_det + log_scale.sum(-1) + (log_q + log_r).sum(-1)
 
     def inverse(self, y: Tensor, noise: Tensor) -> Moved:
-        """The preimage of :meth:`forward`, and log |det| of the inverse."""
+        """The preimage of :meth:`forward`, and ``log |det|`` of the inverse."""
         u, log_r = self.reverse(noise, self._given(y))
         if self.order == "before":
             moved, log_det = inverse_and_log_det(self.transform, y)
@@ -232,8 +232,9 @@ class IndexedCompose(Chain):
 
     The first D coordinates are the variable, the others the standardised indices of all layers, the first
     layer's first; plain transforms leave these alone.  A standard normal vector goes to (z, e'), and with
-    log q(z, e') its density there, log q(z, e') - log N(e') is the log density ratio q(w, u) |det| / r(u | z)
-    that takes the place of a tractable log q(z); its mean is at least that of log q(z).
+    log q(z, e') its density there, log q(z, e') - log N(e') is the log density ratio
+    ``q(w, u) |det| / r(u | z)`` that takes the place of a tractable log q(z); its mean is at least that of
+    log q(z).
 
     :param parts: :class:`IndexedLayer` modules and transforms, the first one first.
     :param inner_dim: the length D of the variable, needed only if no part tells it.

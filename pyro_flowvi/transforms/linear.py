@@ -58,7 +58,7 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def reflect(x: Tensor, vectors: Tensor) -> Tensor:
-    """Householder reflections x - 2 (v·x) v / |v|², one after another.
+    """Householder reflections ``x - 2 (v·x) v / |v|²``, one after another.
 
     :param x: shape ``(*, D)``.
     :param vectors: shape ``(*, K, D)``, of any length; a zero vector reflects nothing.

@@ -102,7 +102,7 @@ def bits_per_dim(log_prob: Tensor, shape: int | Sequence[int], num_levels: int) 
     r"""Bits for each dimension of the integers, :math:`\log_2 K - \log p(y) / (D \log 2)`.
 
     An upper bound, in expectation over the noise, on what the flow's own probability of the integers is in
-    bits; see :mod:`pyro_flowvi.transforms.pixels` for why.
+    bits (Theis, van den Oord and Bethge 2016, section 3.1).
 
     :param log_prob: log densities of dequantised images in the unit cube, in nats, any shape.
     :param shape: that of an image, or the number D of its dimensions.

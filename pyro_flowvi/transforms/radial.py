@@ -101,7 +101,7 @@ def radial_forward(x: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tu
 def radial_score(x: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor, score: Tensor) -> Tensor:
     """The score at the image of ``x`` of a density whose score at ``x`` is given, layer by layer.
 
-    J is (1 + β h) I less a multiple of δ δᵀ with δ = x - x₀ and h = 1 / (α + |δ|).
+    J is (1 + β h) I less a multiple of δ δᵀ with δ = x - x₀ and ``h = 1 / (α + |δ|)``.
 
     Example::
 
@@ -151,9 +151,9 @@ def radial_inverse(y: Tensor, centre: Tensor, alpha: Tensor, beta: Tensor) -> tu
 
 
 def radial_power(x: Tensor, log_power: Tensor) -> tuple[Tensor, Tensor]:
-    """x |x|^(p - 1), whose inverse is that of the power 1 / p.
+    """``x |x|^(p - 1)``, whose inverse is that of the power 1 / p.
 
-    J is |x|^(p - 1) (I + (p - 1) u uᵀ) with u = x / |x|, so its determinant p |x|^(D (p - 1)).
+    J is ``|x|^(p - 1) (I + (p - 1) u uᵀ)`` with ``u = x / |x|``, so its determinant ``p |x|^(D (p - 1))``.
 
     :param x: shape ``(*, D)``.
     :param log_power: log p, shape ``(*,)``.
