@@ -1,0 +1,5 @@
+"""Citations."""
+
+
+def setup(app):
+    return {"parallel_read_safe": True}
