@@ -151,7 +151,7 @@ def run_demo(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Row]:
-    """Fits the model with every guide of :data:`GUIDES` and judges the fits.
+    """Fits the model with every guide of :data:`pyro_flowvi.demo.GUIDES` and judges the fits.
 
     :param model: a Pyro model.
     :param data: its keyword arguments; those of the eight schools if None and the model is that one.

@@ -68,8 +68,8 @@ class AutoFlow(SummarisedGuide):
         has a correction of its own beside it.
     :param create_plates: as of Pyro's autoguides: from the model's arguments to a plate, or several, in which
         the guide draws; those that it does not return are made as usual.
-    :raises ValueError: if an argument is not of the described kind; at set-up as
-        :func:`pyro_flowvi._program.start_trace.prototype`.
+    :raises ValueError: if an argument is not of the described kind; at set-up, naming the site, for a
+        model that continuous variational inference cannot serve.
     :raises RuntimeError: at a call of a guide whose name another has taken over.
 
     Parameters exist after :meth:`materialize` or the first call.  From then on a call answers with the
