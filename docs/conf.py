@@ -41,7 +41,7 @@ autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 90
+python_maximum_signature_line_length = 100
 add_module_names = False
 toc_object_entries = False
 
@@ -65,6 +65,7 @@ html_theme = "furo"
 html_title = f"pyro_flowvi {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_show_copyright = False
 html_show_sourcelink = False
 html_copy_source = False
 linkcheck_timeout = 20
