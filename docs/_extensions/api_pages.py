@@ -10,8 +10,18 @@ from typing import Any
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
 
+from pyro_flowvi import AutoFlow
+from pyro_flowvi.autoguide._protocol import FitGuide
+
 PACKAGE = "pyro_flowvi"
 DESCRIPTORS = (property, classmethod, staticmethod)
+INTERNAL = {"announce", "extra_repr", "take_name"}
+ASKED_BY_FIT = INTERNAL | {
+    *vars(FitGuide),
+    *("covers_modes", "draw_roots", "draw_roots_and_log_prob", "place_at", "serves_rows"),
+    *("page_flow", "params_of_page", "params_of_roots", "start_rows"),
+}
+"""Members of guides with which ``fit`` and ``diagnose`` work, and nobody else."""
 
 
 def is_private(cls: type) -> bool:
@@ -25,20 +35,26 @@ def attribute_docs(module: str) -> dict[tuple[str, str], list[str]]:
     return ModuleAnalyzer.for_module(module).find_attr_docs()
 
 
+def page_owners(cls: type) -> list[type]:
+    """The class, and the private ones that it is built from; members behind a public one are on its page."""
+    line = [owner for owner in cls.__mro__ if owner.__module__.startswith(PACKAGE)]
+    public = [owner for owner in line if owner is not cls and not is_private(owner)]
+    return [o for o in line if o is cls or (is_private(o) and not any(issubclass(p, o) for p in public))]
+
+
 def public_members(fullname: str) -> list[str]:
     """Documented members of a class: its own, and those of private classes that it is built from."""
     module, _, name = fullname.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
-    found: dict[str, int] = {}
-    for i, owner in enumerate(cls.__mro__):
-        if not owner.__module__.startswith(PACKAGE) or (owner is not cls and not is_private(owner)):
-            continue
+    found: dict[str, None] = {}
+    for owner in page_owners(cls):
         documented = attribute_docs(owner.__module__)
         for member, value in vars(owner).items():
             has_doc = inspect.getdoc(value) if callable(value) or isinstance(value, DESCRIPTORS) else None
             if not member.startswith("_") and (has_doc or (owner.__qualname__, member) in documented):
-                found.setdefault(member, i)
-    return sorted(found, key=found.__getitem__)
+                found.setdefault(member)
+    hidden = ASKED_BY_FIT if issubclass(cls, AutoFlow) else INTERNAL
+    return [member for member in found if member not in hidden]
 
 
 def process_bases(app: Any, name: str, obj: type, options: Any, bases: list[Any]) -> None:
