@@ -41,6 +41,7 @@ def execute(notebook: nbformat.NotebookNode, timeout: int | None = None) -> None
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.getenv("PYTHONPATH")])]),
             "MATPLOTLIBRC": str(HERE / "matplotlibrc"),
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the kernel, so that its seconds can be counted
             # Of tqdm, which Pyro imports, where ipywidgets is not installed.
             "PYTHONWARNINGS": "ignore:IProgress not found",
         }
