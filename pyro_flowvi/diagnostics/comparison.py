@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import _html
 from .._program.call import as_keywords, check_programs
-from .diagnosis import Diagnosis, diagnose
+from .diagnosis import Diagnosis, _tail_text, diagnose
 
 __all__ = ["Comparison", "compare"]
 
@@ -55,7 +55,7 @@ class Comparison:
                 f"{d.iw_elbo:.2f}",
                 f"{d.gap:.2f}",
                 f"{d.ess:.0f} ({d.num_samples})",
-                f"{d.khat:.2f}",
+                _tail_text(d.khat),
                 f"{d.shift:.2f}",
                 d.verdict,
             )

@@ -245,6 +245,13 @@ class TestCompare:
         assert len(str(table).splitlines()) == 4
         assert table._repr_html_().count("<tr>") == 4
 
+    def test_a_khat_of_equal_weights(self):
+        """Nearly equal weights have no tail; both ways to print it say so."""
+        table = compare(standard_normal, {"exact": normal_guide(1.0)}, seed=0, probes=False)
+        assert table[0].khat == -math.inf
+        assert "k-hat -" in str(table[0])
+        assert "inf" not in str(table) + table._repr_html_()
+
     def test_names_of_a_list(self):
         guides = [AutoNormal(standard_normal), AutoPlanar(standard_normal), AutoNormal(standard_normal)]
         table = compare(standard_normal, guides, num_samples=100, probes=False)
