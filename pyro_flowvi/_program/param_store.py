@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -9,12 +11,19 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from .pyro_private import drop_stored, is_module_local_param_enabled, replace_stored, stored_params
+from .pyro_private import (
+    drop_stored,
+    empty_store,
+    is_module_local_param_enabled,
+    replace_stored,
+    stored_params,
+)
 
 __all__ = [
     "NamedModel",
     "adopt_stored",
     "announce",
+    "apart_from_store",
     "check_name",
     "claim_name",
     "forget",
@@ -184,6 +193,26 @@ def adopt_stored(full_name: str, param: Tensor, wins: bool = True, leftovers: bo
             param.copy_(stored)
     replace_stored(full_name, param)
     _note(full_name, param)
+
+
+@contextmanager
+def apart_from_store() -> Iterator[None]:
+    """Within it the param store is empty; afterwards it is as before, and so is what is known of its entries.
+
+    Example::
+
+        >>> with apart_from_store():
+        ...     register("x", torch.nn.Parameter(torch.zeros(2)))
+        >>> sorted(pyro.get_param_store())
+        []
+    """
+    known = dict(_registered)
+    try:
+        with empty_store():
+            yield
+    finally:
+        _registered.clear()
+        _registered.update(known)
 
 
 def restored(prefix: str, leftovers: bool = False) -> list[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "compute_dice_elbo",
     "compute_model_factors",
     "drop_stored",
+    "empty_store",
     "get_traces",
     "is_module_local_param_enabled",
     "load_optimizer_state",
@@ -62,6 +63,23 @@ def drop_stored(full_name: str) -> None:
     store._constraints.pop(full_name, None)
     if store._param_to_name.get(param) == full_name:
         del store._param_to_name[param]
+
+
+@contextmanager
+def empty_store() -> Iterator[None]:
+    """Within it the param store is empty; afterwards it has the dictionaries again that it had.
+
+    Pyro's ``scope`` makes new ones of the same entries, which is what a store that was restored looks like.
+    """
+    store = pyro.get_param_store()
+    names = ("_params", "_param_to_name", "_constraints")
+    before = {name: getattr(store, name) for name in names}
+    store.clear()
+    try:
+        yield
+    finally:
+        for name, held in before.items():
+            setattr(store, name, held)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from .._bar import tqdm
 from .._checks import check_positive_int
 from .._compile.log_density import log_densities
 from .._program.call import as_keywords, check_programs, options_of
+from .._program.param_store import apart_from_store
 from .._program.simulation import GenerativeModel, Simulated
 from .._types import Program
 from ..infer import fit
@@ -207,7 +208,7 @@ def _left_as_it_is() -> Iterator[None]:
     state = get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
-        with pyro.get_param_store().scope():
+        with apart_from_store():
             yield
     finally:
         set_rng_state(state)

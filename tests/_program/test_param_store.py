@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
 from pyro_flowvi import AutoFlow, AutoFlowMixture, AutoPlanar, CompiledSVI, diagnose, fit
-from pyro_flowvi._program.param_store import adopt_stored, register, restored
+from pyro_flowvi._program.param_store import adopt_stored, apart_from_store, register, restored
 from pyro_flowvi.models import FlowVAE, VMoNF
 
 STOLEN = "a: this {} has lost its name to another of that name \\({}\\)"
@@ -331,3 +331,14 @@ def test_what_took_the_place_of_a_leftover_is_one():
     assert restored("a") == []
     adopt_stored("a.x", third)
     assert pyro.get_param_store()._params["a.x"] is third
+
+
+def test_a_leftover_is_one_after_fits_apart():
+    """So a guide that is made after sbc starts afresh, whatever earlier guides of its class have left."""
+    left, inside = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(3))
+    register("a.x", left)
+    with apart_from_store():
+        assert not pyro.get_param_store()
+        register("a.x", inside)
+    assert pyro.get_param_store()._params["a.x"] is left
+    assert restored("a") == []
