@@ -1,7 +1,7 @@
 """Pages of the documentation as programs: their blocks, a run in a process of its own, what it has to print.
 
-- All ```` ```python ```` blocks of a page are one script, run from the top: one namespace, seed 0, float32, an
-  empty folder.  A block that cannot run here is marked ```` ```{code-block} python ````.
+- All ```` ```python ```` blocks of a page are one script, run from the top: one namespace, seed 0, float32,
+  an empty folder.  A block that cannot run here is marked ```` ```{code-block} python ````.
 - What a block prints stands below it in a ```` ```text ```` block, with prose alone between the two.  A block
   that prints has one.
 - Words have to be as shown.  So have whole numbers inside of brackets, such as shapes; other numbers may be
