@@ -5,7 +5,7 @@ from typing import Any
 
 from .. import _html
 
-__all__ = ["as_html", "as_text"]
+__all__ = ["as_html", "as_text", "number_text"]
 
 MEANING = {
     "good": "use the draws",
@@ -14,7 +14,8 @@ MEANING = {
 }
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """A figure with two digits; a dash where it has no meaning."""
     return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
@@ -27,7 +28,7 @@ def as_text(found: Any) -> str:
         f"ELBO {found.elbo:.2f} ± {found.elbo_se:.2f}",
         f"IW-ELBO {found.iw_elbo:.2f} (gap {found.gap:.2f})",
         f"ESS {found.ess:.0f} of {found.num_samples}",
-        f"k-hat {_number(found.khat)}",
+        f"k-hat {number_text(found.khat)}",
     ]
     if not math.isnan(found.shift):
         figures.append(f"shift {found.shift:.2f} sd")
@@ -56,13 +57,17 @@ def _rows(found: Any) -> list[tuple[str, str, str]]:
         ("IW-ELBO", f"{found.iw_elbo:.2f}", "a tighter one, by importance weights"),
         ("gap", f"{found.gap:.2f}", "between them: KL(q || p) is at least about that"),
         ("ESS", f"{found.ess:.0f} of {found.num_samples}", f"{share:.0f} % of the draws count"),
-        ("k-hat", _number(found.khat), _word_on_khat(found)),
-        ("shift", f"{_number(found.shift)} sd", "how far resampling moves a mean, at most"),
-        ("scale shift", _number(found.scale_shift), "logarithm of the factor on an sd, at most"),
-        ("predictive shift", f"{_number(found.predictive_shift)} sd", "how far it moves a prediction"),
-        ("predictive coverage", _number(found.predictive_coverage), "of 90 % intervals, where farthest off"),
-        ("shift from chains", f"{_number(found.chains_shift)} sd", "of predictions, against the probes"),
-        ("coverage by chains", _number(found.chains_coverage), "of 90 % intervals, where farthest off"),
+        ("k-hat", number_text(found.khat), _word_on_khat(found)),
+        ("shift", f"{number_text(found.shift)} sd", "how far resampling moves a mean, at most"),
+        ("scale shift", number_text(found.scale_shift), "logarithm of the factor on an sd, at most"),
+        ("predictive shift", f"{number_text(found.predictive_shift)} sd", "how far it moves a prediction"),
+        (
+            "predictive coverage",
+            number_text(found.predictive_coverage),
+            "of 90 % intervals, where farthest off",
+        ),
+        ("shift from chains", f"{number_text(found.chains_shift)} sd", "of predictions, against the probes"),
+        ("coverage by chains", number_text(found.chains_coverage), "of 90 % intervals, where farthest off"),
         ("draws without density", str(found.num_nonfinite), "they count for nothing"),
     ]
     always = {"ELBO", "IW-ELBO", "gap", "ESS", "k-hat"}

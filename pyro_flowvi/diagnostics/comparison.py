@@ -6,7 +6,8 @@ from typing import Any
 
 from .. import _html
 from .._program.call import as_keywords, check_programs
-from .diagnosis import Diagnosis, _tail_text, diagnose
+from ._printed import number_text
+from .diagnosis import Diagnosis, diagnose
 
 __all__ = ["Comparison", "compare"]
 
@@ -55,7 +56,7 @@ class Comparison:
                 f"{d.iw_elbo:.2f}",
                 f"{d.gap:.2f}",
                 f"{d.ess:.0f} ({d.num_samples})",
-                _tail_text(d.khat),
+                number_text(d.khat),
                 f"{d.shift:.2f}",
                 d.verdict,
             )
