@@ -12,6 +12,7 @@ __all__ = ["COLOURS", "REFERENCE_COLOUR", "import_pyplot", "ink", "log_ticks", "
 Array = NDArray[Any]
 REFERENCE_COLOUR = "0.75"
 COLOURS = ("#c44e52", "#4c72b0", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
+"""The colours of guides in pictures, in order; reference draws are grey."""
 PAPER, INK = "white", "#262626"
 LIGHT: Final[dict[str, Any]] = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), PAPER),
