@@ -30,8 +30,9 @@ class Paper:
         return re.compile(rf"(?:{names})\ (?:{self.year}|\({self.year}\))".replace(r"\ ", r"\s+"))
 
     def has_title(self, text: str) -> bool:
-        """Whether this is the title, its beginning, or what follows its colon."""
-        return self.title.startswith(text) or self.title.endswith(f": {text}")
+        """Whether this is the title, its beginning, or what follows its colon, in whatever case."""
+        title, text = self.title.lower(), text.lower()
+        return title.startswith(text) or title.endswith(f": {text}")
 
 
 PAPERS = [
