@@ -55,8 +55,8 @@ nitpick_ignore_regex = [
     ),
     (r"py:.*", r"pyro_flowvi\.(.*\.)?_.*"),
     (
-        r"py:class",
-        r"pyro_flowvi\.transforms\.compose\.Chain|pyro_flowvi\.diagnostics\.probes\.Effort|SuperLU",
+        r"py:(class|exc)",
+        r"pyro_flowvi\.transforms\.compose\.Chain|pyro_flowvi\.diagnostics\.probes\.Effort|SuperLU|NotFittedError",
     ),
 ]
 suppress_warnings = ["config.cache"]  # of the function that templates call

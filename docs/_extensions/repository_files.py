@@ -1,7 +1,7 @@
 """Files that lie outside of docs/: notebooks are copied, and links to what the site has lead to its pages.
 
-Links are written as they are right in the repository, where a page may also be read: from docs/how-to to
-``../../tutorials/NAME.ipynb``.
+Links are written as they are right in the repository, where a page may also be read, from docs/how-to to
+``../../tutorials/NAME.ipynb``; in a notebook also as they are right on the site, to ``../how-to/NAME.md``.
 """
 
 import os
@@ -44,8 +44,8 @@ def site_links(text: str, folder: Path) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         target = Path(os.path.normpath(ROOT / folder / match[2]))
-        if match[2].startswith("/") or not target.is_relative_to(ROOT):
-            return match[0]
+        if match[2].startswith("/") or not target.is_relative_to(ROOT) or not target.exists():
+            return match[0]  # right where the page is on the site, or nowhere
         place = target.relative_to(ROOT).as_posix()
         if place.startswith("docs/"):
             place = place.removeprefix("docs")
