@@ -34,7 +34,8 @@ class FitResult:
     :param wall_time: seconds.
     :param start: the kind of Gaussian that the guide was moved to before training: "prior", "laplace",
         "path", "mean-field", or "modes": one that covers several for :class:`AutoCIF`, one at each for
-        :class:`AutoFlowMixture`; "previous", the guide that ``init`` gives; None if it stayed where it was.
+        :class:`AutoFlowMixture`; "program", of the latents that others' priors depend on, with messages for
+        the rest; "previous", the guide that ``init`` gives; None if it stayed where it was.
     :param converged: whether the ELBO had stopped rising when the run ended.
     :param rates: the learning rate of every step; NaN with an optimizer of your own.
     :param gradient_norms: the norm of the gradient of every step.
