@@ -22,7 +22,7 @@ from numpyro.infer.reparam import LocScaleReparam, Reparam
 
 from benchmarks.common.hierarchical_models import Kind
 from benchmarks.common.posteriors_numpyro import arrays
-from benchmarks.common.scoring import Row
+from benchmarks.common.results import Row
 
 CHAINS, WARMUP, SAMPLES = 4, 2000, 2000
 NUM_EXACT = 40_000

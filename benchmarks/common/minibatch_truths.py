@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from benchmarks.common import structured_truths
 from benchmarks.common.minibatch_models import counts
-from benchmarks.common.scoring import Row
+from benchmarks.common.results import Row
 from benchmarks.common.structured_problem import F64, Problem
 from benchmarks.common.structured_truths import LOG_TWO_PI, Given, Marginal, log_prior
 

@@ -1,24 +1,15 @@
-"""What the benchmarks of whole fits share: guides to train, scores of draws, a file of results.
+"""What the benchmarks of whole fits share: guides to train, and scores of draws.
 
 Two sets of draws are compared by the worst scalar: the difference of the means in standard deviations of the
 reference, and the ratio of the standard deviations.  A fit is *right* where every mean is within 0.1 standard
 deviations and every ratio within 0.9 to 1.1.
-
-Results are lines of JSON, written as they come; what a file has already is not run again.
 """
 
 import inspect
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,13 +20,12 @@ from pyro.distributions.transforms import iterated, planar
 from pyro.infer import SVI, Trace_ELBO, autoguide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
-from tqdm import tqdm
 
 import pyro_flowvi
+from benchmarks.common.results import Row
 from pyro_flowvi._program.start_trace import SafeInit
 
 Array = NDArray[np.float64]
-Row = dict[str, Any]
 Model = Callable[..., Any]
 
 OURS = (
@@ -197,123 +187,3 @@ def judge(model: Model, guide: Any, args: tuple[Any, ...], seed: int) -> Row:
         "reasons": list(found.reasons),
         "diagnose_seconds": time.perf_counter() - started,
     }
-
-
-# -- results -------------------------------------------------------------------------------------
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-def finite(row: Row) -> Row:
-    """JSON has no infinities."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-
-
-def isolated(key: Row, timeout: float, cold: bool) -> Row:
-    """The result of the same script in a process of its own, which gets the task as ``--one``.
-
-    With ``cold`` the compiler's cache is empty, and a second process measures what is left with a full one.
-    """
-    module: Any = sys.modules["__main__"].__spec__  # there is one under ``python -m``
-    command = [sys.executable, "-m", module.name, *sys.argv[1:], "--one", json.dumps(key)]
-
-    def child(**variables: str) -> Row:
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **variables}
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"stopped after {timeout:.0f} s"}
-        if done.returncode:
-            return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-        result: Row = json.loads(done.stdout.splitlines()[-1])
-        return result
-
-    if not cold:
-        return child()
-    with tempfile.TemporaryDirectory() as cache:
-        first = child(TORCHINDUCTOR_CACHE_DIR=cache)
-        second = child(TORCHINDUCTOR_CACHE_DIR=cache)
-    return {**second, "seconds_cold": first.get("seconds")}
-
-
-def attempt(key: Row, run: Callable[[Row], Row]) -> Row:
-    """The result of a task in this process, an error included."""
-    warnings.simplefilter("ignore")
-    pyro.clear_param_store()
-    try:
-        return run(key)
-    except Exception as error:
-        return {"error": first_line(error)}
-
-
-def collect(
-    keys: Iterable[Row],
-    output: Path,
-    run: Callable[[Row], Row],
-    say: Callable[[Row], str],
-    *,
-    apart: bool = False,
-    cold: Callable[[Row], bool] = lambda key: False,
-    timeout: float = 1800.0,
-) -> None:
-    """Runs the tasks that the file does not have, one after another, and adds their results to it.
-
-    :param keys: the tasks; a result has the entries of its task.
-    :param run: the result of a task.
-    :param say: what to print of a result.
-    :param apart: each task in a process of its own.
-    :param cold: of which tasks to measure a run with an empty cache of the compiler, in its own process.
-    :param timeout: seconds for a task in its own process.
-    """
-    done = read(output)
-    missing = [
-        key
-        for key in keys
-        if not any(all(row.get(name) == value for name, value in key.items()) for row in done)
-    ]
-    for key in tqdm(missing, unit="run", disable=None):  # none where the output is not a terminal
-        alone = apart or cold(key)
-        found = isolated(key, timeout, cold(key)) if alone else attempt(key, run)
-        row = finite({**key, **found, "isolated": alone})
-        with output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        tqdm.write(say(row))
-        sys.stdout.flush()
-
-
-def chosen(starts: list[str], names: tuple[str, ...]) -> list[str]:
-    """The names that begin with one of the starts, in their own order; all without any."""
-    for start in starts:
-        if not any(name.startswith(start) for name in names):
-            raise SystemExit(f"expected the start of one of {', '.join(names)}, got {start!r}")
-    return [name for name in names if not starts or any(name.startswith(start) for start in starts)]
-
-
-def median(values: Sequence[float | None]) -> float:
-    """A missing value is a failure, and counts as infinite."""
-    return float(np.median([math.inf if value is None else value for value in values]))
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """As short as a table wants it."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.{max(0, digits - 1)}f}"
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])

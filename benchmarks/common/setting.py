@@ -3,26 +3,48 @@
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyro
-import torch
+PACKAGES = {"torch": "torch", "pyro-ppl": "Pyro", "jax": "JAX", "numpyro": "NumPyro"}
+ROOT = Path(__file__).parents[2]
 
 
 def setting() -> dict[str, Any]:
-    """Machine, versions and commit of a measurement."""
+    """Machine, versions, commit and date of a measurement."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    try:
-        root = Path(__file__).parents[2]
-        told = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        commit = subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = ""
     return {
         "machine": f"{cpu or platform.processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, Pyro {pyro.__version__}",
-        "commit": commit,
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def versions() -> str:
+    """Of Python and of what is installed of the packages."""
+    found = [f"Python {platform.python_version()}"]
+    for package, name in PACKAGES.items():
+        try:
+            found.append(f"{name} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def commit() -> str:
+    """The commit, "-dirty" where files differ from it; results may, since a run adds to them."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        differs = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+        dirty = subprocess.run(differs, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("-dirty" if dirty else "")

@@ -20,7 +20,7 @@ from numpyro.infer import MCMC, NUTS
 
 from benchmarks.common import structured_models
 from benchmarks.common.posteriors_numpyro import arrays
-from benchmarks.common.scoring import Row
+from benchmarks.common.results import Row
 from benchmarks.common.structured_problem import Problem
 
 CHAINS, WARMUP, SAMPLES = 4, 1000, 5000

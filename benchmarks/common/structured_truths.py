@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Beta, Binomial, HalfCauchy, HalfNormal, Normal, Poisson
 
 from benchmarks.common import hierarchies
-from benchmarks.common.scoring import Row
+from benchmarks.common.results import Row
 from benchmarks.common.structured_models import GROUP_SIZE
 from benchmarks.common.structured_problem import F64, NUM_LOCALS, Problem, named
 

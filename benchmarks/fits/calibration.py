@@ -15,7 +15,6 @@ p value of the joint log density by itself, and the seconds of a fit and its ver
 """
 
 import argparse
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from benchmarks.common.scoring import Row, chosen, collect, markdown, median, number, read
+from benchmarks.common.results import Clock, Row, chosen, collect, read
+from benchmarks.common.tables import markdown, median, number
 from pyro_flowvi import AutoRealNVP, Calibration, sbc
 from pyro_flowvi.datasets import EIGHT_SCHOOLS
 
@@ -82,7 +82,7 @@ MODELS: dict[str, tuple[Callable[..., None], Callable[[], Args]]] = {
 
 def run(key: Row) -> Row:
     model, args = MODELS[key["model"]]
-    started = time.perf_counter()
+    clock = Clock()
     found = sbc(
         model,
         AutoRealNVP,
@@ -94,7 +94,7 @@ def run(key: Row) -> Row:
         progress=False,
     )
     return {
-        "seconds": time.perf_counter() - started,
+        **clock.read(),
         "verdicts": found.verdicts,
         "failures": [why for _, why in found.failures],
         "notes": found.notes,

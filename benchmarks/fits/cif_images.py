@@ -43,7 +43,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.scoring import Row, collect, markdown, read
+from benchmarks.common.results import Row, collect, read, results_of
+from benchmarks.common.tables import markdown
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits, idx_images
 from pyro_flowvi.infer import TraceAnnealed_ELBO, TraceSTL_ELBO
@@ -306,7 +307,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="of the four IDX files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR")
-    parser.add_argument("--output", type=Path, default=Path("cif_images.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("cif_images"))
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     if arguments.report is not None:

@@ -26,7 +26,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from benchmarks.common.scoring import Row, collect, markdown, read
+from benchmarks.common.results import Row, collect, read, results_of
+from benchmarks.common.tables import markdown
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits
 from pyro_flowvi.infer import TraceAnnealed_ELBO
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=list(LAYERS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--output", type=Path, default=Path("flow_vae.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("flow_vae"))
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()

@@ -25,7 +25,6 @@ of one that is.
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,24 +40,9 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 import pyro_flowvi
-from benchmarks.common.scoring import (
-    OURS,
-    Row,
-    accuracy,
-    attempt,
-    chosen,
-    collect,
-    draw,
-    finite,
-    is_right,
-    judge,
-    markdown,
-    number,
-    read,
-    redraw,
-    scalars,
-    worst_ratio,
-)
+from benchmarks.common.results import Clock, Row, attempt, chosen, collect, finite, read, results_of
+from benchmarks.common.scoring import OURS, accuracy, draw, is_right, judge, redraw, scalars, worst_ratio
+from benchmarks.common.tables import markdown, number
 
 DEFAULT_GUIDES = ("AutoPlanar", "AutoRealNVP", "AutoNeuralSpline")
 NUM_EXACT, NUM_DRAWS = 100_000, 10_000
@@ -156,11 +140,11 @@ def fit_one(key: Row) -> Row:
     bad = BAD.get(key["fit"])
     make: Maker = bad.guide if bad is not None else getattr(pyro_flowvi, key["fit"])
     options = bad.options if bad is not None else {}
-    started = time.perf_counter()
+    clock = Clock()
     pyro.set_rng_seed(seed)
     guide = make(target.model)
     fitted = pyro_flowvi.fit(target.model, guide, *target.args, seed=seed, progress=False, **options)
-    result: Row = {"seconds": time.perf_counter() - started, "result": repr(fitted)}
+    result: Row = clock.read() | {"result": repr(fitted)}
     torch.manual_seed(seed)
     exact = scalars(target.exact(NUM_EXACT))
     torch.manual_seed(seed)
@@ -221,7 +205,7 @@ def main() -> None:
     parser.add_argument("--isolate", action="store_true", help="each fit in a process of its own")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for a fit of its own process")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("hard.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("hard_targets"))
     parser.add_argument("--report", type=Path, help="print a table of this file and fit nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

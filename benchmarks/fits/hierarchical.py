@@ -36,22 +36,11 @@ import torch
 
 import pyro_flowvi
 from benchmarks.common.hierarchical_models import FORMS, KINDS
-from benchmarks.common.scoring import (
-    Row,
-    attempt,
-    chosen,
-    collect,
-    draw,
-    is_right,
-    markdown,
-    number,
-    read,
-    redraw,
-    train_ours,
-    worst_ratio,
-)
+from benchmarks.common.results import Clock, Row, attempt, chosen, collect, read, results_of, settings
+from benchmarks.common.scoring import draw, is_right, redraw, train_ours, worst_ratio
 from benchmarks.common.structured_truths import errors, read_truths
-from benchmarks.fits.time_to_right import FIRST_CORE, XLA_FLAGS, Clock, setting
+from benchmarks.common.tables import markdown, number
+from benchmarks.fits.time_to_right import FIRST_CORE, XLA_FLAGS
 
 REFERENCE = Path(__file__).parents[1] / "results" / "hierarchical_reference.json"
 NUM_DRAWS, SECONDS = 10_000, 60.0
@@ -62,7 +51,7 @@ VERDICTS = ("good", "usable", "poor")
 def run_one(key: Row) -> Row:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        return fit_one(key, read_truths(REFERENCE)[key["kind"]]) | {"setting": setting()}
+        return fit_one(key, read_truths(REFERENCE)[key["kind"]])
 
 
 def fit_one(key: Row, reference: Row, **options: Any) -> Row:
@@ -169,7 +158,7 @@ def verdicts(rows: list[Row]) -> list[list[str]]:
 def report(rows: list[Row]) -> None:
     order = {name: i for i, name in enumerate(KINDS)}
     rows = sorted(rows, key=lambda row: (order.get(row["kind"], len(order)), row["form"], row["seed"]))
-    print("".join(f"{text}\n" for text in sorted({row["setting"] for row in rows if "setting" in row})))
+    print(settings(rows))
     print(markdown(HEAD, map(line, rows)))
     print("\n" + markdown(["", *VERDICTS], verdicts(rows)))
     print("\n" + markdown(["of the runs", "found", "asked", ""], summary(rows)))
@@ -216,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each form of each kind")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for a run")
     parser.add_argument("--core", type=int, default=FIRST_CORE, help="core to run on; -1 for any")
-    parser.add_argument("--output", type=Path, default=Path("hierarchical.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("hierarchical"))
     parser.add_argument("--reference", action="store_true", help="run NUTS, and fit nothing")
     parser.add_argument("--report", type=Path, help="print tables of this file and run nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -53,19 +53,11 @@ import pyro_flowvi
 from benchmarks.common import digits_vae, minibatch_truths
 from benchmarks.common.minibatch_models import PLATE, TASKS, Task, counts
 from benchmarks.common.minibatch_truths import NEW_GROUPS, NEW_SEED, read_truths
-from benchmarks.common.scoring import (
-    Row,
-    attempt,
-    chosen,
-    collect,
-    markdown,
-    median,
-    number,
-    read,
-    worst_ratio,
-)
+from benchmarks.common.results import Clock, Row, attempt, chosen, collect, read, results_of, settings
+from benchmarks.common.scoring import worst_ratio
 from benchmarks.common.structured_truths import errors
-from benchmarks.fits.time_to_right import FIRST_CORE, Clock, setting
+from benchmarks.common.tables import markdown, median, number
+from benchmarks.fits.time_to_right import FIRST_CORE
 
 ARGUMENTS = "20,000 groups of counts"
 VAES = {"VAE on digits": "digits", "VAE on MNIST": "MNIST"}
@@ -215,7 +207,7 @@ def run_one(key: Row, folder: Path | None) -> Row:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         found = vae_bound(key, folder) if key["model"] in VAES else posterior(key)
-        return found | {"setting": setting()}
+        return found
 
 
 def posterior(key: Row) -> Row:
@@ -400,7 +392,7 @@ def latest_of(rows: list[Row]) -> list[Row]:
 def report(rows: list[Row]) -> None:
     latest = [row for row in latest_of(rows) if row["steps"] is None]
     truths = read_truths()
-    print("".join(f"{text}\n" for text in sorted({row["setting"] for row in latest if "setting" in row})))
+    print(settings(latest))
     head = [
         "model",
         "guide",
@@ -499,7 +491,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for a run")
     parser.add_argument("--core", type=int, default=FIRST_CORE, help="core to run on; -1 for any")
     parser.add_argument("--data", type=Path, help="folder with MNIST's test images")
-    parser.add_argument("--output", type=Path, default=Path("minibatches.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("minibatches"))
     parser.add_argument("--truth", action="store_true", help="compute the posteriors, and fit nothing")
     parser.add_argument("--report", type=Path, help="print tables of this file and run nothing")
     parser.add_argument("--figure", type=Path, help="with --report: draw the curves")

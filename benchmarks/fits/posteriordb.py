@@ -29,7 +29,6 @@ import argparse
 import importlib.util
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +36,32 @@ import numpy as np
 import torch
 
 from benchmarks.common.posteriors import RECIPES, Posterior, load
+from benchmarks.common.results import (
+    Clock,
+    Row,
+    attempt,
+    chosen,
+    collect,
+    finite,
+    first_line,
+    read,
+    results_of,
+)
 from benchmarks.common.scoring import (
     MEAN_BOUND,
     OURS,
     STOCK,
-    Row,
     SlicedDistance,
     accuracy,
-    attempt,
-    chosen,
-    collect,
     draw,
-    finite,
-    first_line,
     is_right,
     judge,
-    markdown,
-    median,
-    number,
-    read,
     redraw,
     train_ours,
     train_stock,
     worst_ratio,
 )
+from benchmarks.common.tables import markdown, median, number
 
 NUMPYRO = ("numpyro.AutoBNAFNormal", "numpyro.AutoIAFNormal")
 GUIDES = (*OURS, *STOCK, *NUMPYRO)
@@ -85,12 +86,12 @@ def fit_one(posteriors: dict[str, Posterior], key: Row) -> Row:
     model, args = posterior.model, posterior.args
     result: Row = {}
     redrawn = None
-    started = time.perf_counter()
+    clock = Clock()
     if guide_name in NUMPYRO:
         from benchmarks.common import posteriors_numpyro
 
         draws_of, judge_it = posteriors_numpyro.train(guide_name, posterior.name, args, key["steps"], seed)
-        result["seconds"] = time.perf_counter() - started
+        result |= clock.read()
         sites = draws_of(NUM_DRAWS)
         result |= judge_it()
     else:
@@ -99,7 +100,7 @@ def fit_one(posteriors: dict[str, Posterior], key: Row) -> Row:
             result["fit"] = repr(fitted)
         else:
             guide = train_stock(guide_name, model, args, key["steps"], seed)
-        result["seconds"] = time.perf_counter() - started
+        result |= clock.read()
         torch.manual_seed(seed)
         sites, redrawn = draw(guide, args, NUM_DRAWS), redraw(guide, NUM_DRAWS)
         try:
@@ -263,7 +264,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="ours with an empty and a full compiler's cache")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for a fit of its own process")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("results.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("posteriordb"))
     parser.add_argument("--report", type=Path, help="print tables of this file and fit nothing")
     parser.add_argument("--figure", type=Path, help="with --report: draw to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)

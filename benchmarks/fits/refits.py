@@ -20,7 +20,6 @@ of errors the worst.
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,21 +30,9 @@ import torch
 from torch import Tensor
 
 import pyro_flowvi
-from benchmarks.common.scoring import (
-    Array,
-    Row,
-    accuracy,
-    chosen,
-    collect,
-    is_right,
-    markdown,
-    median,
-    number,
-    read,
-    scalars,
-    train_ours,
-    worst_ratio,
-)
+from benchmarks.common.results import Clock, Row, chosen, collect, read, results_of
+from benchmarks.common.scoring import Array, accuracy, is_right, scalars, train_ours, worst_ratio
+from benchmarks.common.tables import markdown, median, number
 
 CHANGES = ("new rows", "hyperparameters", "fold")
 NUM_DRAWS, NUM_TRUTH, EARLIER_SEED, TRUTH_SEED = 20_000, 10_000, 100, 101
@@ -157,9 +144,10 @@ def run_one(key: Row) -> Row:
     reference, khat = truth(key["model"], key["change"])
     result: Row = {"khat_of_truth": khat}
     for kind, options in (("fresh", {}), ("refit", {"init": previous})):
-        started = time.perf_counter()
+        clock = Clock()
         guide, fitted = train_ours("AutoRealNVP", model, args, key["seed"], **options)
-        result |= {f"{kind}_seconds": time.perf_counter() - started, f"{kind}_steps": len(fitted.losses)}
+        result |= {f"{kind}_{name}": value for name, value in clock.read().items()}
+        result[f"{kind}_steps"] = len(fitted.losses)
         result[f"{kind}_start"] = fitted.start
         torch.manual_seed(key["seed"])
         result |= accuracy(roots(guide.sample_posterior(NUM_DRAWS)), reference, f"{kind}_")
@@ -211,7 +199,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[], help="names or their starts; default all")
     parser.add_argument("--changes", nargs="+", default=[], help="names or their starts; default all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("refits.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("refits"))
     parser.add_argument("--report", type=Path, help="print the table of this file and run nothing")
     options = parser.parse_args()
     if options.report is not None:

@@ -40,20 +40,12 @@ import torch
 
 import pyro_flowvi
 from benchmarks.common import structured_truths
-from benchmarks.common.scoring import (
-    Row,
-    attempt,
-    chosen,
-    collect,
-    markdown,
-    median,
-    number,
-    read,
-    worst_ratio,
-)
+from benchmarks.common.results import Clock, Row, attempt, chosen, collect, read, results_of, settings
+from benchmarks.common.scoring import worst_ratio
 from benchmarks.common.structured_models import MODELS
 from benchmarks.common.structured_truths import RESULTS, errors, read_truths
-from benchmarks.fits.time_to_right import FIRST_CORE, Clock, setting
+from benchmarks.common.tables import markdown, median, number
+from benchmarks.fits.time_to_right import FIRST_CORE
 
 METHODS = {"structured": "auto", "flat": None}
 NUM_DRAWS = 10_000
@@ -108,7 +100,7 @@ def guide_of(model: Callable[..., Any], method: str) -> Any:
 def run_one(key: Row) -> Row:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        return fit_one(key) | {"setting": setting()}
+        return fit_one(key)
 
 
 def fit_one(key: Row) -> Row:
@@ -254,7 +246,7 @@ def report(rows: list[Row]) -> None:
     }
     names = {row["model"]: row["truth"] for row in latest.values() if "truth" in row}
     log_z = {model: truths.get(names.get(model, ""), {}).get("log_z") for model in MODELS}
-    print("".join(f"{text}\n" for text in sorted({row["setting"] for row in rows if "setting" in row})))
+    print(settings(rows))
     head = ["model", "guide", "seconds", "CPU s", "steps", "ELBO", "log p(y)", "worst mean, sd", "sd ratios"]
     head += ["locals' worst mean", "locals' sd ratios"]
     lines = [line(model, method, rows, log_z[model]) for (model, method), rows in groups.items() if rows]
@@ -288,7 +280,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method on each model")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for a run")
     parser.add_argument("--core", type=int, default=FIRST_CORE, help="core to run on; -1 for any")
-    parser.add_argument("--output", type=Path, default=Path("structured.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("structured"))
     parser.add_argument("--truth", action="store_true", help="compute the posteriors, and fit nothing")
     parser.add_argument("--report", type=Path, help="print tables of this file and run nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)

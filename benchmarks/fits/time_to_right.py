@@ -36,7 +36,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,23 +49,9 @@ import torch
 import pyro_flowvi
 from benchmarks.common import hierarchies
 from benchmarks.common.posteriors import RECIPES, load
-from benchmarks.common.scoring import (
-    Array,
-    Row,
-    accuracy,
-    attempt,
-    chosen,
-    collect,
-    finite,
-    is_right,
-    markdown,
-    median,
-    number,
-    read,
-    scalars,
-    train_ours,
-    worst_ratio,
-)
+from benchmarks.common.results import Clock, Row, attempt, chosen, collect, finite, read, results_of, settings
+from benchmarks.common.scoring import Array, accuracy, is_right, scalars, train_ours, worst_ratio
+from benchmarks.common.tables import markdown, median, number
 from benchmarks.fits.posteriordb import SHORT
 
 METHODS = ("fit", "NUTS")
@@ -81,7 +66,6 @@ SEEDS, NUM_DRAWS, NUM_EXACT = 3, 10_000, 40_000
 CHAINS, WARMUP, SAMPLES = 4, 1000, 1000
 FIRST_CORE = 0 if hasattr(os, "sched_setaffinity") else -1
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-PACKAGES = [name for name in ("torch", "pyro", "jax", "numpyro") if importlib.util.find_spec(name)]
 
 
 @dataclass(frozen=True)
@@ -127,17 +111,6 @@ def problem(name: str, folder: Path) -> Problem:
     model = partial(hierarchy.model, pyro, pyro.distributions)
     reference = hierarchy.exact(NUM_EXACT)
     return Problem(model, hierarchy.args, shared_for_numpyro, scalars, reference, 1000, suffixes=("",))
-
-
-class Clock:
-    """Wall and CPU seconds since it was made, the latter with those of processes that it waited for."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), sum(os.times()[:4])
-
-    def read(self, suffix: str = "") -> Row:
-        wall, cpu = time.perf_counter() - self.wall, sum(os.times()[:4]) - self.cpu
-        return {f"seconds{suffix}": wall, f"cpu_seconds{suffix}": cpu}
 
 
 def run_fit(problem: Problem, seed: int) -> Row:
@@ -190,15 +163,7 @@ def run_one(folder: Path, key: Row) -> Row:
     method = run_fit if key["method"] == "fit" else run_nuts
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        return finite(method(problem(key["model"], folder), key["seed"]) | {"setting": setting()})
-
-
-def setting() -> str:
-    versions = [f"{name} {importlib.import_module(name).__version__}" for name in PACKAGES]
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][:1]
-    return ", ".join([*versions, *cpu])
+        return finite(method(problem(key["model"], folder), key["seed"]))
 
 
 def say(row: Row) -> str:
@@ -297,7 +262,7 @@ def report(rows: list[Row]) -> None:
         for method in METHODS
         for name in MODELS
     }
-    print("".join(f"{text}\n" for text in sorted({row["setting"] for row in rows if "setting" in row})))
+    print(settings(rows))
     head = ["model", "fit, s", "again, s", "NUTS, s", "fit / NUTS", "right", "right, NUTS"]
     head += ["worst mean, sd", "worst sd ratio", "ELBO (range), nats"]
     known = [name for name in MODELS if groups["fit", name].rows or groups["NUTS", name].rows]
@@ -329,7 +294,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each method on each model")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for a run")
     parser.add_argument("--core", type=int, default=FIRST_CORE, help="core to run on; -1 for any")
-    parser.add_argument("--output", type=Path, default=Path("time_to_right.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("time_to_right"))
     parser.add_argument("--report", type=Path, help="print tables of this file and run nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

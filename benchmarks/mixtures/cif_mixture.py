@@ -43,7 +43,8 @@ from torch import Tensor, nn
 
 import pyro_flowvi
 from benchmarks.common.pictures import save
-from benchmarks.common.scoring import Row, collect, markdown, median, number, read
+from benchmarks.common.results import Clock, Row, collect, read, results_of
+from benchmarks.common.tables import markdown, median, number
 from pyro_flowvi import AutoCIF, AutoFlow, CompiledSVI
 from pyro_flowvi.datasets import NINE_MODES, NormalLattice
 from pyro_flowvi.flows import FLOWS
@@ -190,14 +191,14 @@ def fit_one(key: Row) -> Row:
     pyro.set_rng_seed(key["seed"])
     guide = matched_guide(key)
     program = partial(model, target)
-    started = time.perf_counter()
+    clock = Clock()
     if key["flow"] in FLOW_NAMES:
         loss = objective(key["tempered"], key["steps"])
         options: dict[str, Any] = {"loss": loss, "lr": LR, "num_steps": key["steps"], "compile": True}
     else:
         options = {}
     result = pyro_flowvi.fit(program, guide, seed=key["seed"], progress=False, **options)
-    seconds = time.perf_counter() - started
+    taken = clock.read()
     with torch.no_grad():
         z, bound = guide.get_posterior().rsample_and_log_prob((NUM_DRAWS,))
         weights = target.log_prob(z) - bound
@@ -212,7 +213,7 @@ def fit_one(key: Row) -> Row:
         "params": count(guide),
         "steps_taken": len(result.losses),
         "restarts": result.num_restarts,
-        "seconds": seconds,
+        **taken,
         "counts": counts.astype(int).tolist(),
     }
 
@@ -350,7 +351,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", default="0/1", help="take every n-th task, for several processes")
-    parser.add_argument("--output", type=Path, default=Path("cif_mixture.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("cif_mixture"))
     parser.add_argument("--speed", action="store_true", help="only measure milliseconds a step")
     parser.add_argument("--report", type=Path, help="print a table of this file and fit nothing")
     parser.add_argument("--figure", type=Path, help="with --report: a picture of the nine modes")

@@ -27,7 +27,6 @@ seconds are those of a processor, the search for the start included.
 import argparse
 import itertools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +42,8 @@ from torch import Tensor
 
 import pyro_flowvi
 from benchmarks.common.posteriors import eight_schools_noncentered, load
-from benchmarks.common.scoring import Row, collect, markdown, median, number, read
+from benchmarks.common.results import Clock, Row, collect, read, results_of
+from benchmarks.common.tables import markdown, median, number
 from benchmarks.mixtures.cif_mixture import TARGETS as ISLANDS
 from benchmarks.mixtures.cif_mixture import model as lattice
 from pyro_flowvi import AutoFlowMixture, AutoRealNVP
@@ -248,9 +248,9 @@ def fit_one(targets: dict[str, Callable[[], Target]], key: Row) -> Row:
     pyro.clear_param_store()
     pyro.set_rng_seed(key["seed"])
     guide = make_guide(key["guide"], target)
-    started, busy = time.perf_counter(), time.process_time()
+    clock = Clock()
     result = pyro_flowvi.fit(target.model, guide, *target.args, seed=key["seed"], progress=False)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - busy
+    taken = clock.read()
     density = guide.density(*target.args)
     with torch.no_grad():
         z, log_q = guide.get_posterior().rsample_and_log_prob((NUM_DRAWS,))
@@ -262,8 +262,7 @@ def fit_one(targets: dict[str, Callable[[], Target]], key: Row) -> Row:
         "elbo_se": float(weights.std()) / math.sqrt(NUM_DRAWS),
         "khat": psis(weights)[1],
         "ess": effective_sample_size(weights) / NUM_DRAWS,
-        "seconds": seconds,
-        "cpu": cpu,
+        **taken,
         "steps": len(result.losses),
         "start": result.start,
         "components": getattr(guide, "num_components", 1),
@@ -294,7 +293,7 @@ def say(row: Row) -> str:
     masses = f"worst mass error {mass_error(row):.3f}, " if "masses" in row else ""
     return (
         f"{name}: ELBO {row['elbo']:.3f}, {masses}k-hat {number(row['khat'])}, ESS {row['ess']:.3f}, "
-        f"{row['steps']} steps, {row['cpu']:.1f} s of one core"
+        f"{row['steps']} steps, {row['cpu_seconds']:.1f} s of one core"
     )
 
 
@@ -322,7 +321,7 @@ def report(rows: list[Row]) -> None:
                 number(median([r["elbo"] for r in group]), 3),
                 "–" if group[0]["evidence"] is None else number(group[0]["evidence"], 3),
                 number(median([r["steps"] for r in group]), 0),
-                number(median([r.get("cpu", r["seconds"]) for r in group]), 1),
+                number(median([r["cpu_seconds"] for r in group]), 1),
                 str(len(group)),
             ]
         )
@@ -367,7 +366,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="the folder of posteriordb, for kidiq")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("multimodal.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("multimodal"))
     parser.add_argument("--report", type=Path, help="print a table of this file and fit nothing")
     parser.add_argument("--figure", type=Path, help="with --report: a picture of the draws")
     options = parser.parse_args()

@@ -31,7 +31,6 @@ import argparse
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ from sklearn.metrics import normalized_mutual_info_score
 from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 from sklearn.semi_supervised import LabelSpreading
 
-from benchmarks.common.scoring import Row, collect, markdown, median, read
+from benchmarks.common.results import Clock, Row, collect, read, results_of
+from benchmarks.common.tables import markdown, median
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import (
     hide_labels,
@@ -162,9 +162,9 @@ def flow_rows(data: Data, seed: int, picture: Path | None) -> list[Row]:
     def mixture() -> FlowMixture:
         return FlowMixture(data.num, random_state=seed, **data.options)
 
-    started = time.perf_counter()
+    clock = Clock()
     flows = mixture().fit(data.z, data.labels)
-    seconds = time.perf_counter() - started
+    taken = clock.read()
     parts = flows.start_labels_
     gaussians = gaussian_from(data.z, parts, data.num, seed)
     if data.digits and not data.semi:
@@ -189,7 +189,7 @@ def flow_rows(data: Data, seed: int, picture: Path | None) -> list[Row]:
             **common,
             "accuracy": data.accuracy(flows.predict(data.test_z)),
             "nll": flow_nll,
-            "seconds": seconds,
+            **taken,
             "tried": tried,
             "converged": flows.converged_,
         },
@@ -214,9 +214,9 @@ def peer_rows(data: Data, seed: int) -> list[Row]:
         "BayesianGaussianMixture": BayesianGaussianMixture(n_components=data.num, **options),
     }
     for name, peer in peers.items():
-        started = time.perf_counter()
+        clock = Clock()
         peer.fit(z)
-        seconds = time.perf_counter() - started
+        taken = clock.read()
         clusters = peer.predict(test)
         if data.semi:
             hidden = data.labels < 0 if data.digits else np.ones(len(clusters), dtype=bool)
@@ -224,15 +224,15 @@ def peer_rows(data: Data, seed: int) -> list[Row]:
         else:
             accuracy = data.accuracy(clusters)
         nll = -float(peer.score(test)) if name != "KMeans" and not data.digits else None
-        rows.append({"method": name, "accuracy": accuracy, "nll": nll, "seconds": seconds})
+        rows.append({"method": name, "accuracy": accuracy, "nll": nll, **taken})
     for alpha in (0.2, 0.99) if data.semi else ():
-        started = time.perf_counter()
+        clock = Clock()
         spreading = LabelSpreading(kernel="knn", n_neighbors=10, alpha=alpha, max_iter=1000)
         spreading.fit(data.z, data.labels)
         predicted = spreading.transduction_ if data.digits else spreading.predict(data.test_z)
         name, accuracy = f"LabelSpreading, alpha {alpha}", data.accuracy(predicted)
-        seconds = time.perf_counter() - started
-        rows.append({"method": name, "accuracy": accuracy, "nll": None, "seconds": seconds})
+        taken = clock.read()
+        rows.append({"method": name, "accuracy": accuracy, "nll": None, **taken})
     if data.oracle is not None:
         rows.append({"method": "oracle", "accuracy": None, "nll": -float(data.oracle(data.test_z).mean())})
     return rows
@@ -407,7 +407,7 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("vmonf.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("vmonf"))
     parser.add_argument("--picture", type=Path, help="draws of each component of the digits, or of MNIST")
     parser.add_argument("--data", type=Path, metavar="DIR", help="of the four IDX files of MNIST")
     parser.add_argument("--steps", type=int, default=30_000, help="with --data")

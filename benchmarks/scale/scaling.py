@@ -38,8 +38,9 @@ from torch import Tensor
 
 import pyro_flowvi
 from benchmarks.common import minibatch_models
-from benchmarks.common.scoring import Row, markdown, median, number, read
+from benchmarks.common.results import Row, read, results_of
 from benchmarks.common.setting import setting
+from benchmarks.common.tables import markdown, median, number
 from benchmarks.scale import ten_million
 from pyro_flowvi.infer._training_loop import TrainingLoop
 
@@ -355,7 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fits", nargs="+", default=list(FITS), choices=list(FITS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("scaling.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("scaling"))
     parser.add_argument("--report", type=Path, help="print tables of this file and run nothing")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
