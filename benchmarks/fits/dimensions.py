@@ -10,7 +10,7 @@ Every cell runs in a process of its own, at the defaults of the guide and of ``f
 eager training above that before it, and the divergence after ``--steps`` steps over 4,000 draws::
 
     python -m benchmarks.fits.dimensions [--dims 2 10 100 1000] [--guides realnvp nice ...] [--steps 3000]
-        [--threads 1] [--json FILE]
+        [--threads 1] [--output FILE]
 """
 
 import argparse
@@ -32,6 +32,7 @@ from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
+from benchmarks.common.results import Clock, append, has, read, results_of
 from pyro_flowvi import FLOWS, AutoFlow, CompiledSVI, diagnose, fit
 from pyro_flowvi.transforms import Permute
 
@@ -105,9 +106,9 @@ def cell(name: str, target: str, dim: int, num_steps: int, compile: bool) -> dic
         result["compiled_ms"] = 1e2 * (time.perf_counter() - start) / TIMED_STEPS
     pyro.clear_param_store()
     guide = make_guide(name, model, dim)
-    start = time.perf_counter()
+    clock = Clock()
     losses = fit(model, guide, dim, num_steps=num_steps, seed=0, compile=compile, progress=False).losses
-    result["fit_s"] = time.perf_counter() - start
+    result |= clock.read()
     result["finite"] = bool(losses.isfinite().all())
     diagnosis = diagnose(model, guide, dim, num_samples=4000)
     result |= {"kl": -diagnosis.elbo, "kl_se": diagnosis.elbo_se, "khat": diagnosis.khat}
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="compile nothing")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--output", type=Path, default=results_of("dimensions"))
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
@@ -154,18 +155,20 @@ def main() -> None:
     for dim in options.dims:
         for guide in options.guides:
             for target in options.targets:
-                command = [sys.executable, __file__, "--cell", guide, target, str(dim)]
+                key = {"guide": guide, "target": target, "dim": dim, "steps": options.steps}
+                key |= {"compiled": not options.eager}
+                if has(read(options.output), key):
+                    continue
+                command = [sys.executable, "-m", __spec__.name, "--cell", guide, target, str(dim)]
                 command += ["--steps", str(options.steps), "--threads", str(options.threads)]
                 command += ["--eager"] * options.eager
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     print(f"{guide}, {target}, d = {dim}: {done.stderr.strip().splitlines()[-1]}", flush=True)
                     continue
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                rows.append(append(options.output, key | json.loads(done.stdout.splitlines()[-1])))
                 print(rows[-1], flush=True)
     print("\n" + markdown(rows))
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

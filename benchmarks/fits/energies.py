@@ -1,7 +1,7 @@
 """Fit flows to the four energies of Rezende and Mohamed (2015), and measure KL(q || p) exactly.
 
-    python -m benchmarks.fits.energies [--quick | --full] [--seeds 3] [--rows REGEX] [--json FILE]
-        [--figure FILE]
+    python -m benchmarks.fits.energies [--quick | --full] [--seeds 3] [--rows REGEX] [--output FILE]
+    python -m benchmarks.fits.energies --figure docs/energies.png
 
 A row is ``family/K``: a flow of the registry with K layers, for couplings half-layers, under ``AutoFlow``
 with its trainable affine map, on the Pyro models of ``pyro_flowvi.datasets.ENERGIES``.  Every family has
@@ -25,13 +25,14 @@ flows a KL that falls in K on each energy.
 """
 
 import argparse
+import base64
 import copy
 import itertools
-import json
 import math
 import re
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,12 +47,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from benchmarks.common.pictures import save
+from benchmarks.common.results import Clock, append, has, read, results_of
 from pyro_flowvi import FLOWS, AutoFlow, CompiledSVI
 from pyro_flowvi.datasets import ENERGIES, ENERGY_BOX
 
 TARGET = 0.02
 FIRST_WEIGHT, FINAL_RATE, CHUNKS = 0.01, 0.01, 100
-GRID = 160
+GRID = 80
 Arrays = dict[str, Any]
 
 
@@ -121,12 +123,12 @@ class Trainer:
                 for value in state.values():
                     value.zero_()
 
-    def train(self, place: int, seed: int, anneal: bool = True) -> float:
-        """Trains on one energy; the seconds."""
+    def train(self, place: int, seed: int, anneal: bool = True) -> Arrays:
+        """Trains on one energy; its seconds."""
         setting = self.setting
         self.start_anew(seed)
         self.choice.copy_(torch.eye(len(ENERGIES))[place])
-        start = time.perf_counter()
+        clock = Clock()
         for chunk in range(CHUNKS):
             done = (chunk + 0.5) / CHUNKS
             rate = FINAL_RATE + (1.0 - FINAL_RATE) * 0.5 * (1.0 + math.cos(math.pi * done))
@@ -135,7 +137,7 @@ class Trainer:
             risen = done / setting.anneal if anneal and setting.anneal else 1.0
             self.weight.fill_(min(1.0, FIRST_WEIGHT + (1.0 - FIRST_WEIGHT) * risen))
             self.svi.run(max(1, setting.steps // CHUNKS), self.choice, self.weight, progress=False)
-        return time.perf_counter() - start
+        return clock.read()
 
 
 @torch.no_grad()
@@ -160,6 +162,19 @@ def density(guide: AutoFlow) -> Any:
     return log_prob.exp().numpy().astype(np.float32)
 
 
+def packed(picture: Any) -> Arrays:
+    """A density in 256 steps, as text for a line of JSON."""
+    highest = float(picture.max())
+    levels = np.round(255.0 * picture / highest).astype(np.uint8)
+    return {"highest": highest, "levels": base64.b64encode(zlib.compress(levels.tobytes(), 9)).decode()}
+
+
+def unpacked(picture: Arrays) -> Any:
+    """What :func:`packed` was given, to 1/255 of its highest value."""
+    levels = np.frombuffer(zlib.decompress(base64.b64decode(picture["levels"])), dtype=np.uint8)
+    return levels.reshape(GRID, GRID) * (picture["highest"] / 255.0)
+
+
 def measure(family: str, num_layers: int, setting: Setting, options: argparse.Namespace) -> Arrays:
     """The figures of a row, and the densities of its median runs."""
     trainer = Trainer(family, num_layers, setting)
@@ -169,22 +184,24 @@ def measure(family: str, num_layers: int, setting: Setting, options: argparse.Na
     for place, name in enumerate(ENERGIES):
         runs = []
         for seed in range(options.seeds):
-            seconds = trainer.train(place, seed, not options.no_anneal)
+            taken = trainer.train(place, seed, not options.no_anneal)
             kl, error = kl_divergence(trainer.guide, name, options.draws)
-            runs.append({"seed": seed, "kl": kl, "se": error, "seconds": seconds})
+            runs.append({"seed": seed, "kl": kl, "se": error, **taken})
             pictures[name, seed] = density(trainer.guide)
         middle = sorted(runs, key=lambda run: run["kl"])[(len(runs) - 1) // 2]
         row["energies"][name] = {
             "kl": float(np.median([run["kl"] for run in runs])),
             "se": max(run["se"] for run in runs),
             "seconds": float(np.median([run["seconds"] for run in runs])),
+            "cpu_seconds": float(np.median([run["cpu_seconds"] for run in runs])),
             "bug": any(run["kl"] < -3.0 * run["se"] for run in runs),
             "runs": runs,
         }
         pictures[name] = pictures[name, middle["seed"]]
-    row["seconds"] = float(np.median([figures["seconds"] for figures in row["energies"].values()]))
+    for name in ("seconds", "cpu_seconds"):
+        row[name] = float(np.median([figures[name] for figures in row["energies"].values()]))
     row["ms"] = 1e3 * row["seconds"] / setting.steps
-    row["pictures"] = {name: pictures[name] for name in ENERGIES}
+    row["pictures"] = {name: packed(pictures[name]) for name in ENERGIES}
     return row
 
 
@@ -207,7 +224,7 @@ def draw(rows: list[Arrays], path: Path) -> None:
         line[0].imshow(true, **style)
         line[0].set_ylabel(name, fontsize=11)
         for axis, row in zip(line[1:], shown, strict=True):
-            axis.imshow(row["pictures"][name], **style)
+            axis.imshow(unpacked(row["pictures"][name]), **style)
             axis.set_xlabel(f"KL {row['energies'][name]['kl']:.3f}", fontsize=8, labelpad=2)
     for axis, title in zip(axes[0], ["true", *(f"{r['family']}, {r['K']}" for r in shown)], strict=True):
         axis.set_title(title.replace("neural_", ""), fontsize=9)
@@ -239,9 +256,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row and energy")
     parser.add_argument("--draws", type=int, default=50_000, help="for the KL")
     parser.add_argument("--no-anneal", action="store_true", help="the target itself from the first step")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--figure", type=Path, help="draw the densities to this file")
+    parser.add_argument("--output", type=Path, default=results_of("energies"))
+    parser.add_argument("--figure", type=Path, help="draw the densities of the results, and fit nothing")
     options = parser.parse_args()
+    if options.figure is not None:
+        draw([row for row in read(options.output) if not row["quick"]], options.figure)
+        return
     torch.set_num_threads(1)
     options.seeds = 1 if options.quick else options.seeds
     names = [
@@ -259,20 +279,20 @@ def main() -> None:
         setting = asdict(SETTINGS[family])
         if options.quick:
             setting["steps"] //= 10
-        row = measure(family, num_layers, Setting(**setting), options)
+        key = {"family": family, "K": num_layers, "seeds": options.seeds, "draws": options.draws}
+        key |= {"quick": options.quick, "annealed": not options.no_anneal}
+        if has(read(options.output), key):
+            continue
+        row = append(options.output, key | measure(family, num_layers, Setting(**setting), options))
         rows.append(row)
         results = row["energies"].values()
         cells = (family, num_layers, row["parameters"], *(f"{result['kl']:.4f}" for result in results))
         cells += (f"{max(r['se'] for r in results):.4f}", f"{row['compile']:.1f}", row["steps"])
         print(f"| {' | '.join(map(str, cells))} | {row['seconds']:.1f} | {row['ms']:.3f} |", flush=True)
         bugs += [f"{family}/{num_layers} on {name}" for name, r in row["energies"].items() if r["bug"]]
-    print("\n" + "\n".join(targets(rows)))
+    if rows:
+        print("\n" + "\n".join(targets(rows)))
     print(f"{time.perf_counter() - start:.0f} s in all")
-    if options.figure is not None:
-        draw(rows, options.figure)
-    if options.json is not None:
-        kept = [{key: value for key, value in row.items() if key != "pictures"} for row in rows]
-        options.json.write_text(json.dumps({"torch": torch.__version__, "rows": kept}, indent=1) + "\n")
     if bugs:
         sys.exit(f"a KL below -3 standard errors, which is a bug: {', '.join(bugs)}")
 

@@ -34,11 +34,11 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 
 import pyro_flowvi
-from benchmarks.common.setting import setting
+from benchmarks.common.results import append, results_of
 from pyro_flowvi.models import Minibatches, MLPDecoder, MLPEncoder
 from pyro_flowvi.objectives import TraceSTL_ELBO
 
-OUTPUT = Path(__file__).parents[1] / "results" / "gpu.jsonl"
+OUTPUT = results_of("gpu")
 SECONDS = {"steps": 170.0, "graphs": 40.0, "regression": 60.0, "vae": 40.0, "rows": 60.0}
 """What each part may take."""
 SMALL = {"num_layers": 2}
@@ -236,9 +236,9 @@ PARTS = {"steps": steps, "graphs": graphs, "regression": regression, "vae": vae,
 
 
 def about(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Device, machine, versions and commit of a line."""
-    found = {"device": device.type, "threads": torch.get_num_threads(), "quick": quick, **setting()}
-    return found | ({"machine": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+    """Device and threads of a line."""
+    found = {"device": device.type, "threads": torch.get_num_threads(), "quick": quick}
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def run_part(name: str, device: torch.device, quick: bool) -> Lines:
@@ -274,9 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.parts:
         for row in run_part(name, device, options.quick):
             failed |= "error" in row
-            print(json.dumps(row), flush=True)
-            with options.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            print(json.dumps(append(options.output, row)), flush=True)
     return int(failed)
 
 

@@ -13,9 +13,11 @@ shape, an inverse that inverts, and compiled the numbers that it gives eager ("w
 not: torch 2.13 compiles the gradient of some peers' splines wrongly, by float64).
 
 The variants of a row, both modes, take turns in every round, so that a disturbance of the machine meets all
-of them.  The tables have medians over rounds and ratios ours / fastest peer, with an interval over rounds::
+of them; milliseconds are those of the CPU, of which other work takes none.  The tables have medians over
+rounds and ratios ours / fastest peer, with an interval over rounds::
 
-    python -m benchmarks.layers.transforms [--flows planar radial] [--mode eager] [--rounds 30] [--json FILE]
+    python -m benchmarks.layers.transforms [--flows planar radial] [--mode eager] [--rounds 30]
+        [--output FILE]
 
 The peers come with ``pip install "pyro-flowvi[bench]"``; one that is not installed is left out.  How their
 layers differ from ours is said in ``peers.py``.
@@ -24,9 +26,7 @@ layers differ from ours is said in ``peers.py``.
 import argparse
 import contextlib
 import gc
-import json
 import logging
-import platform
 import signal
 import statistics
 import time
@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.results import append, has, read, results_of
 from benchmarks.layers.peers import FLOWS, INSTALLED, NETWORK_FLOWS, OURS, PEERS, Variant, build
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -230,9 +231,9 @@ def interleaved_ms(
     loops = {}
     for name, call in calls.items():
         call()
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        loops[name] = max(1, min(64, round(1e-3 * options.slice / (time.perf_counter() - start))))
+        loops[name] = max(1, min(64, round(1e-3 * options.slice / (time.process_time() - start))))
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
     names = list(calls)
     rounds, began = options.rounds, time.perf_counter()
@@ -241,10 +242,10 @@ def interleaved_ms(
         turn = step % len(names)
         for name in names[turn:] + names[:turn]:
             call, loop = calls[name], loops[name]
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(loop):
                 call()
-            elapsed = time.perf_counter() - start
+            elapsed = time.process_time() - start
             if step >= 0:
                 times[name].append(1e3 * elapsed / loop)
         if step < 0:
@@ -337,26 +338,24 @@ def main() -> None:
         "--row-seconds", type=float, default=60.0, help="fewer rounds where a row takes longer"
     )
     parser.add_argument("--compile-limit", type=int, default=300, help="seconds, of one variant")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--output", type=Path, default=results_of("transforms"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_default_dtype(torch.float32)
     logging.getLogger("torch").setLevel(logging.ERROR)  # what fails to compile is in the table
     for kind in (UserWarning, FutureWarning):  # of torch, about what nflows and its own compiler call
         warnings.filterwarnings("ignore", category=kind)
-    setting = (
-        f"batch {options.batch} x dimension {options.dim}, float32, {options.threads} thread(s), "
-        f"up to {options.rounds} rounds, torch {torch.__version__}, {platform.machine()}"
-    )
-    print(f"Milliseconds a call, median: {setting}.")
-    rows = []
+    setting = {"batch": options.batch, "dim": options.dim, "threads": options.threads, "mode": options.mode}
+    print(f"CPU milliseconds a call, medians of up to {options.rounds} rounds, float32: {setting}.")
+    done, rows = read(options.output), []
     for flow in options.flows:
         for num_layers in options.layers or ([1, 4] if flow in NETWORK_FLOWS else [1, 8]):
             for task in options.tasks:
+                key = {"flow": flow, "num_layers": num_layers, "task": task} | setting
+                if has(done, key):
+                    continue
                 rows.append(measure(Row(flow, num_layers, task), options))
-                if options.json is not None:  # after every row: a run takes long
-                    figures = {"setting": setting, "rows": [asdict(row) for row in rows]}
-                    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+                append(options.output, asdict(rows[-1]) | setting)
     _report(rows, options.mode)
 
 

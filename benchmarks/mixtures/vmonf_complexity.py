@@ -1,6 +1,6 @@
 """The balance of complexities in an amortised mixture of flows: which components survive, and why.
 
-    python -m benchmarks.mixtures.vmonf_complexity [--seeds 5] [--steps 2000] [--output complexity.jsonl]
+    python -m benchmarks.mixtures.vmonf_complexity [--seeds 5] [--steps 2000] [--output FILE]
 
 Five wings of a pinwheel, no labels and no warm start.  The published training is amortised: components and a
 classifier q(c | x) learn together, and what a strong component takes first it keeps.  Rows differ in the
@@ -11,9 +11,7 @@ by one, and a run that was stopped goes on.
 """
 
 import argparse
-import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import pyro
 import torch
 from pyro.infer import TraceEnum_ELBO
 
+from benchmarks.common.results import Clock, append, has, read, results_of
 from benchmarks.mixtures.vmonf import matched_accuracy
 from pyro_flowvi.datasets import pinwheel
 from pyro_flowvi.infer import CompiledSVI
@@ -57,10 +56,10 @@ def attempt(options: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 4e-3}, "gamma": 0.999}
     )
     svi = CompiledSVI(vmonf.model, vmonf.guide, optim, TraceEnum_ELBO(max_plate_nesting=1))
-    start = time.perf_counter()
+    clock = Clock()
     for _ in range(steps):
         svi.step(rows[torch.randint(len(rows), (512,))], size=len(rows))
-    seconds = time.perf_counter() - start
+    taken = clock.read()
     with torch.no_grad():
         p, nll = vmonf.responsibilities(fresh), -vmonf.log_prob(fresh).mean()
         gap = 0.0
@@ -72,7 +71,7 @@ def attempt(options: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
         "nll": float(nll + np.log(scale).sum()),
         "alive": int((p.mean(0) > 0.02).sum()),
         "gap": gap,
-        "seconds": seconds,
+        **taken,
     }
 
 
@@ -82,25 +81,23 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--output", type=Path, default=Path("complexity.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("vmonf_complexity"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    done = [row for row in done if row["steps"] == args.steps]
+    done = [row for row in read(args.output) if row["steps"] == args.steps]
     for seed in range(args.seeds):
         for name, options in ROWS.items():
-            if not any(row["name"] == name and row["seed"] == seed for row in done):
-                row = {"name": name, "seed": seed, "steps": args.steps, **attempt(options, seed, args.steps)}
-                done.append(row)
-                with args.output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(row, flush=True)
+            key = {"name": name, "seed": seed, "steps": args.steps}
+            if not has(done, key):
+                done.append(append(args.output, {**key, **attempt(options, seed, args.steps)}))
+                print(done[-1], flush=True)
     print("\n| components | seeds | accuracy | NLL | alive | gap | seconds |\n|---|---|---|---|---|---|---|")
     for name in ROWS:
         rows = [row for row in done if row["name"] == name]
         if rows:
             middle = {
-                key: statistics.median(row[key] for row in rows) for key in rows[0] if key not in ("name",)
+                key: statistics.median(row[key] for row in rows)
+                for key in ("accuracy", "nll", "alive", "gap", "seconds")
             }
             figures = f"{middle['accuracy']:.3f} | {middle['nll']:.3f} | {middle['alive']:g}"
             print(f"| {name} | {len(rows)} | {figures} | {middle['gap']:.3f} | {middle['seconds']:.0f} |")

@@ -1,6 +1,6 @@
 """What a mixture of flows does without a clustering to start from, and with too many components.
 
-    python -m benchmarks.mixtures.vmonf_topology [--tests rings ...] [--seeds 5] [--output topology.jsonl]
+    python -m benchmarks.mixtures.vmonf_topology [--tests rings ...] [--seeds 5] [--output FILE]
 
 - ``rings``: two circles, no labels; components over ``PolarNormal`` from many random starts at once;
 - ``normal``: the same with splines over a normal base;
@@ -16,9 +16,7 @@ run that was stopped goes on.
 """
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +28,7 @@ import torch
 from pyro.infer import SVI, TraceEnum_ELBO
 from torch import Tensor
 
+from benchmarks.common.results import Clock, append, has, read, results_of
 from benchmarks.mixtures.vmonf import matched_accuracy
 from pyro_flowvi.datasets import hide_labels, pinwheel, two_circles
 from pyro_flowvi.distributions import PolarNormal
@@ -142,27 +141,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="names, or their beginnings")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("topology.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("vmonf_topology"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    done = read(args.output)
     for name, test in TESTS.items():
         for seed in range(args.seeds) if name.startswith(tuple(args.tests)) else ():
-            if any(row["test"] == name and row["seed"] == seed for row in done):
+            if has(done, {"test": name, "seed": seed}):
                 continue
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
-            start = time.process_time()
-            done.append({"test": name, "seed": seed, **test(seed), "seconds": time.process_time() - start})
-            with args.output.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
+            clock = Clock()
+            done.append(append(args.output, {"test": name, "seed": seed, **test(seed), **clock.read()}))
             print(done[-1], flush=True)
     print("\n| test | seeds | components | accuracy | range | NLL | seconds |\n|---|---|---|---|---|---|---|")
     for name in TESTS:
         rows = [row for row in done if row["test"] == name]
         if rows:
             found = sorted(row["accuracy"] for row in rows)
-            nll, seconds = (statistics.median(row[key] for row in rows) for key in ("nll", "seconds"))
+            nll, seconds = (statistics.median(row[key] for row in rows) for key in ("nll", "cpu_seconds"))
             left = ", ".join(str(row["components"]) for row in rows)
             spread = f"{statistics.median(found):.3f} | {found[0]:.3f} to {found[-1]:.3f}"
             print(f"| {name} | {len(rows)} | {left} | {spread} | {nll:.3f} | {seconds:.0f} |")

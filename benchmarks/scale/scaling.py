@@ -38,8 +38,7 @@ from torch import Tensor
 
 import pyro_flowvi
 from benchmarks.common import minibatch_models
-from benchmarks.common.results import Row, read, results_of
-from benchmarks.common.setting import setting
+from benchmarks.common.results import Row, append, read, results_of
 from benchmarks.common.tables import markdown, median, number
 from benchmarks.scale import ten_million
 from pyro_flowvi.infer._training_loop import TrainingLoop
@@ -366,17 +365,13 @@ def main() -> None:
     if options.worker:
         worker(options.worker[0], int(options.worker[1]))
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    place, rows = setting(), []
+    rows = []
     for repeat in range(options.repeats):
         for name in options.fits:
             for shape in SHAPES:
                 row = {"benchmark": "scaling", "fit": name, "shape": shape, "repeat": repeat}
-                row |= launch(name, shape) | place
-                rows.append(row)
+                rows.append(row := append(options.output, row | launch(name, shape)))
                 print(f"{name}, {shape}, {repeat}: {1e3 * row['step']:.2f} ms", flush=True)
-                with options.output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
     report(rows)
 
 

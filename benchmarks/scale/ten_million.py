@@ -21,7 +21,6 @@ With several processes rank 0 writes the data, which the others wait for, and th
 """
 
 import argparse
-import json
 import math
 import os
 import resource
@@ -39,7 +38,7 @@ import torch
 from torch import Tensor
 
 import pyro_flowvi
-from benchmarks.common.setting import setting
+from benchmarks.common.results import append, results_of
 
 EACH = 100
 """Observations of a group."""
@@ -210,7 +209,7 @@ def run(path: Path, groups: int, shown: int, draws: int, seed: int, **options: A
     if rank == 0:
         torch.manual_seed(seed)
         row |= {"draws": draws} | errors(guide, exact(y), draws)
-    return row | setting()
+    return row
 
 
 def say(row: dict[str, Any]) -> str:
@@ -240,7 +239,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000, help="by which the fit is scored")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="file of the rows, written if it is not there")
-    parser.add_argument("--output", type=Path, help="file to which the result is added as a line of JSON")
+    parser.add_argument("--output", type=Path, default=results_of("ten_million"))
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
@@ -249,10 +248,7 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     print(say(row))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    append(options.output, row)
 
 
 if __name__ == "__main__":

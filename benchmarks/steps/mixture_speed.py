@@ -1,8 +1,9 @@
 """What K flows in one batched call cost against one: steps of maximum likelihood, 8 layers of width 8.
 
     python -m benchmarks.steps.mixture_speed [--batch 512] [--repeats 40] [--compile]
+        [--output FILE]
 
-The steps are interleaved; the table has medians of their times in milliseconds, on one thread.  "loop"
+The steps are interleaved; the table has medians of their CPU milliseconds, on one thread.  "loop"
 evaluates K separate flows one after another, which is what the batched call replaces.
 """
 
@@ -10,11 +11,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pyro
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO
 
+from benchmarks.common.results import append, results_of
 from pyro_flowvi.distributions import FlowDistribution, MixtureOfFlows
 from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import CompiledSVI
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="also compiled steps, after a minute of compiling"
     )
+    parser.add_argument("--output", type=Path, default=results_of("mixture_speed"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
@@ -78,13 +82,15 @@ def main() -> None:
             step()
     for _ in range(args.repeats):
         for key, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            times[key].append(1e3 * (time.perf_counter() - start))
+            times[key].append(1e3 * (time.process_time() - start))
     print(f"torch {torch.__version__}, 1 thread, batch {args.batch}, medians of {args.repeats}, ms\n")
     print("| | K = 1 | K = 10 | ratio |\n|---|---|---|---|")
     for name in kinds:
         one, ten = (statistics.median(times[name, num]) for num in (1, 10))
+        key = {"step": name, "batch": args.batch, "repeats": args.repeats}
+        append(args.output, {**key, "one_ms": one, "ten_ms": ten, "ratio": ten / one})
         print(f"| {name} | {one:.2f} | {ten:.2f} | {ten / one:.2f} |")
 
 

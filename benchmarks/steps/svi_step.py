@@ -1,6 +1,6 @@
 """Time a step of SVI: eager Pyro, compiled Pyro (``CompiledSVI``) and NumPyro, interleaved in one run.
 
-    python -m benchmarks.steps.svi_step [--rows REGEX | --quick] [--rounds 7] [--json FILE]
+    python -m benchmarks.steps.svi_step [--rows REGEX | --quick] [--rounds 7] [--output FILE]
 
 A row is ``model/guide/particles``; ``--help`` has more options.  All systems have the same float32 data,
 vectorized particles, and Adam with rate 1e-2.  torch has one thread, and the process is pinned to one core,
@@ -10,7 +10,8 @@ is two flows of masked ReLU networks with two hidden layers as wide as the laten
 started and permuted differently; there is no planar guide.  Its mixture is the marginal
 ``MixtureSameFamily``, since its ``TraceEnum_ELBO`` needs funsor: less work than Pyro's enumeration.
 
-Milliseconds a step, from about 0.2 s of steps, at least 5, a round, in which the systems take turns:
+CPU milliseconds a step, of all threads of the process, from about 0.2 s of steps, at least 5, a round, in
+which the systems take turns:
 
 - *eager*: ``pyro.infer.SVI.step``, with validation as Pyro has it by default unless ``--no-validation``;
 - *step* and *run*: those of ``CompiledSVI``; each loss becomes a Python number.  Both include the eager
@@ -23,9 +24,10 @@ Figures are medians over rounds, ratios medians of the rounds' ratios with the s
 statistics at a level of at least 95 %, which takes 6 rounds; fewer give their range.
 
 *Compile* is the seconds of the first two calls of ``step``, an eager one, after which the graph is built, and
-a compiled one; the first row also pays for what is set up once.  For the rows of ``--compile`` two fresh
-processes, on all cores, measure it, imports apart: *cold* with an empty Inductor cache, *warm* with that of
-the first.  NumPyro's is the first jitted update.  *Break-even* is compile (cold if known) / (eager - run).
+a compiled one, by the clock; the first row also pays for what is set up once.  For the rows of ``--compile``
+two fresh processes, on all cores, measure it, imports apart: *cold* with an empty Inductor cache, *warm* with
+that of the first.  NumPyro's is the first jitted update.  *Break-even* is compile (cold if known) / (eager -
+run).
 
 *MiB*, for the rows of ``--memory``, on Linux: growth of the resident set to its peak within 200 steps, in a
 fresh process that has warmed up, compiled, and returned what it freed; in brackets the peak, which also has
@@ -65,6 +67,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, autoguide, config_enumer
 from pyro.ops.indexing import Vindex
 from scipy.stats import binom
 
+from benchmarks.common.results import append, has, read, results_of
 from pyro_flowvi import AutoPlanar, CompiledSVI
 from pyro_flowvi.infer import CannotCompile
 
@@ -218,7 +221,7 @@ def pyro_calls(row: Row, compiled: bool, figures: Figures) -> dict[str, Call]:
 
     calls = {name: partial(take, name) for name in (("step", "run") if compiled else ("eager",))}
     if compiled:
-        figures["compile"] = 2 * seconds_a_step(calls["step"], 2)
+        figures["compile"] = 2 * seconds_a_step(calls["step"], 2, time.perf_counter)
     return calls
 
 
@@ -244,7 +247,7 @@ def numpyro_calls(row: Row, figures: Figures) -> dict[str, Call]:
         return calls * length
 
     updates = partial(take, "update", jax.jit(svi.update), 1)
-    figures["NumPyro's"] = seconds_a_step(updates, 1)
+    figures["NumPyro's"] = seconds_a_step(updates, 1, time.perf_counter)
     length = min(MAX_SCAN, steps_for(updates))
 
     @jax.jit
@@ -254,9 +257,10 @@ def numpyro_calls(row: Row, figures: Figures) -> dict[str, Call]:
     return {"update": updates, "scan": partial(take, "scan", scan, length)}
 
 
-def seconds_a_step(call: Call, count: int) -> float:
-    start, taken = time.perf_counter(), call(count)
-    return (time.perf_counter() - start) / taken
+def seconds_a_step(call: Call, count: int, clock: Callable[[], float] = time.process_time) -> float:
+    """CPU seconds of this process, of which other work on the machine takes none."""
+    start, taken = clock(), call(count)
+    return (clock() - start) / taken
 
 
 def steps_for(call: Call) -> int:
@@ -323,7 +327,15 @@ def measure_apart(row: Row, options: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as cache:
 
         def ask(kind: str) -> Any:
-            command = [sys.executable, __file__, "--work", kind, "--rows", f"^{re.escape(row.name)}$"]
+            command = [
+                sys.executable,
+                "-m",
+                __spec__.name,
+                "--work",
+                kind,
+                "--rows",
+                f"^{re.escape(row.name)}$",
+            ]
             env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
             return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
 
@@ -370,7 +382,7 @@ def main() -> None:
     parser.add_argument("--memory", default=MEMORY, help="rows whose memory fresh processes measure")
     parser.add_argument("--core", type=int, default=FIRST_CORE, help="core to run on; -1 for any")
     parser.add_argument("--no-validation", action="store_true", help="eager Pyro without validation")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--output", type=Path, default=results_of("svi_step"))
     parser.add_argument("--work", choices=("compile", "eager", "compiled"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -378,22 +390,23 @@ def main() -> None:
     rows = [row for row in ROWS if re.search(QUICK if options.quick else options.rows, row.name)]
     if options.work:
         return print(json.dumps(work(options.work, rows[0])))
+    how = {"rounds": options.rounds, "validation": not options.no_validation}
+    done = read(options.output)
+    rows = [row for row in rows if not has(done, asdict(row) | how)]
     results = [(row, measure_apart(row, options)) for row in rows]  # before this process is pinned
     if options.core >= 0:
         os.sched_setaffinity(0, {options.core})
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"  # before jax is imported
     importlib.import_module(COMPILER)  # not to be timed
-    print(f"Milliseconds a step: {setting(options)}.\n")
+    print(f"CPU milliseconds a step: {setting(options)}.\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         for row, figures in results:
             measure(row, options.rounds, figures)
+            append(options.output, figures | how)
             print(f"| {' | '.join(cell(row, figures, column) for column in COLUMNS)} |", flush=True)
     print("".join(f"\n{row.name}{figures['note']}" for row, figures in results if figures["note"]))
-    if options.json is not None:
-        everything = {"setting": setting(options), "rows": [figures for _, figures in results]}
-        options.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 if __name__ == "__main__":
