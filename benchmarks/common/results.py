@@ -39,6 +39,10 @@ class Clock:
         return {f"seconds{suffix}": wall, f"cpu_seconds{suffix}": cpu}
 
 
+_lap = Clock()
+"""Runs from line to line, so that a file says what its lines took in all."""
+
+
 def results_of(name: str) -> Path:
     """The file of results of a benchmark."""
     return RESULTS / f"{name}.jsonl"
@@ -56,8 +60,15 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> Row:
-    """Adds a result to the file, with its setting; the line as it is there."""
-    whole = finite({**row, **setting()})
+    """Adds a result to the file, with its setting; the line as it is there.
+
+    ``task_seconds`` and ``task_cpu_seconds`` are those since the line before, or since this module was
+    imported, with all that a result takes: imports of its process, scores, verdicts.
+    """
+    global _lap
+    task = {f"task_{name}": value for name, value in _lap.read().items()}
+    whole = finite({**row, **task, **setting()})
+    _lap = Clock()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(whole) + "\n")
@@ -141,10 +152,8 @@ def collect(
     missing = [key for key in keys if not has(done, key)]
     for key in tqdm(missing, unit="run", disable=None):  # none where the output is not a terminal
         alone = apart or cold(key)
-        clock = Clock()
         found = isolated(key, timeout, cold(key)) if alone else attempt(key, run)
-        task = {f"task_{name}": value for name, value in clock.read().items()}
-        tqdm.write(say(append(output, {**key, **found, **task, "isolated": alone})))
+        tqdm.write(say(append(output, {**key, **found, "isolated": alone})))
         sys.stdout.flush()
 
 

@@ -355,7 +355,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fits", nargs="+", default=list(FITS), choices=list(FITS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=results_of("scaling"))
+    parser.add_argument("--output", type=Path, default=results_of("scale"))
     parser.add_argument("--report", type=Path, help="print tables of this file and run nothing")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000, help="by which the fit is scored")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="file of the rows, written if it is not there")
-    parser.add_argument("--output", type=Path, default=results_of("ten_million"))
+    parser.add_argument("--output", type=Path, default=results_of("scale"))
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
