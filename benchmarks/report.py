@@ -4,7 +4,7 @@
                                            # the index in benchmarks/README.md
     python -m benchmarks.report --check    # exit status 1 where they are not what would be written
 
-Pictures are drawn by the scripts that measure, with ``--figure``; the page shows those that are there.
+Pictures are drawn by the scripts that measure, with ``--figure``; the page shows those of the same results.
 """
 
 import argparse

@@ -1,11 +1,22 @@
-"""Pictures for the documentation: small files on opaque white."""
+"""Pictures for the documentation: small files on opaque white, which say the results they were drawn from.
 
+So an old picture does not stand by new figures.
+"""
+
+import hashlib
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
+KEY = "Results"
 COLOURS = 128
 """Of a palette: more than the eye tells apart in maps of one colour, and a fifth of the file."""
+
+
+def digest(results: Path) -> str:
+    """Of a file of results."""
+    return hashlib.sha256(results.read_bytes()).hexdigest()[:16]
 
 
 def with_palette(image: Any, colours: int = COLOURS) -> Any:
@@ -18,10 +29,29 @@ def with_palette(image: Any, colours: int = COLOURS) -> Any:
     return page.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
 
 
-def save(figure: Any, path: Path, dpi: int) -> None:
-    """Writes a figure as a PNG with a palette."""
-    from PIL import Image
+def save(figure: Any, path: Path, results: Path, **options: Any) -> None:
+    """A matplotlib figure as PNG with a palette, and with the digest of its results.
+
+    :param options: of ``savefig``.
+    """
+    from PIL import Image, PngImagePlugin
 
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
-    with_palette(Image.open(drawn)).save(path, "PNG", optimize=True)
+    figure.savefig(drawn, format="png", **options)
+    said = PngImagePlugin.PngInfo()
+    said.add_text(KEY, digest(results))
+    with_palette(Image.open(drawn)).save(path, "PNG", optimize=True, pnginfo=said)
+    print(f"wrote {path}")
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest that a picture has; None for a picture without."""
+    data, place = path.read_bytes(), 8
+    while place + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[place : place + 8])
+        if kind == b"tEXt":
+            key, _, value = data[place + 8 : place + 8 + length].partition(b"\0")
+            if key.decode("latin-1") == KEY:
+                return value.decode("latin-1")
+        place += 12 + length
+    return None

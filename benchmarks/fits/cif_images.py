@@ -1,7 +1,7 @@
 """Posteriors of a variational autoencoder on binary images: no flow, a spline flow, continuously indexed.
 
     python -m benchmarks.fits.cif_images [--test joint frozen] [--seeds 5] [--steps 3000]
-        [--output rows.jsonl]
+        [--output FILE]
     python -m benchmarks.fits.cif_images --data DIR [--device cuda] [--checkpoints DIR] [--seeds 3]
     python -m benchmarks.fits.cif_images --report rows.jsonl
 

@@ -205,13 +205,14 @@ def measure(family: str, num_layers: int, setting: Setting, options: argparse.Na
     return row
 
 
-def draw(rows: list[Arrays], path: Path) -> None:
+def draw(results: Path, path: Path) -> None:
     """True densities, then fitted ones: all K of planar flows, of the other families the largest."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in read(results) if not row["quick"]]
     largest = {row["family"]: row["K"] for row in rows}
     shown = [row for row in rows if row["family"] == "planar" or row["K"] == largest[row["family"]]]
     size = (1.45 * (len(shown) + 1), 1.6 * len(ENERGIES))
@@ -229,7 +230,7 @@ def draw(rows: list[Arrays], path: Path) -> None:
     for axis, title in zip(axes[0], ["true", *(f"{r['family']}, {r['K']}" for r in shown)], strict=True):
         axis.set_title(title.replace("neural_", ""), fontsize=9)
     figure.tight_layout(pad=0.3)
-    save(figure, path, dpi=80)
+    save(figure, path, results, dpi=80)
 
 
 def targets(rows: list[Arrays]) -> list[str]:
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw the densities of the results, and fit nothing")
     options = parser.parse_args()
     if options.figure is not None:
-        draw([row for row in read(options.output) if not row["quick"]], options.figure)
+        draw(options.output, options.figure)
         return
     torch.set_num_threads(1)
     options.seeds = 1 if options.quick else options.seeds

@@ -1,7 +1,7 @@
 """The bound of a flow VAE against the number of flow layers, as in figure 4 of Rezende and Mohamed.
 
     python -m benchmarks.fits.flow_vae [--flows planar radial planar_radial] [--layers 0 2 5 10 20 40]
-        [--seeds 2] [--steps 2000] [--output rows.jsonl] [--figure docs/flow_vae_bound.png]
+        [--seeds 2] [--steps 2000] [--output FILE] [--figure docs/flow_vae_bound.png]
     python -m benchmarks.fits.flow_vae --report rows.jsonl [--figure docs/flow_vae_bound.png]
 
 Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015, section 6.2, on the digits of
@@ -26,6 +26,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from benchmarks.common.pictures import save
 from benchmarks.common.results import Row, collect, read, results_of
 from benchmarks.common.tables import markdown
 from pyro_flowvi import fit
@@ -108,10 +109,10 @@ def report(path: Path, figure: Path | None) -> None:
         print(f"\n{score}\n")
         print(markdown(["flow", *(f"K = {layers}" for layers in LAYERS)], lines))
     if figure is not None:
-        draw(rows, figure)
+        draw(rows, figure, path)
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw(rows: list[Row], path: Path, results: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,7 +136,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_ylabel(title)
     axes[0].legend(fontsize=9)
     picture.tight_layout()
-    picture.savefig(path, dpi=110)
+    save(picture, path, results, dpi=110)
 
 
 def say(row: Row) -> str:

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.common.pictures import save
 from benchmarks.common.posteriors import RECIPES, Posterior, load
 from benchmarks.common.results import (
     Clock,
@@ -175,7 +176,8 @@ def summary(guide: str, groups: dict[str, list[Row]]) -> list[str]:
     ]
 
 
-def report(rows: list[Row], figure: Path | None) -> None:
+def report(results: Path, figure: Path | None) -> None:
+    rows = read(results)
     names = [name for name in RECIPES if any(row["posterior"] == name for row in rows)]
     guides = [name for name in GUIDES if any(row["guide"] == name for row in rows)]
     groups = {
@@ -193,10 +195,10 @@ def report(rows: list[Row], figure: Path | None) -> None:
     errors = {(r["guide"], r["posterior"], r["error"]) for r in rows if "error" in r}
     print("".join(f"\n- {guide} on {name}: {error}" for guide, name, error in sorted(errors)))
     if figure is not None:
-        plot(names, groups, figure)
+        plot(names, groups, figure, results)
 
 
-def plot(names: list[str], groups: dict[str, dict[str, list[Row]]], path: Path) -> None:
+def plot(names: list[str], groups: dict[str, dict[str, list[Row]]], path: Path, results: Path) -> None:
     """The worst error of a mean against the seconds, medians over seeds; one panel for each posterior."""
     import matplotlib
 
@@ -219,7 +221,7 @@ def plot(names: list[str], groups: dict[str, dict[str, list[Row]]], path: Path) 
             rows = [row for row in by_posterior[name] if "seconds" in row]
             if rows:
                 error = median([row.get("worst_mean") for row in by_posterior[name]])
-                seconds = float(np.median([row["seconds"] for row in rows]))
+                seconds = float(np.median([row["cpu_seconds"] for row in rows]))
                 filled = 2 * sum(map(is_right, rows)) > len(by_posterior[name])
                 axis.plot(seconds, min(error, top / 1.3), **_style(guide, filled))
         axis.set_title(SHORT[name], fontsize=10)
@@ -229,11 +231,11 @@ def plot(names: list[str], groups: dict[str, dict[str, list[Row]]], path: Path) 
         axis.set_visible(False)
     grid.tight_layout(rect=(0.03, 1.1 / height, 1.0, 1.0))
     grid.supylabel("worst error of a posterior mean, sd", fontsize=10)
-    label = "seconds of a fit, with compilation; filled: most seeds right, standard deviations included"
+    label = "CPU seconds of a fit, with compilation; filled: most seeds right, standard deviations included"
     grid.text(0.5, 0.95 / height, label, ha="center", fontsize=10)
     handles = [Line2D([], [], label=guide, **_style(guide, True)) for guide in groups]
     grid.legend(handles=handles, loc="lower center", ncol=5, fontsize=8.5, frameon=False)
-    grid.savefig(path, dpi=90)
+    save(grid, path, results, dpi=90)
 
 
 def _style(guide: str, filled: bool) -> dict[str, Any]:
@@ -270,7 +272,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.report is not None:
-        report(read(options.report), options.figure)
+        report(options.report, options.figure)
         return
     if options.data is None:
         parser.error("expected --data, a clone of github.com/stan-dev/posteriordb, or --report")

@@ -123,9 +123,9 @@ def posteriors(rows: list[Row]) -> str:
 POSTERIORDB = Section(
     "How right are guides on real posteriors?",
     "benchmarks.fits.posteriordb",
-    "Eight posteriors of posteriordb, against its reference draws, float64. Ours are trained by `fit` at its "
-    "defaults; Pyro's and NumPyro's with 3,000 steps of 16 particles. A run is a posterior with a seed. "
-    f"{RIGHT}",
+    "Eight posteriors of posteriordb, against its reference draws, float64. Ours are trained by `fit` at "
+    "its defaults; guides of Pyro and NumPyro, where there are any, with 3,000 steps of 16 particles. A "
+    f"run is a posterior with a seed. {RIGHT}",
     posteriors,
     picture=("posteriordb.png", "Errors of the means against seconds, for each posterior and guide"),
     options="--data DIR",

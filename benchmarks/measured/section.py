@@ -1,9 +1,11 @@
 """A section of the page of measured results: what is asked, the tables, and where the figures come from."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common.pictures import digest, drawn_from
 from benchmarks.common.results import Row, read
 
 ADDED = {
@@ -69,8 +71,12 @@ class Section:
         if not tables:
             return ""
         parts = [f"### {self.title}", self.says, tables, source(self, rows)]
-        if self.picture is not None and (docs / self.picture[0]).exists():
-            parts.append(f"![{self.picture[1]}]({self.picture[0]})")
+        if self.picture is not None:
+            path = docs / self.picture[0]
+            if path.exists() and drawn_from(path) == digest(folder / f"{self.name}.jsonl"):
+                parts.append(f"![{self.picture[1]}]({self.picture[0]})")
+            else:
+                print(f"{path}: not drawn from these results, and left out", file=sys.stderr)
         return "\n\n".join(parts)
 
 

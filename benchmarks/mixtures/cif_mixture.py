@@ -284,7 +284,7 @@ def report(rows: list[Row]) -> None:
     print(markdown(head, lines))
 
 
-def plot(rows: list[Row], path: Path, target: str = "nine") -> None:
+def plot(rows: list[Row], path: Path, results: Path, target: str = "nine") -> None:
     """Densities of the middle seed of every untempered fit, by base and flow."""
     import matplotlib
 
@@ -317,8 +317,7 @@ def plot(rows: list[Row], path: Path, target: str = "nine") -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.tight_layout()
-    save(figure, path, dpi=110)
-    print(f"wrote {path}")
+    save(figure, path, results, dpi=110)
 
 
 def tasks(options: argparse.Namespace) -> list[Row]:
@@ -360,7 +359,7 @@ def main() -> None:
         rows = read(options.report)
         report(rows)
         if options.figure is not None:
-            plot(rows, options.figure)
+            plot(rows, options.figure, options.report)
         return
     torch.set_num_threads(options.threads)
     if options.speed:

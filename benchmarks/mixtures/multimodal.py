@@ -41,6 +41,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 import pyro_flowvi
+from benchmarks.common.pictures import save
 from benchmarks.common.posteriors import eight_schools_noncentered, load
 from benchmarks.common.results import Clock, Row, collect, read, results_of
 from benchmarks.common.tables import markdown, median, number
@@ -328,7 +329,7 @@ def report(rows: list[Row]) -> None:
     print(markdown(head, lines))
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path, results: Path) -> None:
     """Draws of one flow and of the mixture, of the first seed."""
     import matplotlib
 
@@ -355,8 +356,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[0, 0].set_ylabel("AutoRealNVP")
     axes[1, 0].set_ylabel("AutoFlowMixture")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    save(figure, path, results, dpi=110)
 
 
 def main() -> None:
@@ -374,7 +374,7 @@ def main() -> None:
         rows = read(options.report)
         report(rows)
         if options.figure is not None:
-            plot(rows, options.figure)
+            plot(rows, options.figure, options.report)
         return
     torch.set_num_threads(options.threads)
     targets = dict(TARGETS)

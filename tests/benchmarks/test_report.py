@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.common import results, setting, tables
+from benchmarks.common import pictures, results, setting, tables
 from benchmarks.measured.section import Section, spent
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +113,21 @@ class TestReport:
         rows = [row("arK-arK", "fit", i, cpu) for i, cpu in enumerate((1.0, 2.0, 4.0))]
         rows[0]["sd_low"] = 0.8
         return [*rows, row("arK-arK", "NUTS", 0, 8.0)]
+
+    def test_a_picture_of_other_results_is_not_shown(self, tmp_path, capsys):
+        figure = pytest.importorskip("matplotlib.figure").Figure()
+        path = tmp_path / "posteriordb.jsonl"
+        write(path, [row("arK-arK", "fit", 0, 1.0, guide="AutoRealNVP", sliced=1.0)])
+        (section,) = (section for section in SECTIONS if section.name == "posteriordb")
+        picture = tmp_path / section.picture[0]
+        figure.savefig(picture)
+        assert pictures.drawn_from(picture) is None
+        assert "![" not in section.text(tmp_path, tmp_path)
+        pictures.save(figure, picture, path)
+        assert "![" in section.text(tmp_path, tmp_path)
+        write(path, [row("arK-arK", "fit", 0, 2.0, guide="AutoRealNVP", sliced=1.0)])
+        assert "![" not in section.text(tmp_path, tmp_path)
+        assert "not drawn from these results" in capsys.readouterr().err
 
     def test_a_file_without_markers_is_left_alone(self):
         assert report.between("# a", "measured", "|") is None
