@@ -32,8 +32,8 @@ with the machine, the versions and the commit that it was measured on.
 `benchmarks/README.md` says how to run each.
 
 Seconds are CPU seconds on one core, compilation included, unless it says otherwise: the machine had other
-work, which wall seconds would have in them too. It shares caches, so the times are upper bounds; ratios in one
-table are of runs in turn."""
+work, which wall seconds would have in them too. It shares caches, so the times are upper bounds; ratios in
+one table are of runs in turn."""
 
 
 def page(results: Path, docs: Path) -> str:
