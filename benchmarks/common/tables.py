@@ -19,7 +19,8 @@ def number(value: float | None, digits: int = 2) -> str:
         return "∞"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.{max(0, digits - 1)}f}"
+    text = f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.{max(0, digits - 1)}f}"
+    return text.lstrip("-") if float(text) == 0.0 else text
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -52,7 +52,7 @@ from pyro_flowvi.psis import effective_sample_size, psis
 
 NUM_DRAWS = 40_000
 GUIDES = ("mixture", "four", "flow")
-SHOWN = 4000
+SHOWN = 1000
 """Draws in the picture."""
 
 Sites = dict[str, Tensor]
@@ -274,7 +274,7 @@ def fit_one(targets: dict[str, Callable[[], Target]], key: Row) -> Row:
         row["masses"] = (torch.bincount(modes, minlength=len(target.masses)) / NUM_DRAWS).tolist()
         row["true"] = list(target.masses)
     if target.axes is not None:
-        row["shown"] = np.round(target.axes(sites)[:SHOWN].numpy(), 3).tolist() if key["seed"] == 0 else None
+        row["shown"] = np.round(target.axes(sites)[:SHOWN].numpy(), 2).tolist() if key["seed"] == 0 else None
     return row
 
 
@@ -344,7 +344,7 @@ def plot(rows: list[Row], path: Path, results: Path) -> None:
         for axis, guide in zip(column, ("flow", "mixture"), strict=True):
             row = shown.get((name, guide))
             if row is not None:
-                axis.plot(*np.array(row["shown"]).T, ".", markersize=1.5, alpha=0.4, color="tab:blue")
+                axis.plot(*np.array(row["shown"]).T, ".", markersize=2.5, alpha=0.4, color="tab:blue")
                 axis.set_xlabel(f"{num_found(row)} of {len(row['true'])} modes, ELBO {row['elbo']:.2f}")
             low, high = limits.min(0), limits.max(0)
             margin = 0.05 * (high - low)

@@ -79,8 +79,8 @@ class TestResults:
         assert setting.commit() == f"{clean}-dirty"
 
     def test_figures_are_short(self):
-        values = (None, float("inf"), 1234.5, 12.345, 1.2345)
-        assert [tables.number(value) for value in values] == ["–", "∞", "1,234", "12.3", "1.23"]
+        values = (None, float("inf"), 1234.5, 12.345, 1.2345, -0.001)
+        assert [tables.number(value) for value in values] == ["–", "∞", "1,234", "12.3", "1.23", "0.00"]
 
 
 class TestReport:
