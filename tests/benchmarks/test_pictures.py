@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.common.pictures import save
+from benchmarks.common.pictures import digest, drawn_from, save
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 
@@ -14,9 +14,12 @@ def test_a_palette_changes_little(tmp_path):
     figure, axis = pyplot.subplots()
     axis.imshow(np.random.default_rng(0).random((80, 80)) ** 4, cmap="Blues")
     figure.savefig(tmp_path / "full.png", dpi=80)
-    save(figure, tmp_path / "small.png", dpi=80)
+    results = tmp_path / "results.jsonl"
+    results.write_text("{}\n")
+    save(figure, tmp_path / "small.png", results, dpi=80)
     pyplot.close(figure)
     names = ("full.png", "small.png")
     full, small = (np.asarray(Image.open(tmp_path / name).convert("RGB"), int) for name in names)
     assert np.abs(full - small).max() < 20
+    assert drawn_from(tmp_path / "small.png") == digest(results)
     assert (tmp_path / "small.png").stat().st_size < 0.6 * (tmp_path / "full.png").stat().st_size
