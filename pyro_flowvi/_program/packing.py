@@ -9,7 +9,7 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import IndependentTransform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
 
 from .._shapes import broadcast_shapes
 from .._types import Site
@@ -119,6 +119,17 @@ class Packing:
                 names.append(site + (f"[{','.join(map(str, place))}]" if place else ""))
         return names if self._kept is None else [names[i] for i in self._kept]
 
+    def logarithms(self) -> Tensor:
+        """Which numbers of the vector, ``(D,)``, are logarithms of the values, but for a shift and a sign.
+
+        As of positive sites.
+        """
+        exponential = [
+            torch.full((latent.free_shape.numel(),), _exponentiates(latent.bijection))
+            for latent in self.latents.values()
+        ]
+        return self.keep(torch.cat([torch.zeros(0, dtype=torch.bool), *exponential]))
+
     def complete(self, z: Tensor, rest: Callable[[tuple[int, ...]], Tensor] | Tensor) -> Tensor:
         """All unconstrained numbers, site by site, ``(*batch, N)``, of ``z`` ``(*batch, D)``.
 
@@ -198,6 +209,15 @@ class Packing:
         parts = [free.expand(batch + free.shape[-1:]) for free in free_values]
         latent_vectors = self.keep(torch.cat(parts, -1))
         return latent_vectors.to(like), log_det, inside
+
+
+def _exponentiates(bijection: Any) -> bool:
+    """Whether a map onto a support begins with the exponential function, elementwise."""
+    while isinstance(bijection, IndependentTransform):
+        bijection = bijection.base_transform
+    if isinstance(bijection, ComposeTransform):
+        return bool(bijection.parts) and _exponentiates(bijection.parts[0])
+    return isinstance(bijection, ExpTransform)
 
 
 def _rows(value: Tensor, batch: tuple[int, ...]) -> Tensor:

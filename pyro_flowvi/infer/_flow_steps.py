@@ -100,6 +100,9 @@ class FlowWeights:
         self.structure = pair.structure
         self.last_draws: Tensor | None = None
         """What is watched of the draws of the last weights, ``(num_samples, D)``."""
+        self.last_values: Tensor | None = None
+        """Of these the positive ones themselves: a tail that is short of logarithms may be long of them."""
+        self._logarithms = density.density.packing.logarithms()
         self._guide, self._density = guide, density
         self.watches = guide.watched() is not None
         """Whether these are some of the latents only."""
@@ -118,6 +121,8 @@ class FlowWeights:
         z, log_q = drawn
         watched = self._guide.watched()
         self.last_draws = z if watched is None else z[:, watched]
+        logarithms = self._logarithms if watched is None else self._logarithms[watched]
+        self.last_values = self.last_draws[:, logarithms.to(z.device)].exp()
         return self._density(z)[0] - log_q
 
 

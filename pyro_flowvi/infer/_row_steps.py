@@ -57,6 +57,7 @@ class RowWeights(FlowWeights):
     def __init__(self, pair: LogWeights, sweep: Sweep, width: int) -> None:
         self.structure = pair.structure
         self.last_draws: Tensor | None = None
+        self.last_values: Tensor | None = None
         self._sweep, self._width = sweep, width
 
     @torch.no_grad()

@@ -38,6 +38,10 @@ NOISE = 2.0
 """Standard errors of a weighted mean that are taken for chance."""
 WATCHED = 4.0
 """How much more a movement counts of the latents that are watched, whose weights stand for all others too."""
+MOST_MOVED = 0.05
+"""How much the draws' weights may move a mean, in standard deviations, or a log scale, for a run to end."""
+MOST_CHANGED = 0.03
+"""Relative change of a standard deviation, noise included, that passes for none."""
 
 
 class Distance(NamedTuple):
@@ -49,6 +53,23 @@ class Distance(NamedTuple):
     moved: float | None
     """By how much the weights move a latent: its mean in standard deviations, the logarithm of its standard
     deviation; the largest of all.  None where the draws are not known."""
+    tells: bool = True
+    """Whether the weights tell that the scales of positive latents, which may have long tails, are right."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the gap is not all that there is to go by."""
+        return self.moved is not None and self.tells
+
+    @property
+    def moves_little(self) -> bool:
+        """Whether no latent is moved, as far as the draws are known."""
+        return self.moved is None or self.moved < MOST_MOVED
+
+    def is_within(self, tolerance: float) -> bool:
+        """Whether a run may end here."""
+        # In one dimension a scale may be off by a sixth within 0.03 nats.
+        return self.gap < (tolerance if self.is_known else tolerance / 3.0) and self.moves_little
 
 
 def _moved_by(z: Tensor, shares: Tensor, chance: float) -> float:
@@ -60,6 +81,13 @@ def _moved_by(z: Tensor, shares: Tensor, chance: float) -> float:
     scale = (shares @ (z - weighted).square()).sqrt()
     moved = torch.stack([(weighted - mean) / sd, (scale / sd).log()])
     return max(0.0, float(moved.abs().nan_to_num(math.inf).max()) - chance * noise)
+
+
+def _scales_are_right(x: Tensor, shares: Tensor) -> bool:
+    """Whether weights change no sd of positive values, as far as the noise of these lets tell."""
+    apart, term = shares - 1.0 / len(shares), 0.5 * ((x - x.mean(0)) / x.std(0)).square()
+    changes, noise = (apart @ term).abs(), (apart.square() @ (term - 0.5).square()).sqrt()
+    return bool((changes + noise < MOST_CHANGED).all())
 
 
 @dataclass
@@ -132,8 +160,11 @@ class Run:
         gap = max(0.5 * float(kept.var()), float(bound))
         if not isinstance(self.judge, FlowWeights) or self.judge.last_draws is None:
             return Distance(gap, None)
-        moved = _moved_by(self.judge.last_draws[good].double(), kept.softmax(0), chance)
-        return Distance(gap, WATCHED * moved if self.judge.watches else moved)
+        shares = kept.softmax(0)
+        moved = _moved_by(self.judge.last_draws[good].double(), shares, chance)
+        values = self.judge.last_values
+        tells = values is None or _scales_are_right(values[good].double(), shares)
+        return Distance(gap, WATCHED * moved if self.judge.watches else moved, tells)
 
     def keep_unless_worse(self) -> Tensor:
         """Keeps the present state as the best, unless an earlier one is better beyond its noise.

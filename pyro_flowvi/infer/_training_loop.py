@@ -45,8 +45,6 @@ SETTLED_SD = 0.05
 draws: half its square is the divergence, and no mean is off by more of a standard deviation."""
 TOLERANCE, TOLERANCE_EACH = 0.03, 0.004
 """How far below the evidence, nats, an ELBO may be for a run to end; for each latent where there are few."""
-MOST_MOVED = 0.05
-"""How much the draws' weights may move a mean, in standard deviations, or a log scale, for a run to end."""
 CHANCE = 3.0
 """Standard errors by which few draws may be moved where a start is the end."""
 LEAST_GAIN = 0.02
@@ -161,8 +159,8 @@ class TrainingLoop:
         settles = self.run.ranked and self.may_settle and not self._is_patient()
         if not settles or not bool(0.5 * self.run.best_weights.var() < self.tolerance):
             return False
-        gap, moved = self.run.distance(1, CHANCE)
-        if moved is not None and gap < self.tolerance and moved < MOST_MOVED:
+        distance = self.run.distance(1, CHANCE)
+        if distance.is_known and distance.is_within(self.tolerance):
             self.progress.stop_reason = "converged"
         return self.progress.stop_reason is not None
 
@@ -296,9 +294,7 @@ class TrainingLoop:
         if not promising:
             return False
         with self.run.best_in_place():
-            gap, moved = self.run.distance()
-        # In one dimension a scale may be off by a sixth within 0.03 nats.
-        return gap < self.tolerance / 3.0 if moved is None else gap < self.tolerance and moved < MOST_MOVED
+            return self.run.distance().is_within(self.tolerance)
 
     def _end_round(self) -> bool:
         """Begins the next round at the best state, unless the run is over."""
@@ -306,8 +302,8 @@ class TrainingLoop:
         gain, progress.round_elbo = elbo - progress.round_elbo, elbo
         if progress.round > 0 and gain < LEAST_GAIN and not self._is_patient():
             with self.run.best_in_place():
-                moved = self.run.distance().moved
-            if moved is None or moved < MOST_MOVED:
+                distance = self.run.distance()
+            if distance.moves_little:
                 return True
         if progress.round + 1 < len(self.rounds):
             progress.round_start = self._round_end

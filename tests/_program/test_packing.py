@@ -61,3 +61,18 @@ def test_wrong_values_are_refused(packed, wrong):
         packed.pack({**values, "p": wrong}, torch.zeros(()))
     with pytest.raises(ValueError, match="samples: expected the sites"):
         packed.pack({"p": values["p"]}, torch.zeros(()))
+
+
+def test_logarithms():
+    sites = {
+        "mu": dist.Normal(torch.zeros(2), 1.0),
+        "tau": dist.HalfCauchy(torch.ones(2)).to_event(1),
+        "late": dist.Pareto(3.0, 2.0),
+        "share": dist.Beta(1.0, 1.0),
+        "mix": dist.Dirichlet(torch.ones(3)),
+    }
+    trace = {name: {"fn": fn, "value": fn.sample()} for name, fn in sites.items()}
+    packing = Packing(trace, {"tau": torch.tensor([True, False])})
+    found = dict(zip(packing.names(), packing.logarithms().tolist(), strict=True))
+    assert {name for name, is_log in found.items() if is_log} == {"tau[1]", "late"}
+    assert len(found) == packing.dim

@@ -12,6 +12,8 @@ from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule, PyroSample
 
 from pyro_flowvi import AutoRealNVP, diagnose, fit
+from pyro_flowvi.datasets import EIGHT_SCHOOLS
+from pyro_flowvi.demo import eight_schools
 from tests.autoguide.test_structured_contract import case, step
 from tests.hierarchies import NAMES, scale_without_prior
 
@@ -188,3 +190,26 @@ def test_diagnose():
     assert diagnose(model, guide, *args).khat < 0.7
     resampled = guide.sample_posterior(100, resample=True)
     assert resampled["theta"].shape == (100, 6)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(4, marks=pytest.mark.long)])
+def test_the_tail_of_a_scale(seed):
+    """A fit does not end while the tail of tau itself, not of its logarithm, is off: by quadrature."""
+    y, sigma = (torch.tensor(EIGHT_SCHOOLS[key], dtype=torch.float64) for key in ("y", "sigma"))
+    tau = torch.linspace(1e-3, 400.0, 400_001, dtype=torch.float64)
+    variance = sigma.unsqueeze(-1).square() + tau.square()
+    # mu is integrated out in closed form, given tau.
+    precision, weighted = variance.reciprocal().sum(0) + 1 / 25.0, (y.unsqueeze(-1) / variance).sum(0)
+    log_p = (
+        weighted.square() / precision
+        - precision.log()
+        - (variance.log() + y.unsqueeze(-1) ** 2 / variance).sum(0)
+    )
+    p = (0.5 * log_p - (tau / 5.0).square().log1p()).softmax(0)
+    mean = (p * tau).sum()
+    sd = (p * (tau - mean).square()).sum().sqrt()
+    guide = AutoRealNVP(eight_schools)
+    fit(eight_schools, guide, y, sigma, seed=seed, progress=False)
+    drawn = guide.sample_posterior(100_000)["tau"]
+    assert drawn.mean() == pytest.approx(mean.item(), abs=0.1 * sd.item())
+    assert drawn.std() == pytest.approx(sd.item(), rel=0.08)
