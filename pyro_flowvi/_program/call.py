@@ -5,7 +5,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import nn
 
@@ -14,9 +16,11 @@ from .._types import Program, Trace
 __all__ = [
     "as_call",
     "as_keywords",
+    "as_program",
     "check_batch",
     "check_guide_trace",
     "check_programs",
+    "is_handler",
     "keywords_of",
     "options_of",
     "refusing_data",
@@ -128,11 +132,26 @@ def check_programs(model: Any, guide: Any) -> None:
             )
         if not callable(program):
             raise ValueError(f"{name}: expected a callable, got {program!r}")
-    if isinstance(model, AutoGuide) and not isinstance(guide, AutoGuide):
+    kinds = AutoGuide | GuideMessenger
+    if isinstance(model, kinds) and not isinstance(guide, kinds):
         raise ValueError(
             f"model: expected a model, got the guide {type(model).__name__}; "
             "are model and guide swapped? The model comes first"
         )
+
+
+def is_handler(guide: Program) -> bool:
+    """Whether a guide is one of Pyro's ``GuideMessenger``, which run the model with draws of their own."""
+    return isinstance(poutine.unwrap(guide), GuideMessenger)
+
+
+def as_program(guide: Program) -> Program:
+    """The guide with its latents alone: a handler's run shows what the model observes as well."""
+    return poutine.block(guide, hide_fn=_observed) if is_handler(guide) else guide
+
+
+def _observed(site: Any) -> bool:
+    return bool(site["type"] == "sample" and site["is_observed"])
 
 
 def check_guide_trace(trace: Trace) -> None:

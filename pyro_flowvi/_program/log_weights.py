@@ -14,7 +14,7 @@ from torch.distributions import TransformedDistribution
 
 from .._types import Program, Trace
 from .batching import NUM_PROBES, Score, batched, even_sizes, runs_batched, site_log_probs
-from .call import check_guide_trace
+from .call import as_program, check_guide_trace, is_handler
 from .data import check_data, naming_arrays
 from .enumeration import enumerated_log_weights
 from .sites import innermost
@@ -39,6 +39,13 @@ def _check_untransformed(name: str, site: Any) -> None:
             "bound that makes an ELBO, got a TransformedDistribution; draw it at a site with "
             "infer={'is_auxiliary': True}, and its image at a Delta with log_density=-log_det"
         )
+
+
+def _leave_out_params(guide_trace: Trace, model_trace: Trace) -> None:
+    """Takes the model's parameters out of the trace of a guide that runs the model."""
+    for name, node in model_trace.nodes.items():
+        if node["type"] == "param" and name in guide_trace.nodes:
+            guide_trace.remove_node(name)
 
 
 def _drawn(site: Any) -> Any:
@@ -69,11 +76,15 @@ class LogWeights:
         max_plate_nesting: float = math.inf,
     ) -> None:
         self.model, self.guide = model, guide
+        self.program: Program = as_program(guide)
+        """The guide as a program that draws the latents and nothing else."""
         self.args, self.kwargs = args, dict(kwargs or {})
         with poutine.block(), torch.no_grad():
             with naming_arrays(model, self.args, self.kwargs):
-                guide_trace: Trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+                guide_trace: Trace = poutine.trace(self.program).get_trace(*self.args, **self.kwargs)
                 model_trace = self._replay(guide_trace)
+            if is_handler(guide):
+                _leave_out_params(guide_trace, model_trace)
             check_guide_trace(guide_trace)
             check_data(model_trace, model, self.args, self.kwargs)
             check_shapes(model_trace, guide_trace, max_plate_nesting)
@@ -96,7 +107,7 @@ class LogWeights:
         return batched(program, size, self._nesting)
 
     def _traces(self, size: int) -> tuple[Trace, Trace]:
-        guide = self.batched(self.guide, size)
+        guide = self.batched(self.program, size)
         guide_trace: Trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
         return guide_trace, self._replay(guide_trace, self.batched(self.model, size))
 
@@ -118,7 +129,9 @@ class LogWeights:
             )
 
         # A packed latent determines the other sites to the last bit only in its own run.
-        return scores_alike(1, self.model) and (bool(self.structure.auxiliary) or scores_alike(0, self.guide))
+        return scores_alike(1, self.model) and (
+            bool(self.structure.auxiliary) or scores_alike(0, self.program)
+        )
 
     def _site_scores(self, trace: Trace, size: int | None = None) -> dict[str, Score]:
         trace = prune_subsample_sites(trace)
@@ -149,7 +162,7 @@ class LogWeights:
         """Independent draws of every latent site: name -> shape ``(num_samples,) + site shape``."""
         with poutine.block():
             if self.vectorized:
-                trace: Trace = poutine.trace(self.batched(self.guide, num_samples)).get_trace(
+                trace: Trace = poutine.trace(self.batched(self.program, num_samples)).get_trace(
                     *self.args, **self.kwargs
                 )
                 return {
@@ -157,7 +170,7 @@ class LogWeights:
                     for name, shape in self.structure.latents.items()
                 }
             traces: list[Any] = [
-                poutine.trace(self.guide).get_trace(*self.args, **self.kwargs) for _ in range(num_samples)
+                poutine.trace(self.program).get_trace(*self.args, **self.kwargs) for _ in range(num_samples)
             ]
         return {
             name: torch.stack([trace.nodes[name]["value"] for trace in traces])
@@ -179,7 +192,7 @@ class LogWeights:
         Enumerated sites are summed out of p.
         """
         with poutine.block():
-            guide = poutine.infer_config(self.guide, _drawn) if self.structure.marginal else self.guide
+            guide = poutine.infer_config(self.program, _drawn) if self.structure.marginal else self.program
             if not self.vectorized or self.structure.summed_by_guide:
                 kind: Any = TraceEnum_ELBO if self.structure.sums_out else Trace_ELBO
                 loss = kind(max_plate_nesting=self._nesting)

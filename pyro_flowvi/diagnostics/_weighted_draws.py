@@ -77,11 +77,11 @@ def _score_draws(particles: LogWeights, size: int) -> tuple[dict[str, Tensor], T
     args, kwargs, shapes = particles.args, particles.kwargs, particles.structure.latents
     with poutine.block(), torch.no_grad():
         if particles.vectorized:
-            guide = particles.batched(particles.guide, size)
+            guide = particles.batched(particles.program, size)
             trace: Any = poutine.trace(guide).get_trace(*args, **kwargs)
             values = {k: trace.nodes[k]["value"].reshape((size,) + shape) for k, shape in shapes.items()}
             return values, particles.score(trace, size)
-        traces: list[Any] = [poutine.trace(particles.guide).get_trace(*args, **kwargs) for _ in range(size)]
+        traces: list[Any] = [poutine.trace(particles.program).get_trace(*args, **kwargs) for _ in range(size)]
         values = {k: torch.stack([trace.nodes[k]["value"] for trace in traces]) for k in shapes}
         return values, torch.stack([torch.as_tensor(trace.log_prob_sum()) for trace in traces])
 

@@ -19,6 +19,7 @@ from .._compile.policy import Mode
 from .._compile.preflight import generators
 from .._compile.reached_state import ReachedState
 from .._compile.step import StepStats
+from .._program.call import is_handler
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._program.pyro_private import PYRO_STACK
@@ -58,7 +59,12 @@ def steady_graph(density: UnconstrainedModel, width: int, programs: Sequence[Any
 
 
 def has_scores(guide: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a guide of flows can carry scores forward: a foreign transform may have no inverse."""
+    """Whether a guide of flows can carry scores forward: a foreign transform may have no inverse.
+
+    Not one of Pyro's handlers, which path gradients do not take.
+    """
+    if is_handler(guide):
+        return False
     with torch.random.fork_rng(), poutine.block(), Scoring():
         try:
             poutine.trace(guide).get_trace(*args, **kwargs)
