@@ -114,7 +114,19 @@ class Judgement:
     def verdict(self) -> str:
         return ("poor", "usable", "good")[self.rank]
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The advice that goes with the verdict: none with "good", and with "poor" no resampled draws.
 
+        Whatever makes a fit poor makes these unreliable too: few of the draws are effective, chains find mass
+        elsewhere or do not confirm them, or their spread is another one altogether.
+        """
+        if self.rank == 2:
+            return ()
+        return tuple(line for line in self.advice if self.rank or not line.startswith(RESAMPLE))
+
+
+RESAMPLE = "use resampled draws"
 LONGER = "train longer, with a larger num_steps"
 RICH_GUIDES = ("AutoRealNVP", "AutoNeuralSpline")
 SUPPORT = (
@@ -125,7 +137,7 @@ SUPPORT = (
 
 def _resample(f: Figures) -> str:
     own = "guide.sample_posterior(n, resample=True) or " if f.resamples else ""
-    return f"use resampled draws: {own}to_arviz(..., resample=True)"
+    return f"{RESAMPLE}: {own}to_arviz(..., resample=True)"
 
 
 def _richer(f: Figures) -> str:

@@ -284,7 +284,7 @@ def diagnose(
         num_samples=num_samples,
         verdict=judgement.verdict,
         reasons=tuple(judgement.reasons),
-        advice=tuple(judgement.advice) if judgement.rank < 2 else (),
+        advice=judgement.told,
         shift=moved.location,
         scale_shift=moved.scale,
         tail_index=tail_index if seen is None or math.isnan(seen.tail_index) else seen.tail_index,

@@ -211,6 +211,24 @@ def test_the_guide_in_use_is_not_advised():
             assert not (figures.has_tails and "tails=True" in advice)
 
 
+def test_resampled_draws_are_not_advised_where_they_are_of_no_use():
+    """A poor verdict has other advice, one that is usable the same as before."""
+    of_no_use = 0
+    for figures in many_figures():
+        judgement = judge(figures)
+        resample = [line for line in judgement.advice if "resample=True" in line]
+        kept = [line for line in judgement.advice if line not in resample]
+        if judgement.verdict == "poor":
+            assert kept
+            assert list(judgement.told) == kept
+            few = figures.ess < 100.0 or figures.khat > figures.khat_threshold
+            sound = not few and figures.scale_shift < 0.1 and not figures.num_nonfinite
+            of_no_use += bool(resample) and not sound
+        else:
+            assert list(judgement.told) == judgement.advice * (judgement.verdict == "usable")
+    assert of_no_use > 50
+
+
 def test_heavy_tails_are_what_the_weights_advise():
     heavy = dataclasses.replace(QUIET, tail_index=0.6, left=0.2)
     weak = Figures(1.2, 0.7, 20.0, 0.05, 4000, 0, 2, 1.0, 0.1, "x", 0.1, heavy, True, "AutoRealNVP")
