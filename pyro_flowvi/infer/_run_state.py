@@ -42,6 +42,8 @@ MOST_MOVED = 0.05
 """How much the draws' weights may move a mean, in standard deviations, or a log scale, for a run to end."""
 MOST_CHANGED = 0.03
 """Relative change of a standard deviation, noise included, that passes for none."""
+OUTLIER = 10.0
+"""Multiples of the median change of a log weight beyond which a fall counts as so much and no more."""
 
 
 class Distance(NamedTuple):
@@ -242,12 +244,19 @@ class Run:
 
 
 def is_worse(weights: Tensor, best: Tensor) -> bool:
-    """Whether the mean of paired log weights fell, beyond twice its standard error."""
+    """Whether the mean of paired log weights fell, beyond twice its standard error.
+
+    Also where it falls although the worst draws are counted for less: a few far out, whose weights differ by
+    many orders of magnitude, have a standard error as large as the mean, behind which any fall would hide.
+    """
     now, before = weights.isfinite(), best.isfinite()
     if int(now.sum()) != int(before.sum()):  # draws without a density decide
         return bool(now.sum() < before.sum())
-    gain = (weights - best)[now & before]
-    return len(gain) > 1 and bool(gain.mean() < -2.0 * gain.std() / math.sqrt(len(gain)))
+    gain = (weights - best)[now & before].double()
+    if len(gain) < 2:
+        return False
+    held = gain.clamp(min=-OUTLIER * float(gain.abs().median()))  # its mean is no less than that of all
+    return any(bool(g.mean() < -2.0 * g.std() / math.sqrt(len(g))) for g in (gain, held))
 
 
 def _site_is_bad(site: dict[str, Any]) -> bool:

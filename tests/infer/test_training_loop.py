@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from pyro_flowvi import AutoPlanar, AutoRealNVP, FitDiverged, fit
 from pyro_flowvi._program.log_weights import LogWeights
-from pyro_flowvi.infer._run_state import SMALL_BATCH, Run
+from pyro_flowvi.infer._run_state import SMALL_BATCH, Run, is_worse
 from pyro_flowvi.infer._schedule import PATIENCE
 from pyro_flowvi.objectives.annealed import TraceAnnealed_ELBO
 from tests import zoo
@@ -162,6 +162,38 @@ class TestGuards:
         assert result.num_dropped > 0
         assert bool(result.losses.isfinite().all())
         assert "particles without a finite density" in repr(result)
+
+    def test_draws_far_out_do_not_hide_a_fall(self):
+        """A loss of five nats at each of the draws, with and without one draw far out."""
+        torch.manual_seed(0)
+        best = torch.randn(256)
+        far = torch.zeros(256)
+        far[0] = -1e28
+        fallen = best - 5.0 - torch.rand(256)
+        assert is_worse(fallen, best)
+        assert is_worse(fallen + far, best)
+        assert not is_worse(best + 5.0, fallen + far)
+        noise = 0.1 * torch.randn(256)  # no fall beyond its noise
+        assert not is_worse(best + noise - noise.mean(), best)
+        assert not is_worse(best + noise - noise.mean() + 0.001, best)
+        wrongly = [is_worse(best + torch.randn(256), best) for _ in range(400)]
+        assert sum(wrongly) <= 0.05 * 400  # 2.3 % beyond two standard errors on one side
+
+    def test_an_optimizer_of_ones_own_that_diverges_leaves_the_start(self):
+        def model(y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+            sd = pyro.sample("sd", dist.HalfNormal(5.0))
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.Normal(mu, sd), obs=y)
+
+        optim = torch.optim.RMSprop
+        guide, y = AutoRealNVP(model), torch.tensor([1.0, 2.0, 3.0])
+        result = fit(model, guide, y, num_steps=10, optim=optim, compile=False, seed=0, progress=False)
+        assert result.losses.max() > 1000.0
+        assert result.best_loss < result.losses[0].item() + 0.5
+        with torch.no_grad():
+            loss = pyro.infer.Trace_ELBO(500, vectorize_particles=True, max_plate_nesting=1)
+            assert loss.loss(model, guide, y) < result.losses[0].item() + 0.5
 
     def test_a_failure_restores_and_halves_the_rate(self):
         calls = {"steps": 0}
