@@ -68,8 +68,9 @@ class FitResult:
     num_restarts: int = 0
 
     def __repr__(self) -> str:
+        steps = f"{len(self.losses)} step{'s' * (len(self.losses) != 1)}"
         line = (
-            f"FitResult({self.stop_reason}: {len(self.losses)} steps in {self.wall_time:.1f} s, "
+            f"FitResult({self.stop_reason}: {steps} in {self.wall_time:.1f} s, "
             f"loss {', '.join([self._loss(), *self._notes()])})"
         )
         return f"{line}\n  {self._next()}" if self._next() else line
@@ -103,11 +104,11 @@ class FitResult:
 
     def _left_out(self) -> list[str]:
         counts = (
-            (self.num_dropped, "particles without a finite density"),
-            (self.num_skipped, "steps skipped"),
-            (self.num_restarts, "restarts"),
+            (self.num_dropped, "particle", " without a finite density"),
+            (self.num_skipped, "step", " skipped"),
+            (self.num_restarts, "restart", ""),
         )
-        return [f"{count} {what}" for count, what in counts if count]
+        return [f"{count} {what}{'s' * (count > 1)}{more}" for count, what, more in counts if count]
 
     def _next(self) -> str:
         """What to do where the ELBO had not stopped rising; nothing where it had."""

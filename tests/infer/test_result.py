@@ -26,8 +26,19 @@ def test_one_line_once_it_has_converged():
     done = result("converged", converged=True, start="laplace")
     assert repr(done) == str(done) == f"{line})"
     more = result("converged", converged=True, start="laplace", num_dropped=3, num_restarts=1)
-    assert repr(more) == f"{line}, 3 particles without a finite density, 1 restarts)"
+    assert repr(more) == f"{line}, 3 particles without a finite density, 1 restart)"
     assert repr(result("completed", converged=True)).count("\n") == 0
+
+
+def test_singular_and_plural():
+    one = result("converged", converged=True, num_dropped=1, num_skipped=1, num_restarts=1)
+    assert repr(one).endswith("1 particle without a finite density, 1 step skipped, 1 restart)")
+    two = result("converged", converged=True, num_dropped=2, num_skipped=2, num_restarts=2)
+    assert repr(two).endswith("2 particles without a finite density, 2 steps skipped, 2 restarts)")
+    for part in ("1 step skipped", "1 restart"):
+        assert part in one._repr_html_()
+    for steps, words in ((0, "0 steps in"), (1, "1 step in"), (2, "2 steps in")):
+        assert words in repr(FitResult(None, torch.ones(steps), 1.0, {}, "completed", 0.5))
 
 
 @pytest.mark.parametrize(
