@@ -205,11 +205,12 @@ def energies(rows: list[Row]) -> str:
             *(number(row["energies"][name]["kl"], 3) for name in names),
             number(max(row["energies"][name]["se"] for name in names), 3),
             f"{row['steps']:,}",
+            str(row["seeds"]),
             number(row["cpu_seconds"], 1),
         ]
         for row in rows
     ]
-    head = ["flow", "K", *names, "largest s.e.", "steps", "seconds"]
+    head = ["flow", "K", *names, "largest s.e.", "steps", "seeds", "seconds"]
     return markdown(head, lines) if lines else ""
 
 

@@ -59,24 +59,33 @@ class TestResults:
         lines = [{"machine": "M", "commit": "abc"}] * 2 + [{"setting": "old"}, {}]
         assert results.settings(lines) == "M; abc\nold\n"
 
-    def test_results_do_not_make_a_commit_dirty(self, tmp_path, monkeypatch):
+    def test_the_commit_is_the_last_of_the_package(self, tmp_path, monkeypatch):
         monkeypatch.setattr(setting, "ROOT", tmp_path)
+
+        def change(name, text):
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
         def git(*arguments):
             told = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *arguments]
             subprocess.run(told, check=True, capture_output=True)
 
         git("init")
-        write(tmp_path / "benchmarks" / "results" / "a.jsonl", [{}])
-        (tmp_path / "code.py").write_text("1\n")
+        change("pyro_flowvi/code.py", "1")
         git("add", ".")
-        git("commit", "-m", "all")
-        clean = setting.commit()
-        write(tmp_path / "benchmarks" / "results" / "a.jsonl", [{}, {}])
-        assert clean
-        assert setting.commit() == clean
-        (tmp_path / "code.py").write_text("2\n")
-        assert setting.commit() == f"{clean}-dirty"
+        git("commit", "-m", "code")
+        first = setting.commit()
+        assert re.fullmatch("[0-9a-f]{7,}", first)
+        change("docs/page.md", "1")
+        git("add", ".")
+        git("commit", "-m", "a page")
+        change("docs/page.md", "2")
+        assert setting.commit() == first
+        change("pyro_flowvi/code.py", "2")
+        assert setting.commit() == f"{first}-dirty"
+        git("commit", "-a", "-m", "code again")
+        assert setting.commit() not in (first, f"{first}-dirty")
 
     def test_figures_are_short(self):
         values = (None, float("inf"), 1234.5, 12.345, 1.2345, -0.001)
