@@ -28,7 +28,7 @@ HEAD = """\
 <!-- Written by `python -m benchmarks.report` from benchmarks/results: change it there. -->
 
 Every figure on this page comes from a line of JSON in `benchmarks/results`, which the named script wrote,
-with the machine, the versions and the commit that it was measured on.
+with the machine, the versions and the last commit that had changed the package.
 `benchmarks/README.md` says how to run each.
 
 Seconds are CPU seconds on one core, compilation included, unless it says otherwise: the machine had other
