@@ -11,7 +11,7 @@ from benchmarks.common.structured_truths import read_truths as structured_truths
 from benchmarks.common.tables import markdown, median, number
 from benchmarks.fits.calibration import VERDICTS, by_model
 from benchmarks.measured.posteriors import grouped
-from benchmarks.measured.section import Section
+from benchmarks.measured.section import ADDED, Section
 
 
 def ratios(row: Row) -> str:
@@ -28,16 +28,19 @@ def structured(rows: list[Row]) -> str:
     for (model, method), group in grouped(list(latest.values()), "model", "method").items():
         for row in group:
             if "error" in row:
-                lines.append([str(model), str(method), row["error"], *[""] * 4])
+                lines.append(
+                    [str(model), str(method), row["error"], *[""] * 4, row.get("commit", ADDED["structured"])]
+                )
                 continue
             log_z = truths.get(row.get("truth", ""), {}).get("log_z")
             figures = [number(row["cpu_seconds"], 1), f"{row['elbo']:.2f}", number(row["worst_mean"])]
             figures += [ratios(row), "–" if log_z is None else f"{log_z:.2f}"]
-            lines.append([str(model), str(method), *figures])
+            lines.append([str(model), str(method), *figures, row.get("commit", ADDED["structured"])])
     order = list(dict.fromkeys(row["model"] for row in rows))
     lines.sort(key=lambda line: (order.index(line[0]), line[1] != "structured"))
     return markdown(
-        ["model", "guide", "seconds", "ELBO", "worst mean error, sd", "sd ratios", "log p(y)"], lines
+        ["model", "guide", "seconds", "ELBO", "worst mean error, sd", "sd ratios", "log p(y)", "commit"],
+        lines,
     )
 
 
