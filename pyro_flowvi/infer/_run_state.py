@@ -87,7 +87,8 @@ def _moved_by(z: Tensor, shares: Tensor, chance: float) -> float:
 
 def _scales_are_right(x: Tensor, shares: Tensor) -> bool:
     """Whether weights change no sd of positive values, as far as the noise of these lets tell."""
-    apart, term = shares - 1.0 / len(shares), 0.5 * ((x - x.mean(0)) / x.std(0)).square()
+    squares = (x - x.mean(0)).square()
+    term, apart = 0.5 * squares / squares.mean(0), shares - 1.0 / len(shares)
     changes, noise = (apart @ term).abs(), (apart.square() @ (term - 0.5).square()).sqrt()
     return bool((changes + noise < MOST_CHANGED).all())
 
