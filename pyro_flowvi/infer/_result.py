@@ -142,6 +142,12 @@ START = (
 )
 
 
+IN_FLOAT32 = (
+    "the latents or the data are float32: where the density overflows or cancels there, as a GaussianHMM's "
+    "does at small scales, take float64, by torch.set_default_dtype(torch.float64) and data of that dtype"
+)
+
+
 class FitDiverged(RuntimeError):
     """Training met losses or gradients that are not finite, again and again; the guide holds its last good
     state.
@@ -151,6 +157,7 @@ class FitDiverged(RuntimeError):
         finite; None if it could not be found.
     :param losses: the losses up to that step.
     :param cause: what the model raised, if it did.
+    :param float32: whether latents or data are float32; the message then advises float64 as well.
 
     Example::
 
@@ -158,13 +165,16 @@ class FitDiverged(RuntimeError):
         "step 12: the loss is not finite, first at site 'tau'; the last good state is restored"
     """
 
-    def __init__(self, step: int, site: str | None, losses: Tensor, cause: str | None = None) -> None:
-        self.step, self.site, self.losses, self.cause = step, site, losses, cause
+    def __init__(
+        self, step: int, site: str | None, losses: Tensor, cause: str | None = None, float32: bool = False
+    ) -> None:
+        self.step, self.site, self.losses, self.cause, self.float32 = step, site, losses, cause, float32
         what = f"the model raised {cause!r}" if cause and not site else "the loss is not finite"
         where = f", first at site {site!r}" if site else "" if cause else ", at no single site"
         # At the first step there was no good state: a search for a start has found none.
         then = "the last good state is restored" if step else START
-        super().__init__(f"step {step}: {what}{where}; {then}")
+        more = f"; {IN_FLOAT32}" if float32 else ""
+        super().__init__(f"step {step}: {what}{where}; {then}{more}")
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (self.step, self.site, self.losses, self.cause)
+        return type(self), (self.step, self.site, self.losses, self.cause, self.float32)

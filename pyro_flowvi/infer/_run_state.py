@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._compile.optimizers import meet
 from .._noise import noise_state, set_noise_state
@@ -209,6 +210,11 @@ class Run:
     def restore(self) -> None:
         """Puts the best state back; what it does not know yet goes back to where it started."""
         put_back(self.optim.params, self.optim.first | self.best)
+
+    def has_float32(self, call: Call) -> bool:
+        """Whether parameters or arguments of the model are float32."""
+        leaves = [*self.optim.params.values(), *pytree.tree_leaves(call)]
+        return any(isinstance(leaf, Tensor) and leaf.dtype == torch.float32 for leaf in leaves)
 
     def find_site(self, call: Call, noise: list[Tensor], cause: Exception | None) -> str | None:
         """The site at which a step failed, here or on another rank.

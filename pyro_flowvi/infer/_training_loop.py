@@ -251,8 +251,8 @@ class TrainingLoop:
             site = run.find_site(call, noise, cause)
             run.restore()
             told = str(cause).strip().splitlines() if cause else []
-            losses = torch.tensor(run.losses)
-            raise FitDiverged(progress.step, site, losses, told[0] if told else None) from cause
+            losses, single = torch.tensor(run.losses), run.has_float32(call)
+            raise FitDiverged(progress.step, site, losses, told[0] if told else None, single) from cause
         self._go_back()
 
     def _go_back(self) -> None:

@@ -1,5 +1,6 @@
 """How the result of a fit prints."""
 
+import pickle
 import xml.etree.ElementTree as ET
 
 import pyro
@@ -8,7 +9,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_flowvi import AutoPlanar, FitResult, fit
+from pyro_flowvi import AutoPlanar, FitDiverged, FitResult, fit
 
 
 def model(y):
@@ -80,3 +81,22 @@ def test_html():
     converged = result("converged", converged=True)._repr_html_()
     assert "where the guide stood" in converged
     assert "not converged" not in converged
+
+
+def test_a_failure_in_float32_advises_float64():
+    """A square that overflows in float32, and is 1e40 in float64."""
+
+    def overflowing(y):
+        x = pyro.sample("x", dist.Normal(y.new_zeros(()), 1.0))
+        pyro.factor("far", -(1e20 * (1.0 + x * x)).square() * 1e-40 + (0.0 * y).sum())
+
+    y = torch.zeros(3)
+    assert not torch.tensor(1e20, dtype=torch.float32).square().isfinite()
+    with pyro.validation_enabled(False), pytest.raises(FitDiverged, match="take float64") as error:
+        fit(overflowing, AutoNormal(overflowing), y.float(), num_steps=20, seed=0, progress=False)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (str(again), again.float32) == (str(error.value), True)
+    pyro.clear_param_store()
+    result = fit(overflowing, AutoNormal(overflowing), y.double(), num_steps=20, seed=0, progress=False)
+    assert bool(result.losses.isfinite().all())
+    assert "float64" not in str(FitDiverged(3, "x", torch.zeros(3)))
