@@ -8,7 +8,7 @@ from benchmarks.common.results import Row
 from benchmarks.common.scoring import MEAN_BOUND, RATIO_BOUNDS, is_right, worst_ratio
 from benchmarks.common.tables import markdown, median, number
 from benchmarks.fits.posteriordb import SHORT
-from benchmarks.measured.section import Section
+from benchmarks.measured.section import Section, listed
 
 RIGHT = (
     f"*Right*: every mean within {MEAN_BOUND:g} standard deviations of the reference, and every ratio of "
@@ -74,11 +74,11 @@ def times(rows: list[Row], names: tuple[str, ...] | None = None) -> str:
         line = line_of_times(name, fits, nuts)
         scored = [row for row in fits if row.get("worst_mean") is not None]
         ratio = max((worst_ratio(row) for row in scored), key=lambda v: abs(math.log(v)), default=math.nan)
-        more.append([*line, number(worst(fits, "worst_mean")), number(ratio)])
+        more.append([*line, number(worst(fits, "worst_mean")), number(ratio), listed(fits + nuts, "commit")])
         lines.append(line)
     if names is not None:
         return markdown(HEAD, lines) if lines else ""
-    return markdown([*HEAD, "`fit`: worst mean, sd", "worst sd ratio"], more)
+    return markdown([*HEAD, "`fit`: worst mean, sd", "worst sd ratio", "commit"], more)
 
 
 TIME_TO_RIGHT = Section(
