@@ -1,6 +1,6 @@
-"""The pages of docs/ and docs/how-to/ run and print what they show; tests/pages.py says at its head how.
+"""README and the pages of docs/ run and print what they show; tests/pages.py says at its head how.
 
-Pages are marked long but for those of ``SHORT``, of less than 5 s.  A new page needs no line here.
+Pages are marked long but for those of ``SHORT``, of less than 10 s.  A new page needs no line here.
 """
 
 import re
@@ -11,10 +11,10 @@ from tests.pages import ROOT, blocks_of, differences, run
 
 DOCS = ROOT / "docs"
 OWN_TESTS = {"several-processes", "gpu"}  # in test_how_to.py
-SHORT: set[str] = set()
+SHORT = {"README"}
 PAGES = [
     path
-    for path in sorted([*DOCS.glob("*.md"), *(DOCS / "how-to").glob("*.md")])
+    for path in [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *(DOCS / "how-to").glob("*.md")])]
     if path.stem not in OWN_TESTS and blocks_of(path.read_text())
 ]
 

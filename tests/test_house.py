@@ -1,11 +1,10 @@
-"""The layering of the package, its public names, and README's examples."""
+"""The layering of the package and its public names."""
 
 import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,19 +128,3 @@ def test_exports():
 def test_no_file_is_long():
     long = {path.name: n for path in PACKAGE.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
     assert not long
-
-
-README_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_readme_blocks_run(monkeypatch, tmp_path):
-    """In order, in one namespace, as a reader would paste them."""
-    import torch
-
-    monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float32)
-    namespace = {}
-    for block in README_BLOCKS:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert README_BLOCKS
