@@ -27,6 +27,8 @@ MOST_CURVES: Final = 50
 MOST_BARS: Final = 30
 """Different integers that have a bar each; more are put together."""
 INTERVAL: Final = (0.05, 0.95)
+NUM_POINTS: Final = 400
+"""Points of the mean curve."""
 FEW_DATA: Final = 50
 """Data of which each has a tick below the curves."""
 
@@ -65,7 +67,8 @@ def plot_ppc(
     :param guide: any fitted Pyro guide for it.
     :param args: the model's positional arguments.
     :param site: the observed site; None where the model has one.
-    :param kind: "density", a curve of each of up to 50 replicates, that of all of them and that of the data;
+    :param kind: "density", a curve of each of up to 50 replicates, the mean of the curves of all of them, and
+        that of the data, all smoothed by one rule;
         "histogram", the data's bars with the median and the 90 % interval of the replicates; "bars", the same
         for each integer.  By default bars for counts and categories, else densities.
     :param num_samples: replicates.
@@ -158,12 +161,18 @@ def _draw_densities(axis: Any, check: _Check) -> None:
     box = (min(low, float(seen.min()) - margin), max(high, float(seen.max()) + margin))
     box, bounds = within(box, scale.bounds), scale.bounds
     look: dict[str, Any] = {"color": COLOURS[1]}
-    for i, replicate in enumerate(check.drawn[:MOST_CURVES]):
+    points = np.linspace(*box, NUM_POINTS)
+    heights = []
+    replicates = [replicate for replicate in check.drawn if np.isfinite(replicate).any()]
+    for i, replicate in enumerate(replicates):
         x, y = density(scale(replicate), box, bounds)
-        label = f"{min(MOST_CURVES, len(check.drawn))} replicates" if not i else None
-        axis.plot(scale.inverse(x), y, linewidth=0.6, alpha=0.35, label=label, **look)
-    x, y = density(scale(pooled), box, bounds)
-    axis.plot(scale.inverse(x), y, linewidth=2.0, label="all replicates", **look)
+        heights.append(np.interp(points, x, y))
+        if i < MOST_CURVES:
+            label = f"{min(MOST_CURVES, len(replicates))} replicates" if not i else None
+            axis.plot(scale.inverse(x), y, linewidth=0.6, alpha=0.35, label=label, **look)
+    # A curve of the pooled draws, which are many more, would be less smoothed than that of one data set.
+    mean = np.mean(heights, axis=0)
+    axis.plot(scale.inverse(points), mean, linewidth=2.0, label="mean of all replicates", **look)
     x, y = density(seen, box, bounds)
     axis.plot(scale.inverse(x), y, linewidth=2.0, color=COLOURS[0], label="observed")
     if len(seen) <= FEW_DATA:

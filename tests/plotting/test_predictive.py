@@ -40,11 +40,31 @@ def curve(axis, label):
 class TestDensities:
     def test_replicates_are_of_the_models_distribution(self):
         axis = plot_ppc(normal, at(3.0), torch.randn(2000) + 3.0, num_samples=60, seed=0)
-        x, y = curve(axis, "all replicates")
+        x, y = curve(axis, "mean of all replicates")
         np.testing.assert_allclose(y, stats.norm(3.0).pdf(x), atol=0.02)
         assert len(axis.lines) == 50 + 2
-        assert axis.get_legend_handles_labels()[1] == ["50 replicates", "all replicates", "observed"]
+        assert axis.get_legend_handles_labels()[1] == ["50 replicates", "mean of all replicates", "observed"]
         assert (axis.get_xlabel(), axis.get_ylabel()) == ("y", "density")
+
+    def test_the_mean_lies_within_the_replicates(self):
+        """Of two humps, whose dip depends on the smoothing, with data of the model itself."""
+
+        def humps(y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+            parts = dist.Normal(torch.stack([mu - 2.0, mu + 2.0], -1), 1.0)
+            with pyro.plate("rows", len(y)):
+                pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts), obs=y)
+
+        y = torch.randn(80) + 4.0 * torch.randint(2, (80,)) - 2.0
+        axis = plot_ppc(humps, at(0.0), y, num_samples=50, seed=0)
+        x, mean = curve(axis, "mean of all replicates")
+        each = np.stack([np.interp(x, *line.get_data()) for line in axis.lines if line.get_alpha() == 0.35])
+        assert len(each) == 50
+        assert ((each.min(0) <= mean) & (mean <= each.max(0))).all()
+        # Between humps and in the dip half of them are on either side, which they were not of pooled draws.
+        share = (each < mean).mean(0)[(x > -2.5) & (x < 2.5)]
+        assert share.min() > 0.25
+        assert share.max() < 0.75
 
     def test_observed_lie_on_top(self):
         y = torch.randn(5000) * 2.0
@@ -68,10 +88,10 @@ class TestDensities:
     def test_a_seed_and_axes(self):
         _, axis = pyplot.subplots()
         y = torch.randn(20)
-        first = curve(plot_ppc(normal, at(0.0), y, num_samples=5, seed=1), "all replicates")
+        first = curve(plot_ppc(normal, at(0.0), y, num_samples=5, seed=1), "mean of all replicates")
         again = plot_ppc(normal, at(0.0), y, num_samples=5, seed=1, ax=axis)
         assert again is axis
-        np.testing.assert_array_equal(first, curve(again, "all replicates"))
+        np.testing.assert_array_equal(first, curve(again, "mean of all replicates"))
 
 
 class TestShares:
@@ -129,7 +149,7 @@ class TestSites:
                 pyro.sample("y", dist.Normal(mu, scale), obs=y)
 
         axis = plot_ppc(loop, at(2.0), torch.randn(300) + 2.0, num_samples=40, seed=0)
-        x, y = curve(axis, "all replicates")
+        x, y = curve(axis, "mean of all replicates")
         assert 1.5 < x[y.argmax()] < 2.5
 
     def test_a_flow(self):
