@@ -14,7 +14,17 @@ from ._chains import ChainStates
 from ._outputs import Evaluated, Outputs
 from ._ranks import gap_of
 from ._settled import elsewhere, settled
-from ._verdict import LONGER, USABLE_ESS, USABLE_SHARE, Figures, Judgement, _resample, _richer, _slow
+from ._verdict import (
+    LONGER,
+    USABLE_ESS,
+    USABLE_SHARE,
+    Figures,
+    Judgement,
+    _longer_first,
+    _resample,
+    _richer,
+    _slow,
+)
 from ._weights import WeightFigures
 
 __all__ = ["Agreement", "Predictions", "compare_outputs", "judge_predictions"]
@@ -339,4 +349,5 @@ def _others(judgement: Judgement, f: Figures) -> Judgement:
         judgement.add("the training had not converged", 1, LONGER)
     if f.num_nonfinite:
         judgement.add(f"{f.num_nonfinite} of {f.num_samples} draws have a density that is not finite", 0)
+    _longer_first(judgement, f)
     return judgement

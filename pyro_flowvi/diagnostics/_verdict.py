@@ -128,6 +128,10 @@ class Judgement:
 
 RESAMPLE = "use resampled draws"
 LONGER = "train longer, with a larger num_steps"
+LONGER_FIRST = (
+    "train longer, unless the ELBO had stopped rising, which diagnose(..., fit_result=) reads off the result "
+    "of fit"
+)
 RICH_GUIDES = ("AutoRealNVP", "AutoNeuralSpline")
 SUPPORT = (
     "give sites the support that the model has, as HalfNormal in place of a factor that forbids values below "
@@ -229,7 +233,17 @@ def judge(figures: Figures) -> Judgement:
             0,
             SUPPORT,
         )
+    _longer_first(judgement, figures)
     return judgement
+
+
+def _longer_first(judgement: Judgement, f: Figures) -> None:
+    """Before another shape is advised, steps: a flow that has had too few fails like one that is too simple."""
+    shape = {_richer(f), _tails(f)}
+    if judgement.rank or f.converged or not f.resamples or shape.isdisjoint(judgement.advice):
+        return
+    longer = LONGER_FIRST if f.converged is None else LONGER
+    judgement.advice = [longer, *(line for line in judgement.advice if line != longer)]
 
 
 def sound_moments(figures: Figures) -> bool:

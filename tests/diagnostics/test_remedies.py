@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
-from pyro_flowvi import AutoFlowMixture, AutoNeuralSpline, AutoRealNVP, fit
+from pyro_flowvi import AutoFlowMixture, AutoNeuralSpline, AutoPlanar, AutoRealNVP, fit
 from pyro_flowvi.diagnostics import diagnose, to_arviz
 from pyro_flowvi.diagnostics._symmetries import Symmetry
 from pyro_flowvi.diagnostics._verdict import Figures, Judgement, judge
@@ -101,6 +101,26 @@ class TestWork:
         assert fitted(model, AutoRealNVP(model)).verdict == "good"
 
     @pytest.mark.long
+    def test_longer_after_steps_of_ones_own(self):
+        """Of a flow that has had ten steps, of which no result of a fit tells, and then more."""
+
+        def model():
+            x = pyro.sample("x", dist.Normal(3.0, 0.5))
+            pyro.sample("y", dist.Normal(x, 0.5))
+
+        guide = AutoPlanar(model, 1, structure=None)
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), pyro.infer.Trace_ELBO(20))
+        pyro.set_rng_seed(0)
+        for _ in range(10):
+            svi.step()
+        early = diagnose(model, guide, seed=0)
+        assert early.verdict == "poor"
+        assert early.advice[0].startswith("train longer, unless the ELBO had stopped rising")
+        for _ in range(600):
+            svi.step()
+        assert diagnose(model, guide, seed=0).verdict != "poor"
+
+    @pytest.mark.long
     def test_several_modes(self):
         def model():
             parts = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
@@ -178,7 +198,14 @@ def many_figures():
         {"rhat": 2.0},
         {"tail_index": 0.8},
     ]
-    others = [{}, {"converged": False}, {"num_nonfinite": 3}, {"has_tails": True}, {"probes": None}]
+    others = [
+        {},
+        {"converged": False},
+        {"converged": None},
+        {"num_nonfinite": 3},
+        {"has_tails": True},
+        {"probes": None},
+    ]
     for (guide, own), w, p, other in itertools.product(GUIDES, weights, probes, others):
         changed = {"probes": dataclasses.replace(QUIET, **p), **w, **other}
         yield dataclasses.replace(sound, guide=guide, resamples=own, **changed)
@@ -201,6 +228,21 @@ def test_each_reason_that_lowers_a_verdict_has_one_advice(monkeypatch):
         assert lowering <= set(judgement.advice)
         assert len(judgement.advice) == len(set(judgement.advice))
         assert bool(lowering) == (judgement.rank < 2)
+
+
+def test_longer_comes_before_another_shape_of_a_flow():
+    """Unless it is known to have converged; what is to be done with other guides, or of modes, stays first."""
+    seen = set()
+    for figures in many_figures():
+        told = judge(figures).told
+        shape = [line for line in told if "richer" in line or "layers" in line or "tails=True" in line]
+        if figures.resamples and not figures.converged and shape and judge(figures).verdict == "poor":
+            assert told[0].startswith("train longer")
+            assert sum("train longer" in line for line in told) == 1
+            seen.add((figures.guide, figures.converged))
+        elif figures.converged is not False:
+            assert not any("train longer" in line for line in told)
+    assert len(seen) == 6
 
 
 def test_the_guide_in_use_is_not_advised():
