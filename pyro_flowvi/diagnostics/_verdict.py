@@ -238,7 +238,7 @@ def judge(figures: Figures) -> Judgement:
 
 
 def _longer_first(judgement: Judgement, f: Figures) -> None:
-    """Before another shape is advised, steps: a flow that has had too few fails like one that is too simple."""
+    """Steps before another shape: a flow that has had too few fails like one that is too simple."""
     shape = {_richer(f), _tails(f)}
     if judgement.rank or f.converged or not f.resamples or shape.isdisjoint(judgement.advice):
         return

@@ -231,7 +231,7 @@ def test_each_reason_that_lowers_a_verdict_has_one_advice(monkeypatch):
 
 
 def test_longer_comes_before_another_shape_of_a_flow():
-    """Unless it is known to have converged; what is to be done with other guides, or of modes, stays first."""
+    """Unless it is known to have converged; advice on other guides, or on modes alone, stays first."""
     seen = set()
     for figures in many_figures():
         told = judge(figures).told
