@@ -17,7 +17,7 @@ from .._program.log_density import UnconstrainedModel
 from ..psis import effective_sample_size, psis
 from ._groups import GroupedDraws, find_groups
 from ._row_fit import RowFit
-from ._summary_table import as_table, column_names, describe, label
+from ._summary_table import as_table, column_names, describe, label, rounded
 
 __all__ = ["SummarisedGuide"]
 
@@ -63,6 +63,7 @@ class SummarisedGuide(RowFit):
         rows: Any = None,
         resample: bool = False,
         ess: bool = True,
+        digits: int | None = 2,
     ) -> Any:
         """A table of the posterior with a row for each scalar, such as ``theta[0]``.
 
@@ -85,6 +86,8 @@ class SummarisedGuide(RowFit):
             materialized or fitted with.  The column is NaN without, where the guide does not know all of its
             data (after minibatches, in a copy from a pickle), of latents under a subsampled plate, and above
             10,000 latents.
+        :param digits: decimals of the numbers; where the sd of a scalar is below one, as many that the sd has
+            so many significant digits: 0.0012 beside 4.30.  None for exact numbers.
         :return: a pandas ``DataFrame``; without pandas a table that prints alike.  ``table["mean"]["mu"]`` is
             a number of either.  ``attrs`` has ``num_samples``, ``ess`` (Kish's) and ``khat``.
         :raises ValueError: for unknown sites or rows, or if an argument is not of the described kind.
@@ -100,12 +103,14 @@ class SummarisedGuide(RowFit):
             >>> y = torch.tensor([9.0, 10.0, 11.0])
             >>> guide = pyro_flowvi.AutoPlanar(model, num_layers=2)
             >>> result = pyro_flowvi.fit(model, guide, y, seed=0, progress=False)
-            >>> guide.summary().round(1)  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
+            >>> guide.summary(digits=1)  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
                 mean   sd   5%   50%   95%     ess
             mu  10.0  0.6  9.0  10.0  10.9  39...
         """
         if not (isinstance(prob, float) and 0.0 < prob < 1.0):
             raise ValueError(f"prob: expected a number between 0 and 1, got {prob!r}")
+        if digits is not None:
+            check_positive_int("digits", digits)
         self._flow  # noqa: B018  which has to be there
         served = self._rows
         total = self.latent_dim + (
@@ -138,6 +143,8 @@ class SummarisedGuide(RowFit):
         flat = [stats.reshape(-1, stats.shape[-1]) for stats, _, _ in found.values()]
         numbers = np.concatenate([np.zeros((0, len(probs) + 3)), *flat])
         numbers[:, -1] = numbers[:, -1].round()
+        if digits is not None:
+            numbers = rounded(numbers, digits)
         attrs = {
             "num_samples": num_samples,
             "ess": np.nan if weighed is None else weighed.ess,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _html
 
-__all__ = ["SummaryTable", "as_table", "column_names", "describe", "label"]
+__all__ = ["SummaryTable", "as_table", "column_names", "describe", "label", "rounded"]
 
 Array = NDArray[np.float64]
 BLOCK = 2**22
@@ -89,6 +89,27 @@ def _weighted_quantiles(x: Tensor, w: Tensor, probs: Tensor) -> Tensor:
     low, high = middle.gather(1, above - 1), middle.gather(1, above)
     share = ((probs - low) / (high - low)).clamp(0.0, 1.0).nan_to_num(0.0)
     return torch.lerp(ordered.T.gather(1, above - 1), ordered.T.gather(1, above), share).T
+
+
+def rounded(numbers: Array, digits: int) -> Array:
+    """Rows of numbers with so many decimals, or more where the sd is small: it then has as many digits.
+
+    :param numbers: ``(N, C)``; the sd is the second of each row.
+    :param digits: of an sd below one, and decimals above.
+
+    Example::
+
+        >>> rounded(np.array([[12.3456, 4.5678], [0.123456, 0.00456789]]), 2).tolist()
+        [[12.35, 4.57], [0.1235, 0.0046]]
+    """
+    sd = np.abs(numbers[:, 1:2])
+    first = np.zeros_like(sd)  # places of the first digit behind the point
+    np.log10(sd, out=first, where=np.isfinite(sd) & (sd > 0.0))
+    scale = 10.0 ** np.clip(digits - 1 - np.floor(first), digits, 300)
+    with np.errstate(over="ignore"):
+        scaled = numbers * scale
+    found: Array = np.where(np.abs(scaled) < 2.0**53, np.round(scaled) / scale, numbers)
+    return found
 
 
 def as_table(index: Sequence[str], columns: Mapping[str, Array], attrs: Mapping[str, float]) -> Any:

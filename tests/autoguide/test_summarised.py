@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flowvi import AutoCIF, AutoFlow, AutoFlowMixture, AutoPlanar, AutoRealNVP, fit
 from pyro_flowvi.autoguide import GUIDES, _summarised
-from pyro_flowvi.autoguide._summary_table import SummaryTable
+from pyro_flowvi.autoguide._summary_table import SummaryTable, rounded
 from tests import rows, zoo
 from tests.autoguide import test_amortised as amortised
 
@@ -106,7 +106,7 @@ class TestSummary:
         with pytest.raises(RuntimeError, match="materialize"):
             guide.summary()
         guide.to(dtype).materialize(torch.tensor([3.0, 4.0, 5.0]))
-        table = guide.summary(500)
+        table = guide.summary(500, digits=None)
         assert list(table.index) == ["p[0]", "p[1]", "p[2]"]
         assert table["mean"].sum() == pytest.approx(1.0, abs=1e-5)
         assert np.isfinite(table.to_numpy()).all()
@@ -135,9 +135,9 @@ class TestSummary:
     @pytest.mark.parametrize("structure", ["auto", None])
     def test_pages_change_nothing(self, structure, monkeypatch):
         guide = AutoPlanar(schools, 2, structure=structure).materialize(Y)
-        whole = guide.summary(300)
+        whole = guide.summary(300, digits=None)
         monkeypatch.setattr(_summarised, "PAGE_NUMBERS", 900)
-        paged = guide.summary(300)
+        paged = guide.summary(300, digits=None)
         assert list(paged.index) == list(whole.index)
         assert paged.to_numpy() == pytest.approx(whole.to_numpy(), rel=1e-9)
 
@@ -170,9 +170,34 @@ class TestSummary:
             ({"num_samples": 0}, "num_samples"),
             ({"sites": ["nu"]}, r"sites: expected some of \['mu'\], got \['nu'\]"),
             ({"rows": [0]}, "rows: expected None"),
+            ({"digits": 0}, "digits: expected a positive integer"),
+            ({"digits": 1.5}, "digits: expected a positive integer"),
         ):
             with pytest.raises(ValueError, match=match):
                 guide.summary(**options)
+
+
+class TestDigits:
+    def test_scalars_of_different_scales_stay_readable(self):
+        def model():
+            pyro.sample("small", dist.Normal(0.012345, 1e-4))
+            pyro.sample("one", dist.Normal(1.0, 0.5))
+            pyro.sample("large", dist.Normal(12345.0, 678.0))
+
+        guide = AutoRealNVP(model, structure=None).materialize()
+        guide.place_at(torch.tensor([0.012345, 1.0, 12345.0]), torch.diag(torch.tensor([1e-4, 0.5, 678.0])))
+        exact, table = guide.summary(500, digits=None), guide.summary(500)
+        for name, places in (("small", 5), ("one", 2), ("large", 2)):
+            for column in COLUMNS[:-1]:
+                assert table[column][name] == pytest.approx(exact[column][name], abs=0.51 * 10.0**-places)
+                assert table[column][name] == round(table[column][name], places)
+        assert guide.summary(500, digits=1)["sd"]["small"] == pytest.approx(1e-4)
+        assert all(len(line.split()[1]) <= len("12345.00000") for line in str(table).splitlines())
+
+    def test_numbers_by_hand(self):
+        rows = [[1.23456, 0.0], [np.nan, np.nan], [1e300, 1e-300], [-0.98765, 0.0996], [5e8, 2e7 + 0.126]]
+        expected = [[1.23, 0.0], [np.nan, np.nan], [1e300, 1e-300], [-0.988, 0.1], [5e8, 2e7 + 0.13]]
+        np.testing.assert_array_equal(rounded(np.array(rows), 2), expected)
 
 
 class TestWithoutWeights:
@@ -246,10 +271,14 @@ class TestRows:
 class TestWithoutPandas:
     def test_same_text_numbers_and_columns(self, monkeypatch):
         guide = AutoRealNVP(schools).materialize(Y)
-        tables = [(guide.summary(300), guide.summary(300).round(2))]
+
+        def made():
+            return guide.summary(300), guide.summary(300, digits=None), guide.summary(300).round(1)
+
+        tables = [made()]
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "pandas", None)
-            tables.append((guide.summary(300), guide.summary(300).round(2)))
+            tables.append(made())
         assert type(tables[1][0]).__name__ == "SummaryTable"
         for frame, own in zip(*tables, strict=True):
             assert str(own) == str(frame)
