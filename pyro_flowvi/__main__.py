@@ -16,7 +16,7 @@ __all__ = ["main"]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pyro_flowvi", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="fit a model with three guides, print a table, save a figure")
+    demo = commands.add_parser("demo", help="fit a model with four guides, print a table, save a figure")
     demo.add_argument("--model", metavar="PATH.py:NAME", help="your own Pyro model (with --data)")
     demo.add_argument("--data", metavar="FILE.json", help="its keyword arguments as a JSON object")
     demo.add_argument("--steps", type=int, default=NUM_STEPS, help="gradient steps for each guide")
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     torch.set_num_threads(1)  # operations on a few numbers gain nothing from more
     rows = run_demo(model, data, num_steps=options.steps, seed=options.seed)
-    print(f"\n{table(rows)}\n")
+    print(f"\n{table(rows)}")
     for row in rows:
-        print(f"{row.name}: {row.diagnosis.verdict}; {'; '.join(row.diagnosis.reasons)}")
+        print(f"\n{row.name}\n{row.diagnosis}")
     try:
         axes = picture(rows, eight_schools_reference() if model is eight_schools else None)
     except ImportError as error:

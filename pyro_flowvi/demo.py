@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ._program.log_weights import LogWeights
 from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
 from .diagnostics import Diagnosis, diagnose
+from .diagnostics._printed import number_text
 from .infer import fit
 from .plotting import pair_panels
 
@@ -157,7 +159,7 @@ def run_demo(
     :param data: its keyword arguments; those of the eight schools if None and the model is that one.
     :param num_steps: gradient steps for each guide.
     :param seed: of every fit.
-    :param progress: shows progress bars.
+    :param progress: shows progress bars, and says on stderr which guide is being judged.
 
     Example::
 
@@ -176,9 +178,11 @@ def run_demo(
         pyro.set_rng_seed(seed)
         guide = make(model)
         with pyro.get_param_store().scope():  # leaves the caller's parameters alone
-            fit(model, guide, num_steps=num_steps, model_kwargs=kwargs, seed=seed, progress=progress)
+            result = fit(model, guide, num_steps=num_steps, model_kwargs=kwargs, seed=seed, progress=progress)
             seconds = time.perf_counter() - started
-            diagnosis = diagnose(model, guide, model_kwargs=kwargs, seed=seed)
+            if progress:
+                print(f"judging {name}", file=sys.stderr, flush=True)
+            diagnosis = diagnose(model, guide, model_kwargs=kwargs, seed=seed, fit_result=result)
             draws = _scalars(LogWeights(model, guide, (), kwargs).draws(NUM_DRAWS))
         error = None if reference is None else _worst_error(draws, reference)
         rows.append(Row(name, diagnosis, error, seconds, draws))
@@ -201,7 +205,7 @@ def table(rows: list[Row]) -> str:
         d = row.diagnosis
         error = "-" if row.error is None else f"{row.error:.2f}"
         elbo = f"{d.elbo:.2f} ± {d.elbo_se:.2f}"
-        lines.append([row.name, elbo, f"{d.khat:.2f}", d.verdict, error, f"{row.seconds:.1f}"])
+        lines.append([row.name, elbo, number_text(d.khat), d.verdict, error, f"{row.seconds:.1f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

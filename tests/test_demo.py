@@ -1,14 +1,17 @@
 """The command line, from a user's point of view."""
 
 import json
+import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from pyro_flowvi import Diagnosis
 from pyro_flowvi.__main__ import main
 from pyro_flowvi.datasets import EIGHT_SCHOOLS, eight_schools_reference
-from pyro_flowvi.demo import eight_schools, load_data, load_model, run_demo, table
+from pyro_flowvi.demo import Row, eight_schools, load_data, load_model, run_demo, table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib.*")
 
@@ -55,6 +58,7 @@ def test_eight_schools(tmp_path, capsys):
     assert str(figure) in out
     assert figure.stat().st_size > 10_000
     assert "20/20" in err
+    assert "judging AutoRealNVP" in err
 
 
 def test_own_model(files, capsys):
@@ -62,7 +66,24 @@ def test_own_model(files, capsys):
     argv = ["demo", "--model", f"{files / 'mine.py'}:model", "--data", str(files / "data.json")]
     assert main([*argv, "--steps", "20", "--figure", str(figure)]) == 0
     assert figure.exists()
-    assert "AutoPlanar" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    for name in ("AutoNormal (Pyro)", "AutoPlanar", "AutoRadial", "AutoRealNVP"):
+        place = lines.index(name)
+        assert re.match(r"(good|usable|poor): ELBO .*, k-hat (-|\d+\.\d\d)", lines[place + 1])
+        assert lines[place + 2].startswith("  - ")
+        assert f"judging {name}" in err
+    assert "inf" not in out
+
+
+def test_a_khat_without_meaning_is_a_dash():
+    equal = Diagnosis(-3.2, 0.0, -3.2, 4000.0, -math.inf, 4000, "good", ())
+    assert table([Row("exact", equal, None, 1.0, {})]).splitlines()[1].split()[-4:] == [
+        "-",
+        "good",
+        "-",
+        "1.0",
+    ]
 
 
 @pytest.mark.parametrize(
