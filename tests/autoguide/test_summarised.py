@@ -180,18 +180,18 @@ class TestSummary:
 class TestDigits:
     def test_scalars_of_different_scales_stay_readable(self):
         def model():
-            pyro.sample("small", dist.Normal(0.012345, 1e-4))
+            pyro.sample("small", dist.Normal(0.012345, 1.5e-4))
             pyro.sample("one", dist.Normal(1.0, 0.5))
             pyro.sample("large", dist.Normal(12345.0, 678.0))
 
         guide = AutoRealNVP(model, structure=None).materialize()
-        guide.place_at(torch.tensor([0.012345, 1.0, 12345.0]), torch.diag(torch.tensor([1e-4, 0.5, 678.0])))
+        guide.place_at(torch.tensor([0.012345, 1.0, 12345.0]), torch.diag(torch.tensor([1.5e-4, 0.5, 678.0])))
         exact, table = guide.summary(500, digits=None), guide.summary(500)
         for name, places in (("small", 5), ("one", 2), ("large", 2)):
             for column in COLUMNS[:-1]:
                 assert table[column][name] == pytest.approx(exact[column][name], abs=0.51 * 10.0**-places)
                 assert table[column][name] == round(table[column][name], places)
-        assert guide.summary(500, digits=1)["sd"]["small"] == pytest.approx(1e-4)
+        assert guide.summary(500, digits=1)["sd"]["small"] in (1e-4, 2e-4)
         assert all(len(line.split()[1]) <= len("12345.00000") for line in str(table).splitlines())
 
     def test_numbers_by_hand(self):
@@ -288,7 +288,7 @@ class TestWithoutPandas:
             assert own.attrs == frame.attrs
             assert own["mean"]["theta[3]"] == frame["mean"]["theta[3]"]
             assert np.array_equal(own.to_numpy(), frame.to_numpy())
-            assert "<td>theta[3]</td>" in own._repr_html_()
+            assert ">theta[3]</td>" in own._repr_html_()
 
     @pytest.mark.parametrize("size", [0, 1, 60, 61, 2000])
     @pytest.mark.parametrize("scale", [1e-9, 1.0, 3e7])
