@@ -4,9 +4,15 @@ There are no colours, so that dark themes and light ones both fit.
 """
 
 import html
+import re
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 __all__ = ["block", "bullets", "paragraph", "table"]
+
+NUMBER: Final = re.compile(r"\s*([-+−<]?\s*\.?\d|-(?!\w)|nan\b|[-+]?inf\b|\.\.\.?$)", re.IGNORECASE)
+"""How a number begins, or what stands in its place; units and errors may follow."""
+PADDING: Final = "padding:0.2em 0.8em"
 
 
 def paragraph(text: str = "", strong: str = "") -> str:
@@ -35,25 +41,39 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], titles: Sequence[str] = ()) -> str:
-    """A table; numbers are aligned by the notebook's own style.
+    """A table; columns of numbers are aligned at the right, all but the first, which has names.
 
     :param head: of the columns; none for a table without a head.
     :param titles: what appears over the last cell of each row; none for no such texts.
 
     Example::
 
-        >>> table(["x"], [["<"]], titles=["less"])
-        '<table><thead><tr><th>x</th></tr></thead><tbody><tr><td title="less">&lt;</td></tr></tbody></table>'
+        >>> part = table(["x"], [["<"]], titles=["less"])
+        >>> part[part.index("<td") :]
+        '<td style="text-align:left;padding:0.2em 0.8em" title="less">&lt;</td></tr></tbody></table>'
     """
-    columns = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = [tuple(row) for row in rows]
+    width = max(map(len, [head, *lines]))
+    numeric = [
+        i > 0 and bool(lines) and all(NUMBER.match(row[i]) for row in lines if i < len(row))
+        for i in range(width)
+    ]
+    # A notebook's own style may have neither padding nor an alignment that suits.
+    styles = [f"text-align:{'right' if right else 'left'};{PADDING}" for right in numeric]
+    columns = "".join(_cell("th", *parts) for parts in zip(styles, head, strict=False))
     body = []
-    for i, row in enumerate(rows):
-        cells = [f"<td>{html.escape(cell)}</td>" for cell in row]
+    for i, row in enumerate(lines):
+        cells = [_cell("td", *parts) for parts in zip(styles, row, strict=False)]
         if i < len(titles):
-            cells[-1] = f'<td title="{html.escape(titles[i], quote=True)}">{html.escape(row[-1])}</td>'
+            cells[-1] = _cell("td", styles[len(row) - 1], row[-1], titles[i])
         body.append(f"<tr>{''.join(cells)}</tr>")
     top = f"<thead><tr>{columns}</tr></thead>" if columns else ""
     return f"<table>{top}<tbody>{''.join(body)}</tbody></table>"
+
+
+def _cell(kind: str, style: str, text: str, title: str = "") -> str:
+    over = f' title="{html.escape(title, quote=True)}"' if title else ""
+    return f'<{kind} style="{style}"{over}>{html.escape(text)}</{kind}>'
 
 
 def block(*parts: str) -> str:

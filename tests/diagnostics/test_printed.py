@@ -53,7 +53,7 @@ class TestDiagnosis:
         assert text[-3:] == ["k-hat < 1 & more", "second", "try: train longer"]
         assert "at most 0.5: the weights are reliable" in text
         assert "color" not in each._repr_html_()
-        assert "style" not in each._repr_html_()
+        assert "background" not in each._repr_html_()
 
     @pytest.mark.parametrize(
         ("khat", "word"),
