@@ -25,6 +25,10 @@ Array = NDArray[Any]
 MAX_MARGINALS: Final = 12
 """Scalars that are shown, unless they are named."""
 COLUMNS: Final = 4
+MORE_OF_PRIORS: Final = 10
+"""How many times more draws of the prior, whose curve should be as smooth as it is known."""
+PRIOR_NUMBERS: Final = 20_000_000
+"""Numbers of all sites up to which there are more."""
 BEYOND: Final = 0.5
 """By how many widths of the posterior's box the prior's may widen it on either side."""
 
@@ -56,7 +60,7 @@ def plot_marginals(
     :param names: the scalars or sites to show, such as ``["tau", "theta"]``; of an array the names of its
         columns.
     :param labels: of posterior, prior and reference.
-    :param num_samples: draws of a guide, and of the prior.
+    :param num_samples: draws of a guide; of the prior ten times as many, if the model draws many at once.
     :param ax: as many matplotlib Axes as scalars, or a Figure or SubFigure to make them in; None for a new
         figure.
     :param kwargs: the model's keyword arguments.
@@ -153,6 +157,8 @@ def _draw(axis: Any, sets: list[Any], labels: tuple[str, str, str]) -> None:
     if scale.log:
         axis.set_xscale("log")
         log_ticks(axis.xaxis)
+    else:  # more would run into those of the next panel
+        axis.locator_params(axis="x", nbins=4)
     axis.set_ylim(bottom=0.0)
     axis.set_yticks([])
 
@@ -215,7 +221,20 @@ def _prior(
 
     num = check_positive_int("num_samples", num_samples)
     try:
-        drawn = LogWeights(model, latents, args, given).draws(num)
+        particles = LogWeights(model, latents, args, given)
+        parts = [particles.draws(num)]
+        if particles.vectorized:  # of a loop more draws would take long
+            more = min(MORE_OF_PRIORS, PRIOR_NUMBERS // (num * _size(model, args, given)))
+            parts += [particles.draws(num) for _ in range(more - 1)]
     except NotImplementedError as error:
         raise ValueError(f"prior: expected a model of proper priors to draw from, got {error}") from error
-    return Draws(drawn, "prior")
+    return Draws({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, "prior")
+
+
+@torch.no_grad()
+def _size(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Numbers that a run of the model draws or observes."""
+    with poutine.block():
+        nodes: Any = poutine.trace(model).get_trace(*args, **kwargs).nodes.values()
+    values = (node["value"] for node in nodes if node["type"] == "sample")
+    return max(1, sum(value.numel() for value in values if isinstance(value, torch.Tensor)))

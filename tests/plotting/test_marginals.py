@@ -1,5 +1,6 @@
 """Densities of scalars: posterior, prior and reference, against those that are known."""
 
+import itertools
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from scipy import stats
 
 from pyro_flowvi import AutoPlanar
+from pyro_flowvi._program.log_weights import LogWeights
 from pyro_flowvi.plotting import plot_marginals
 
 Y = torch.tensor([0.5, 1.5, 4.0])
@@ -79,6 +81,29 @@ class TestSets:
         _, y = curve(mu, "prior")
         assert y.max() == pytest.approx(1 / (0.5 * math.sqrt(2 * math.pi)), rel=0.1)
 
+    def test_a_prior_is_smooth(self):
+        """Within 5 % of its peak, which lies where it should, with the usual number of draws."""
+
+        def wide(y):
+            mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+            pyro.sample("y", dist.Normal(mu, 5.0), obs=y)
+
+        guide = AutoPlanar(wide).materialize(torch.tensor(0.0))
+        guide.place_at(torch.tensor([0.0]), torch.tensor([[5.0]]))
+        x, y = curve(plot_marginals(guide, prior=True)[0], "prior")
+        truth = stats.norm(0.0, 5.0).pdf(x)
+        np.testing.assert_allclose(y, truth, atol=0.05 * truth.max())
+        assert abs(x[y.argmax()]) < 1.5
+
+    def test_few_draws_of_the_prior_of_large_data(self, monkeypatch):
+        counts = []
+        own = LogWeights.draws
+        monkeypatch.setattr(LogWeights, "draws", lambda self, num: counts.append(num) or own(self, num))
+        for size, times in ((3, 10), (20_000, 1)):
+            counts.clear()
+            plot_marginals({"mu": torch.randn(50)}, torch.randn(size), prior=model, names=["mu"])
+            assert counts == [2000] * times
+
     def test_prior_of_pyros_guide(self):
         """Its model is wrapped in a handler that draws where the guide is to start."""
         program = poutine.condition(model, data={"tau": torch.tensor(1.0)})
@@ -129,6 +154,18 @@ class TestSets:
         assert len(axes) == 12
         assert axes[3].get_title(loc="right") == "12 of 30 scalars"
         assert len(axes[0].figure.axes) == 12
+
+    def test_labels_of_neighbours_do_not_run_into_each_other(self):
+        for shift in (-1.0, 0.3, 1234.5):
+            axes = plot_marginals(torch.randn(500, 4) + shift)
+            axes[0].figure.canvas.draw()
+            boxes = [
+                label.get_window_extent()
+                for axis in axes
+                for label, tick in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True)
+                if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]
+            ]
+            assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
     def test_a_last_row_that_is_not_full(self):
         figure = pyplot.figure()
