@@ -196,5 +196,6 @@ def _explain(axes: Array, note: str) -> None:
         corner.legend(handles, texts, fontsize=8)
         corner.set_title(note, fontsize=8, loc="right")
         return
-    corner.legend(handles, texts, loc="upper right", fontsize=9)
-    corner.text(1.0, 0.05, note, transform=corner.transAxes, ha="right", fontsize=9, color=ink(corner))
+    legend = corner.legend(handles, texts, loc="upper right", fontsize=9)
+    below: dict[str, Any] = {"xycoords": legend, "xytext": (0, -3), "textcoords": "offset points"}
+    corner.annotate(note, (1.0, 0.0), **below, ha="right", va="top", fontsize=9, color=ink(corner))

@@ -87,7 +87,8 @@ def _draw_zones(axis: Any, khat: float, threshold: float) -> None:
         axis.text(0.04, 0.5 * (bottom + top), text, fontsize=8, va="center", color=ink(axis))
     for value in (GOOD_KHAT, threshold):
         axis.axhline(value, color=ink(axis), linewidth=0.8, linestyle="--")
-    axis.set_yticks([0.0, GOOD_KHAT, threshold, 1.0], ["0", f"{GOOD_KHAT:g}", f"{threshold:.2f}", "1"])
+    ticks = [0.0, GOOD_KHAT, threshold, 1.0]
+    axis.set_yticks(ticks, [f"{tick:.2f}" for tick in ticks])
     at = float(np.clip(khat, LOW + 0.05, HIGH - 0.05))
     axis.plot([0.9], [at], "o", color=ink(axis))
     text = f"{khat:.2f}" if np.isfinite(khat) else "no tail"

@@ -33,7 +33,8 @@ class TestKhat:
         heights = [text.get_position()[1] for text in right.texts[:3]]
         assert heights[0] < 0.5 < heights[1] < found.khat_threshold < heights[2]
         assert {0.5, found.khat_threshold} <= set(right.get_yticks())
-        assert {f"{found.khat_threshold:.2f}", "0.5"} <= {text.get_text() for text in right.get_yticklabels()}
+        ticks = [text.get_text() for text in right.get_yticklabels()]
+        assert ticks == ["0.00", "0.50", f"{found.khat_threshold:.2f}", "1.00"]
         low, high = right.get_ylim()
         assert low < right.lines[-1].get_ydata()[0] < high
 
