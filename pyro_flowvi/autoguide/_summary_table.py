@@ -109,7 +109,7 @@ def rounded(numbers: Array, digits: int) -> Array:
     with np.errstate(over="ignore"):
         scaled = numbers * scale
     found: Array = np.where(np.abs(scaled) < 2.0**53, np.round(scaled) / scale, numbers)
-    return found
+    return found + 0.0  # no -0.00
 
 
 def as_table(index: Sequence[str], columns: Mapping[str, Array], attrs: Mapping[str, float]) -> Any:

@@ -198,6 +198,7 @@ class TestDigits:
         rows = [[1.23456, 0.0], [np.nan, np.nan], [1e300, 1e-300], [-0.98765, 0.0996], [5e8, 2e7 + 0.126]]
         expected = [[1.23, 0.0], [np.nan, np.nan], [1e300, 1e-300], [-0.988, 0.1], [5e8, 2e7 + 0.13]]
         np.testing.assert_array_equal(rounded(np.array(rows), 2), expected)
+        assert str(rounded(np.array([[-0.001, 2.0]]), 2)[0, 0]) == "0.0"
 
 
 class TestWithoutWeights:
