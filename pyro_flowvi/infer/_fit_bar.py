@@ -38,6 +38,12 @@ class Bar:
         self._bar.reset()
         self._bar.initial = self._bar.n = step
 
+    def end(self, why: str) -> None:
+        """Says in the end why it stops where it does; a fit that needs no more steps fills its bar."""
+        if why == "converged":
+            self._bar.total = self._bar.n
+        self.tell(f"{why} at step {self._bar.n}")
+
     def advance(self, steps: int) -> None:
         """Counts steps that were taken."""
         self._bar.update(steps)

@@ -333,9 +333,10 @@ class TrainingLoop:
         :param save: writes a checkpoint; called at most every so many ``seconds``.
         """
         run, progress = self.run, self.progress
-        if progress.stop_reason is not None:
-            return progress.stop_reason
         self.bar.begin(progress.step)
+        if progress.stop_reason is not None:
+            self.bar.end(progress.stop_reason)
+            return progress.stop_reason
         try:
             reason = self._take_all(save, seconds)
         except (KeyboardInterrupt, LostRank) as error:
@@ -352,6 +353,7 @@ class TrainingLoop:
         if reason != "interrupted" or not run.best:
             self._keep_last()
         run.restore()
+        self.bar.end(reason)
         progress.stop_reason = reason
         if save is not None and reason != "interrupted":
             save()

@@ -270,9 +270,19 @@ def test_progress_bar(capsys):
     fit(model, AutoPlanar(model), num_steps=5)
     shown = capsys.readouterr().err
     assert shown.index("set-up") < shown.index("search for a start: 4 runs") < shown.index("5/5")
-    fit(model, AutoPlanar(model), num_steps=1000, compile=False)
+    assert "completed at step 5" in shown
+    guide = AutoPlanar(model)
+    result = fit(model, guide, num_steps=1000, compile=False)
     shown = capsys.readouterr().err
     assert "round 1 of 3, ELBO" in shown
+    # A bar that stops before its end would look like an abort.
+    steps = len(result.losses)
+    assert result.stop_reason == "converged"
+    assert steps < 1000
+    assert f"converged at step {steps}" in shown
+    assert f"{steps}/{steps}" in shown.rpartition("\r")[2]
+    again = fit(model, AutoPlanar(model), num_steps=1000, init=guide)
+    assert f"{again.stop_reason} at step {len(again.losses)}" in capsys.readouterr().err
     fit(model, AutoPlanar(model), num_steps=5, progress=False)
     assert not capsys.readouterr().err
 
