@@ -242,6 +242,8 @@ def _longer_first(judgement: Judgement, f: Figures) -> None:
     shape = {_richer(f), _tails(f)}
     if judgement.rank or f.converged or not f.resamples or shape.isdisjoint(judgement.advice):
         return
+    if f.converged is None and f.share >= USABLE_SHARE:  # it has the shape of what it covers
+        return
     longer = LONGER_FIRST if f.converged is None else LONGER
     judgement.advice = [longer, *(line for line in judgement.advice if line != longer)]
 

@@ -231,12 +231,13 @@ def test_each_reason_that_lowers_a_verdict_has_one_advice(monkeypatch):
 
 
 def test_longer_comes_before_another_shape_of_a_flow():
-    """Unless it is known to have converged; advice on other guides, or on modes alone, stays first."""
+    """Unless it is known to have converged, or most draws count; advice on other guides stays first."""
     seen = set()
     for figures in many_figures():
         told = judge(figures).told
         shape = [line for line in told if "richer" in line or "layers" in line or "tails=True" in line]
-        if figures.resamples and not figures.converged and shape and judge(figures).verdict == "poor":
+        short = figures.converged is False or (figures.converged is None and figures.share < 0.5)
+        if figures.resamples and short and shape and judge(figures).verdict == "poor":
             assert told[0].startswith("train longer")
             assert sum("train longer" in line for line in told) == 1
             seen.add((figures.guide, figures.converged))
