@@ -32,8 +32,8 @@ with the machine, the versions and the last commit that had changed the package.
 `benchmarks/README.md` says how to run each.
 
 Seconds are CPU seconds on one core, compilation included, unless it says otherwise: the machine had other
-work, which wall seconds would have in them too. It shares caches, so the times are upper bounds; ratios in
-one table are of runs in turn."""
+work, which wall seconds would have in them too. It shares caches, so the times are upper bounds; ratios of
+steps and of layers are of rounds in turn."""
 
 
 def page(results: Path, docs: Path) -> str:

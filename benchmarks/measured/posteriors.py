@@ -86,8 +86,8 @@ TIME_TO_RIGHT = Section(
     "benchmarks.fits.time_to_right",
     "From the call of `fit` (`AutoRealNVP`, all at its defaults) to the end of training, and of NumPyro's "
     "NUTS (4 vectorised chains, 1,000 + 1,000 draws) from its construction to the last draw, tracing and "
-    "compilation included; each run in a process of its own, methods in turn, float64. Medians over the "
-    f"runs, with their range. {RIGHT}",
+    "compilation included; each run in a process of its own, on one machine and one day, float64. "
+    f"Medians over the runs, with their range. {RIGHT}",
     times,
     options="--data DIR --repeats 3",
 )
