@@ -3,6 +3,8 @@
 The whole suite runs on one pair, by `make test` and `make test-all`.
 """
 
+import sys
+
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
@@ -26,7 +28,9 @@ def run(session: nox.Session) -> None:
     """The short suite against the package where it stands."""
     session.install("--no-deps", "--editable", ".")
     session.run("python", "-W", "ignore", "-c", "import pyro.infer.reparam, pyro.contrib.forecast")
-    short = session.posargs or SHORT
+    # On Windows Inductor finds a C++ compiler only in Visual Studio's prompt: steps stay eager elsewhere.
+    here = [path for path in SHORT if not (sys.platform == "win32" and path.startswith("tests/_compile"))]
+    short = session.posargs or here
     session.run(
         "python", "-m", "pytest", "--quiet", "--numprocesses", "2", *short, env={"OMP_NUM_THREADS": "1"}
     )
