@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BUILT = [DOCS / part for part in ("_build", "tutorials", "api/generated")]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    ROOT / "benchmarks/README.md",
     *(page for page in sorted(DOCS.rglob("*.md")) if not any(page.is_relative_to(part) for part in BUILT)),
 ]
 ENTRY = re.compile(r"^   ~([\w.]+)$", re.MULTILINE)
