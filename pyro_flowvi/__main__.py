@@ -1,49 +1,72 @@
-"""``python -m pyro_flowvi demo``."""
+"""Normalizing-flow guides for Pyro from the command line: fit a model of yours, or see a demonstration."""
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
+from . import __version__, _fit_command
+from ._files import arguments_of, load_data, load_model, place_in
+from ._fit_command import FAILED, GOOD, INTERRUPTED, MISUSED
 from .datasets import eight_schools_reference
-from .demo import NUM_STEPS, eight_schools, load_data, load_model, picture, run_demo, table
+from .demo import NUM_STEPS, eight_schools, picture, run_demo, table
 
 __all__ = ["main"]
 
+CODES = "exit codes: 0 fitted, 1 failed, 2 misused, 3 poor (with --fail-if-poor), 130 interrupted (Ctrl-C)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are those of this package, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pyro_flowvi", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="fit a model with four guides, print a table, save a figure")
+    parser = _Parser(prog="pyro-flowvi", description=__doc__, epilog=CODES)
+    parser.add_argument("--version", action="version", version=f"pyro-flowvi {__version__}")
+    shared = _Parser(add_help=False)
+    shared.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    shared.add_argument("--traceback", action="store_true", help="where an error came from, in full")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    what = "fit a model, save draws, print a summary and a verdict"
+    fit = commands.add_parser("fit", help=what, description=what, parents=[shared], epilog=CODES)
+    _fit_command.add_options(fit)
+    fit.set_defaults(prepare=_fit_command.prepare, run=_fit_command.run)
+
+    what = "fit a model with four guides, print a table, save a figure"
+    demo = commands.add_parser("demo", help=what, description=what, parents=[shared])
     demo.add_argument("--model", metavar="PATH.py:NAME", help="your own Pyro model (with --data)")
-    demo.add_argument("--data", metavar="FILE.json", help="its keyword arguments as a JSON object")
-    demo.add_argument("--steps", type=int, default=NUM_STEPS, help="gradient steps for each guide")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--data", metavar="FILE", help="its arguments, as of fit")
+    steps = _fit_command.checked(_fit_command.number, "a positive integer")
+    demo.add_argument("--steps", type=steps, default=NUM_STEPS, help="gradient steps for each guide")
+    seed = _fit_command.checked(_fit_command.seed, "an integer from 0 to 4294967295")
+    demo.add_argument("--seed", type=seed, default=0)
     demo.add_argument("--figure", type=Path, default=Path("demo.png"), help="where to save the figure")
+    demo.set_defaults(prepare=_prepare_demo, run=_run_demo, dtype=torch.get_default_dtype())
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status.
+def _prepare_demo(options: argparse.Namespace) -> tuple[Any, Any]:
+    if options.data is not None and options.model is None:
+        raise ValueError("--data: expected --model with it")
+    if options.model is None:
+        return eight_schools, None
+    model = load_model(options.model)
+    return model, arguments_of(model, {} if options.data is None else load_data(options.data, model), {})
 
-    Example::
 
-        >>> main(["demo", "--model", "nowhere.py:model"])
-        2
-    """
-    options = _parser().parse_args(argv)
-    try:
-        if options.data is not None and options.model is None:
-            raise ValueError("--data: expected --model with it")
-        model = eight_schools if options.model is None else load_model(options.model)
-        data = None if options.data is None else load_data(options.data)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run_demo(options: argparse.Namespace, prepared: tuple[Any, Any]) -> int:
+    model, data = prepared
     torch.set_num_threads(1)  # operations on a few numbers gain nothing from more
-    rows = run_demo(model, data, num_steps=options.steps, seed=options.seed)
+    rows = run_demo(model, data, num_steps=options.steps, seed=options.seed, progress=not options.quiet)
     print(f"\n{table(rows)}")
     for row in rows:
         print(f"\n{row.name}\n{row.diagnosis}")
@@ -51,10 +74,96 @@ def main(argv: Sequence[str] | None = None) -> int:
         axes = picture(rows, eight_schools_reference() if model is eight_schools else None)
     except ImportError as error:
         print(f"\nNo figure: {error}", file=sys.stderr)
-        return 0
+        return GOOD
     axes[0].figure.savefig(options.figure, dpi=150)
     print(f"\nFigure: {options.figure.resolve()}")
-    return 0
+    return GOOD
+
+
+def _one_line(error: BaseException, model: str | None) -> str:
+    """An error's words without Pyro's table of shapes, with the kind of Python's own, and the model's line."""
+    words = " ".join(str(error).partition("Trace Shapes:")[0].split())
+    own = isinstance(error, ValueError) or type(error).__module__.startswith("pyro_flowvi.")
+    kind = "" if own and words else f"{type(error).__name__}{': ' if words else ''}"
+    where = "" if model is None else place_in(model.rpartition(":")[0], error)
+    # torch speaks of Long where a distribution or a matrix product wants floating numbers.
+    hint = "; data are integers where floating numbers are needed: see --float" if "Long" in words else ""
+    return f"{kind}{words}{where}{hint}"
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as done:  # --help and --version
+        return int(done.code or GOOD)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISUSED
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(options.dtype)
+    code = MISUSED
+    try:
+        prepared = options.prepare(options)
+        code = FAILED
+        return int(options.run(options, prepared))
+    except BrokenPipeError:  # what read the output has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if options.traceback:
+            raise
+        # What was misused names its option; what failed may come from a line of the model's file.
+        misused = code == MISUSED
+        print(f"error: {_one_line(error, None if misused else options.model)}", file=sys.stderr)
+        return code
+    finally:
+        torch.set_default_dtype(before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``pyro-flowvi``, which is ``python -m pyro_flowvi`` as well.
+
+    Results go to stdout; progress, warnings and errors, of one line each, to stderr.
+
+    :param argv: the arguments; those of the process if None.
+    :return: the exit status: 0 for a fit, 1 if it failed, 2 for bad usage, 3 for a poor verdict with
+        ``--fail-if-poor``, 130 after Ctrl-C.
+
+    Example::
+
+        >>> main(["--version"])
+        pyro-flowvi 0.1.0
+        0
+        >>> main(["demo", "--model", "nowhere.py:model"])
+        2
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     lines = ["import pyro", "from pyro.distributions import Normal", "def model(y):"]
+        ...     lines += ["    mu = pyro.sample('mu', Normal(0.0, 10.0))"]
+        ...     lines += ["    with pyro.plate('rows', len(y)):"]
+        ...     lines += ["        pyro.sample('y', Normal(mu, 1.0), obs=y)"]
+        ...     size = Path(folder, "mine.py").write_text("\\n".join(lines))
+        ...     size = Path(folder, "data.csv").write_text("y\\n1.5\\n2.5\\n3.5\\n")
+        ...     spec, data = f"{folder}/mine.py:model", f"{folder}/data.csv"
+        ...     main(["fit", "--model", spec, "--data", data, "--quiet"])  # doctest: +ELLIPSIS
+              mean ...
+        mu    2.4...
+        <BLANKLINE>
+        good: ELBO ...
+        0
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            return _run(argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """The demonstration: one model, four guides, a table and a picture."""
 
-import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
+from ._files import load_data, load_model
 from ._program.log_weights import LogWeights
 from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
@@ -73,60 +71,6 @@ class Row:
     error: float | None
     seconds: float
     draws: dict[str, NDArray[Any]]
-
-
-def load_model(spec: str) -> Callable[..., Any]:
-    """The model of ``path.py:name``.
-
-    :raises ValueError: if the file or the name in it does not exist, or it is not callable.
-
-    Example::
-
-        >>> load_model("nowhere.py:model")
-        Traceback (most recent call last):
-        ValueError: --model: expected an existing file, got 'nowhere.py'
-    """
-    path, colon, name = spec.rpartition(":")
-    if not colon or not name:
-        raise ValueError(f"--model: expected path.py:name, got {spec!r}")
-    if not Path(path).is_file():
-        raise ValueError(f"--model: expected an existing file, got {path!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"--model: expected a Python file, got {path!r}")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    model = getattr(module, name, None)
-    if not callable(model):
-        raise ValueError(f"--model: expected a function {name!r} in {path}, got {model!r}")
-    found: Callable[..., Any] = model
-    return found
-
-
-def _tensors(value: Any) -> Any:
-    return torch.tensor(value) if isinstance(value, list) else value
-
-
-def load_data(path: str) -> dict[str, Any]:
-    """The model's arguments from a JSON object: lists become tensors, the rest stays as it is.
-
-    :raises ValueError: if the file does not exist or holds no JSON object.
-
-    Example::
-
-        >>> load_data("nowhere.json")
-        Traceback (most recent call last):
-        ValueError: --data: expected an existing file, got 'nowhere.json'
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"--data: expected an existing file, got {path!r}")
-    try:
-        data = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--data: expected JSON, got {path!r}: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"--data: expected a JSON object of the model's arguments, got {data!r}")
-    return {key: _tensors(value) for key, value in data.items()}
 
 
 def _scalars(draws: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:

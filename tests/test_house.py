@@ -32,7 +32,7 @@ ROWS = [
     {"diagnostics"},
     {"models"},
     {"plotting", "datasets", "testing"},
-    {"demo", "__main__"},
+    {"_files", "_fit_command", "demo", "__main__"},
 ]
 RANK = {name: i for i, row in enumerate(ROWS) for name in row}
 ONLY_TORCH = {"numerics", "nn", "transforms.splines", "transforms.univariate", "_checks", "_shapes", "_types"}
