@@ -81,7 +81,7 @@ def _run_demo(options: argparse.Namespace, prepared: tuple[Any, Any]) -> int:
 
 
 def _one_line(error: BaseException, model: str | None) -> str:
-    """An error's words without Pyro's table of shapes, with the kind of Python's own, and the model's line."""
+    """An error's words without Pyro's table of shapes, with its kind where it is not ours, and its line."""
     words = " ".join(str(error).partition("Trace Shapes:")[0].split())
     own = isinstance(error, ValueError) or type(error).__module__.startswith("pyro_flowvi.")
     kind = "" if own and words else f"{type(error).__name__}{': ' if words else ''}"
