@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyro_flowvi import __version__, diagnose
 from pyro_flowvi import _fit_command as command
 from pyro_flowvi.__main__ import main
 from pyro_flowvi._files import arguments_of, as_floats, load_data, load_model, stacked_columns
+from pyro_flowvi.infer._training_loop import TrainingLoop
 
 ROOT = Path(__file__).parents[1]
 MODEL = """
@@ -107,8 +109,6 @@ def test_netcdf_float64_and_no_verdict(folder, capsys):
 
 @pytest.mark.parametrize(("asked", "code"), [([], 0), (["--fail-if-poor"], 3)])
 def test_a_poor_verdict(folder, monkeypatch, capsys, asked, code):
-    from dataclasses import replace
-
     def poor(*args, **kwargs):
         return replace(diagnose(*args, **kwargs, probes=False), verdict="poor")
 
@@ -120,8 +120,6 @@ def test_a_poor_verdict(folder, monkeypatch, capsys, asked, code):
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_ctrl_c_saves_the_best_state(folder, monkeypatch, capsys, checkpoint):
     """The signal comes while steps are taken."""
-    from pyro_flowvi.infer._training_loop import TrainingLoop
-
     step = TrainingLoop.step
 
     def interrupted(loop):
@@ -130,7 +128,6 @@ def test_ctrl_c_saves_the_best_state(folder, monkeypatch, capsys, checkpoint):
         return step(loop)
 
     monkeypatch.setattr(TrainingLoop, "step", interrupted)
-    monkeypatch.setattr(signal, "default_int_handler", signal.default_int_handler)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     more = ["--checkpoint", "run.ckpt"] if checkpoint else []
     try:
@@ -154,7 +151,7 @@ def test_ctrl_c_elsewhere(folder, monkeypatch, capsys, stage, words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, stage, interrupted)
-    assert main([*FIT, "--num-steps", "10"]) == 130
+    assert main([*FIT, "--num-steps", "10", "--output", "draws.npz"]) == 130
     assert words in capsys.readouterr().err
 
 
@@ -199,10 +196,19 @@ def test_a_file_that_raises(folder, capsys):
 def test_a_model_that_raises(folder, capsys):
     argv = ["fit", "--model", "mine.py:broken", "--data", "data.csv", "--quiet"]
     assert main(argv) == 1
-    out, err = capsys.readouterr()
-    assert err == "error: RuntimeError: no luck (mine.py, line 20)\n"
+    assert capsys.readouterr().err == "error: RuntimeError: no luck (mine.py, line 21)\n"
     with pytest.raises(RuntimeError, match="no luck"):
         main([*argv, "--traceback"])
+
+
+def test_integers_where_floats_are_needed(folder, capsys):
+    text = MODEL.replace("dist.Normal(mu, 1.0)", "dist.Bernoulli(logits=mu)")
+    Path("mine.py").write_text(text)
+    Path("data.csv").write_text("y\n1\n0\n1\n")
+    argv = [*FIT, "--quiet", "--num-steps", "10", "--no-diagnose"]
+    assert main(argv) == 1
+    assert "see --float" in capsys.readouterr().err
+    assert main([*argv, "--float", "y"]) == 0
 
 
 def test_a_missing_argument(folder, capsys):
@@ -267,7 +273,7 @@ def test_columns_make_a_matrix(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n1,2\n3\n", "expected 2 cells a row, got 1 in row 2"),
+        ("a,b\n1,2\n3\n", "expected 2 cells in each row, got 1 in row 2"),
         ("a,a\n1,2\n", "expected columns of different names"),
         ("a,b\n", "without rows"),
         ("", "without rows"),
