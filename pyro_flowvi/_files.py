@@ -325,7 +325,7 @@ def stacked_columns(texts: Sequence[str]) -> dict[str, Sequence[str]]:
 def arguments_of(
     model: Callable[..., Any], data: Mapping[str, Any], single: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The model's keyword arguments: ``data``, and over them ``single`` values, whose lists become tensors.
+    """The model's keyword arguments: ``data``, overridden by ``single`` values, whose lists become tensors.
 
     :raises ValueError: if the model does not take one of them, or needs another.
     """

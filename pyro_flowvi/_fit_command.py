@@ -86,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a single value of the model's, read as JSON, else text; goes before --data",
+        help="a single value of the model's, read as JSON, else text; overrides that of --data",
     )
     add(
         "--float",
@@ -109,7 +109,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num-particles", type=integer, metavar="N", help="draws per step")
     add("--lr", type=real, help="the highest learning rate")
     add("--tolerance", type=real, metavar="NATS", help="how near to the evidence the fit may end")
-    add("--dtype", type=checked(DTYPES.__getitem__, "float32 or float64"), default=torch.float32)
+    add(
+        "--dtype",
+        type=checked(DTYPES.__getitem__, "float32 or float64"),
+        default=torch.float32,
+        metavar="NAME",
+        help="float32 (default) or float64",
+    )
     add("--checkpoint", metavar="FILE", help="written every half minute; if it is there, the fit goes on")
     add("--output", metavar="FILE", help="where to save draws: .npz, or .nc (ArviZ's netCDF)")
     add("--num-samples", type=integer, metavar="N", default=4000, help="how many; by default 4000")

@@ -291,7 +291,7 @@ def test_bad_arrays(folder):
         load_data("bad.npz")
 
 
-def test_single_values_go_first(folder):
+def test_single_values_override_data(folder):
     model = load_model("mine.py:model")
     data = arguments_of(model, {"y": torch.zeros(2)}, {"n": 3, "y": [1.5, None]})
     assert data["n"] == 3
