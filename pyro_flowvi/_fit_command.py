@@ -17,6 +17,7 @@ import torch
 from . import autoguide
 from ._checks import check_positive, check_positive_int
 from ._files import arguments_of, as_floats, load_data, load_model, single_values, stacked_columns
+from ._program.param_store import apart_from_store
 from .autoguide import AutoFlow
 from .diagnostics import diagnose, to_arviz
 from .flows import FLOWS
@@ -191,7 +192,7 @@ def guide_named(name: str) -> Callable[..., Any]:
 def run(options: argparse.Namespace, prepared: Prepared) -> int:
     """Fits, saves the draws, prints the summary and the verdict; the exit code."""
     model, data, guide = prepared
-    with pyro.get_param_store().scope():  # leaves the caller's parameters alone
+    with apart_from_store():  # leaves the caller's parameters alone
         try:
             result = fit(
                 model,

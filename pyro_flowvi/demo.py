@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._files import load_data, load_model
 from ._program.log_weights import LogWeights
+from ._program.param_store import apart_from_store
 from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
 from .diagnostics import Diagnosis, diagnose
@@ -121,7 +122,7 @@ def run_demo(
         started = time.perf_counter()
         pyro.set_rng_seed(seed)
         guide = make(model)
-        with pyro.get_param_store().scope():  # leaves the caller's parameters alone
+        with apart_from_store():  # leaves the caller's parameters alone
             result = fit(model, guide, num_steps=num_steps, model_kwargs=kwargs, seed=seed, progress=progress)
             seconds = time.perf_counter() - started
             if progress:
