@@ -1,11 +1,12 @@
-"""Shapes, without what torch imports to compare them."""
+"""Shapes, without what torch imports to compare them, and names of the scalars in them."""
 
+from collections.abc import Iterable
 from itertools import zip_longest
 
 import torch
 from torch import Size
 
-__all__ = ["broadcast_shapes"]
+__all__ = ["broadcast_shapes", "scalar_name"]
 
 
 def broadcast_shapes(*shapes: tuple[int, ...]) -> Size:
@@ -25,3 +26,15 @@ def broadcast_shapes(*shapes: tuple[int, ...]) -> Size:
             return Size(torch.broadcast_shapes(*shapes))  # for its message
         sizes.append(distinct.pop() if distinct else 1)
     return Size(reversed(sizes))
+
+
+def scalar_name(site: str, index: Iterable[int]) -> str:
+    """The name of one number of a site.
+
+    Example::
+
+        >>> scalar_name("theta", (0, 2)), scalar_name("mu", ())
+        ('theta[0,2]', 'mu')
+    """
+    place = ",".join(map(str, index))
+    return f"{site}[{place}]" if place else site

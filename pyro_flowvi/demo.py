@@ -17,6 +17,7 @@ from torch import Tensor
 from ._files import load_data, load_model
 from ._program.log_weights import LogWeights
 from ._program.param_store import apart_from_store
+from ._shapes import scalar_name
 from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
 from .diagnostics import Diagnosis, diagnose
@@ -80,8 +81,7 @@ def _scalars(draws: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     for name, value in draws.items():
         values = value.double().cpu().numpy()
         for index in np.ndindex(values.shape[1:]):
-            suffix = f"[{','.join(map(str, index))}]" if index else ""
-            scalars[name + suffix] = values[(slice(None), *index)]
+            scalars[scalar_name(name, index)] = values[(slice(None), *index)]
     return scalars
 
 

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform
 
-from .._shapes import broadcast_shapes
+from .._shapes import broadcast_shapes, scalar_name
 from .._types import Site
 
 __all__ = ["Latent", "Packing"]
@@ -116,7 +116,7 @@ class Packing:
         names = []
         for site, latent in self.latents.items():
             for place in np.ndindex(tuple(latent.free_shape)):
-                names.append(site + (f"[{','.join(map(str, place))}]" if place else ""))
+                names.append(scalar_name(site, place))
         return names if self._kept is None else [names[i] for i in self._kept]
 
     def logarithms(self) -> Tensor:

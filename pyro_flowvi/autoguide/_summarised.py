@@ -14,10 +14,11 @@ from .._checks import check_positive_int
 from .._compile.log_density import log_densities
 from .._program.batching import even_sizes, in_parts
 from .._program.log_density import UnconstrainedModel
+from .._shapes import scalar_name
 from ..psis import effective_sample_size, psis
 from ._groups import GroupedDraws, find_groups
 from ._row_fit import RowFit
-from ._summary_table import as_table, column_names, describe, label, rounded
+from ._summary_table import as_table, column_names, describe, rounded
 
 __all__ = ["SummarisedGuide"]
 
@@ -136,7 +137,7 @@ class SummarisedGuide(RowFit):
                 num_samples = len(weighed.weights)
             found = self._describe_flat(num_samples, probs, self._wanted(sites), weighed, resample)
         index = [
-            label(site, tuple(places[place] if axis == i else place for i, place in enumerate(at)))
+            scalar_name(site, tuple(places[place] if axis == i else place for i, place in enumerate(at)))
             for site, (stats, axis, places) in found.items()
             for at in np.ndindex(stats.shape[:-1])
         ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _html
 
-__all__ = ["SummaryTable", "as_table", "column_names", "describe", "label", "rounded"]
+__all__ = ["SummaryTable", "as_table", "column_names", "describe", "rounded"]
 
 Array = NDArray[np.float64]
 BLOCK = 2**22
@@ -19,17 +19,6 @@ MOST_ROWS, ENDS = 60, 5
 """Rows up to which all are printed, and those that are printed at both ends of more, as pandas does."""
 DIGITS = 6
 """After the point, as pandas has it."""
-
-
-def label(site: str, index: Sequence[int]) -> str:
-    """The name of a scalar.
-
-    Example::
-
-        >>> label("theta", (0,)), label("mu", ())
-        ('theta[0]', 'mu')
-    """
-    return site + (f"[{','.join(map(str, index))}]" if len(index) else "")
 
 
 def column_names(probs: Sequence[float]) -> list[str]:

@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 from .._program.batching import NUM_PROBES, align, batched, even_sizes
 from .._program.left_out import counted
 from .._program.sites import innermost, is_computed, observed_sites
+from .._shapes import scalar_name
 from .._types import Site, Trace
 from ._weighted_draws import WeightedDraws
 
@@ -138,7 +139,7 @@ class Outputs:
         places = (
             zip(*np.unravel_index(self._columns[name].cpu().numpy(), shape), strict=True) if shape else [()]
         )
-        return [name + (f"[{','.join(map(str, place))}]" if place else "") for place in places]
+        return [scalar_name(name, place) for place in places]
 
     @property
     def _latents(self) -> Any:

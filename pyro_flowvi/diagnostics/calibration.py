@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _html
+from .._shapes import scalar_name
 from ._ranks import LOCATION_UNIT, SCALE_UNIT
 from ._uniformity import uniform_p_value
 
@@ -93,8 +94,7 @@ class Calibration:
         for name, p_values in self.p_values.items():
             for index in np.ndindex(p_values.shape):
                 if not math.isnan(p_values[index]):
-                    label = name + (f"[{','.join(map(str, index))}]" if index else "")
-                    found[label] = (float(p_values[index]), self._ranks_of(name, index))
+                    found[scalar_name(name, index)] = (float(p_values[index]), self._ranks_of(name, index))
         return dict(sorted(found.items(), key=lambda item: item[1][0]))
 
     @cached_property

@@ -12,6 +12,7 @@ from pyro import poutine
 
 from .._checks import check_positive_int
 from .._program.sites import latent_sites
+from .._shapes import scalar_name
 
 __all__ = ["Draws", "as_array"]
 
@@ -104,7 +105,7 @@ class Draws:
 
     def _scalars(self, site: str) -> Iterator[str]:
         for index in np.ndindex(self._shapes[site]):
-            yield site + (f"[{','.join(map(str, index))}]" if index else "")
+            yield scalar_name(site, index)
 
     def first(self, num: int) -> list[str]:
         """The names of the first scalars."""
