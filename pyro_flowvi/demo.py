@@ -18,6 +18,7 @@ from ._files import load_data, load_model
 from ._program.log_weights import LogWeights
 from ._program.param_store import apart_from_store
 from ._shapes import scalar_name
+from ._text import aligned
 from .autoguide import AutoPlanar, AutoRadial, AutoRealNVP
 from .datasets import EIGHT_SCHOOLS, Reference, eight_schools_reference
 from .diagnostics import Diagnosis, diagnose
@@ -151,14 +152,7 @@ def table(rows: list[Row]) -> str:
         error = "-" if row.error is None else f"{row.error:.2f}"
         elbo = f"{d.elbo:.2f} ± {d.elbo_se:.2f}"
         lines.append([row.name, elbo, number_text(d.khat), d.verdict, error, f"{row.seconds:.1f}"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines)
 
 
 def picture(rows: list[Row], reference: Reference | None = None) -> Any:

@@ -18,7 +18,19 @@ PACKAGE = ROOT / "pyro_flowvi"
 
 # A row imports from its own row and from those above it.
 ROWS = [
-    {"_bar", "_checks", "_html", "_launch", "_noise", "_ranks", "_shapes", "_types", "numerics", "psis"},
+    {
+        "_bar",
+        "_checks",
+        "_html",
+        "_launch",
+        "_noise",
+        "_ranks",
+        "_shapes",
+        "_text",
+        "_types",
+        "numerics",
+        "psis",
+    },
     {"nn"},
     {"_program"},
     {"init"},
@@ -35,7 +47,16 @@ ROWS = [
     {"_files", "_fit_command", "demo", "__main__"},
 ]
 RANK = {name: i for i, row in enumerate(ROWS) for name in row}
-ONLY_TORCH = {"numerics", "nn", "transforms.splines", "transforms.univariate", "_checks", "_shapes", "_types"}
+ONLY_TORCH = {
+    "numerics",
+    "nn",
+    "transforms.splines",
+    "transforms.univariate",
+    "_checks",
+    "_shapes",
+    "_text",
+    "_types",
+}
 EXTRAS = {
     "jax",
     "numpyro",

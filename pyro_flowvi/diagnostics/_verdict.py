@@ -8,8 +8,10 @@ from ._regions import MAX_SPREAD_DIM
 from ._symmetries import Symmetry, share_in_words
 from .probes import Probes
 
-__all__ = ["SUPPORT", "Figures", "Judgement", "judge", "sound_moments"]
+__all__ = ["SUPPORT", "VERDICTS", "Figures", "Judgement", "judge", "sound_moments"]
 
+VERDICTS: Final = ("good", "usable", "poor")
+"""The best first."""
 GOOD_KHAT: Final = 0.5
 """Up to this k-hat the weights have a finite variance."""
 GOOD_SHIFT: Final = 0.08
@@ -112,7 +114,7 @@ class Judgement:
 
     @property
     def verdict(self) -> str:
-        return ("poor", "usable", "good")[self.rank]
+        return VERDICTS[len(VERDICTS) - 1 - self.rank]
 
     @property
     def told(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from .. import _html
 from .._shapes import scalar_name
 from ._ranks import LOCATION_UNIT, SCALE_UNIT
 from ._uniformity import uniform_p_value
+from ._verdict import VERDICTS
 
 __all__ = ["Calibration"]
 
@@ -250,7 +251,7 @@ class Calibration:
             remarks.append(f"and {len(self._shapes) - MOST_LISTED} with larger p")
         if self.verdicts is not None:
             counts = Counter(self.verdicts)
-            remarks.append("fits: " + ", ".join(f"{counts[v]} {v}" for v in ("good", "usable", "poor")))
+            remarks.append("fits: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS))
         if self.failures:
             number, why = self.failures[0]
             remarks.append(f"{len(self.failures)} of {self.num} fits failed, the first at {number}: {why}")

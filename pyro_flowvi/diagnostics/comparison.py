@@ -6,12 +6,13 @@ from typing import Any
 
 from .. import _html
 from .._program.call import as_keywords, check_programs
+from .._text import aligned
 from ._printed import number_text
+from ._verdict import VERDICTS
 from .diagnosis import Diagnosis, diagnose
 
 __all__ = ["Comparison", "compare"]
 
-VERDICTS = ("good", "usable", "poor")
 HEADER = ("guide", "ELBO ± s.e.", "IW-ELBO", "gap", "ESS", "k-hat", "shift", "verdict")
 
 
@@ -64,15 +65,7 @@ class Comparison:
         ]
 
     def __str__(self) -> str:
-        lines = [HEADER, *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return aligned([HEADER, *self._cells()])
 
     __repr__ = __str__
 

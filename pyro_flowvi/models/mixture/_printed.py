@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ... import _html
+from ..._text import aligned
 from ...flows import recipe_name
 
 __all__ = ["MixtureSummary", "flow_text", "mixture_html", "mixture_line"]
@@ -78,8 +79,7 @@ class MixtureSummary:
     def __str__(self) -> str:
         lines = [f"{name}: {text}" for name, text in self.facts]
         for rows in self._tables():
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines += ["  ".join(map(str.rjust, row, widths)) for row in rows]
+            lines.append(aligned(rows, left=0))
         return "\n".join(lines)
 
     __repr__ = __str__
