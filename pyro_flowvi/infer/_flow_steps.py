@@ -106,9 +106,6 @@ class FlowWeights:
         self.structure = pair.structure
         self.last_draws: Tensor | None = None
         """What is watched of the draws of the last weights, ``(num_samples, D)``."""
-        self.last_values: Tensor | None = None
-        """Of these the positive ones themselves: a tail that is short of logarithms may be long of them."""
-        self._logarithms = density.density.packing.logarithms()
         self._guide, self._density = guide, density
         self.watches = guide.watched() is not None
         """Whether these are some of the latents only."""
@@ -127,9 +124,18 @@ class FlowWeights:
         z, log_q = drawn
         watched = self._guide.watched()
         self.last_draws = z if watched is None else z[:, watched]
-        logarithms = self._logarithms if watched is None else self._logarithms[watched]
-        self.last_values = self.last_draws[:, logarithms.to(z.device)].exp()
         return self._density(z)[0] - log_q
+
+    def last_values(self) -> Tensor | None:
+        """Of the last draws the positive latents themselves, ``(num_samples, P)``; None if unknown.
+
+        A tail that is short of logarithms may be long of them.
+        """
+        if self.last_draws is None:
+            return None
+        logarithms, watched = self._density.density.packing.logarithms(), self._guide.watched()
+        of_these = logarithms if watched is None else logarithms[watched]
+        return self.last_draws[:, of_these.to(self.last_draws.device)].exp()
 
 
 class FlowSteps:

@@ -57,7 +57,6 @@ class RowWeights(FlowWeights):
     def __init__(self, pair: LogWeights, sweep: Sweep, width: int) -> None:
         self.structure = pair.structure
         self.last_draws: Tensor | None = None
-        self.last_values: Tensor | None = None
         self._sweep, self._width = sweep, width
 
     @torch.no_grad()
@@ -65,6 +64,9 @@ class RowWeights(FlowWeights):
         """log p(x, z) - log q(z) of independent draws of all latents, shape ``(num_samples,)``."""
         self.last_draws, weights = self._sweep.log_weights(num_samples, self._width)
         return weights
+
+    def last_values(self) -> None:
+        """Unknown: where the model sees rows, they are not looked at."""
 
 
 def row_sweep(

@@ -166,7 +166,7 @@ class Run:
             return Distance(gap, None)
         shares = kept.softmax(0)
         moved = _moved_by(self.judge.last_draws[good].double(), shares, chance)
-        values = self.judge.last_values
+        values = self.judge.last_values()
         tells = values is None or _scales_are_right(values[good].double(), shares)
         return Distance(gap, WATCHED * moved if self.judge.watches else moved, tells)
 
