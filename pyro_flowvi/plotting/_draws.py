@@ -111,6 +111,10 @@ class Draws:
         """The names of the first scalars."""
         return list(islice(self, num))
 
+    def note(self, shown: Sequence[str]) -> str:
+        """What a picture of some scalars says of those that it leaves out; nothing of all."""
+        return f"{len(shown)} of {len(self)} scalars" if len(shown) < len(self) else ""
+
     def _place(self, name: str) -> tuple[str, tuple[int, ...]] | None:
         """Site and index of a scalar; None if there is no such scalar."""
         if self._shapes.get(name) == ():

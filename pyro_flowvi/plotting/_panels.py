@@ -7,7 +7,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["COLOURS", "REFERENCE_COLOUR", "import_pyplot", "ink", "log_ticks", "own_figure", "panels"]
+__all__ = [
+    "COLOURS",
+    "REFERENCE_COLOUR",
+    "import_pyplot",
+    "ink",
+    "log_ticks",
+    "own_figure",
+    "panels",
+    "show_scale",
+]
 
 Array = NDArray[Any]
 REFERENCE_COLOUR = "0.75"
@@ -36,6 +45,20 @@ def import_pyplot() -> Any:
 def ink(axis: Any) -> Any:
     """The colour of an axis's text: dark on a light page, light on a dark one."""
     return axis.xaxis.label.get_color()
+
+
+def show_scale(axis: Any, scale: Any, box: tuple[float, float] | None = None) -> None:
+    """A direction of a panel as a scalar is shown, even or by its log.
+
+    :param axis: of the direction, such as ``ax.xaxis``.
+    :param scale: a :class:`~pyro_flowvi.plotting._densities.Scale`.
+    :param box: the range, in the coordinate that is drawn evenly; that of the scale if None.
+    """
+    ends = scale.limits if box is None else scale.inverse(np.array(box))
+    axis.axes.set(**{f"{axis.axis_name}lim": ends})
+    if scale.log:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        log_ticks(axis)
 
 
 def log_ticks(axis: Any) -> None:

@@ -1,6 +1,7 @@
 """Densities of single scalars: posterior, prior and reference."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from .._program.log_weights import LogWeights
 from .._program.sites import is_enumerated
 from ._densities import Limits, Scale, bandwidth, density, is_discrete, limits, support, within
 from ._draws import Draws
-from ._panels import COLOURS, ink, log_ticks, panels
+from ._panels import COLOURS, ink, panels, show_scale
 
 __all__ = ["plot_marginals"]
 
@@ -97,8 +98,8 @@ def plot_marginals(
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     size = (2.6 * columns + 0.6, 2.1 * rows + 0.4)
-    note = f"{len(shown)} of {len(found)} scalars" if names is None and len(shown) < len(found) else ""
-    with _AsMany(ax, len(shown), rows, columns, size) as axes:
+    note = found.note(shown) if names is None else ""
+    with _as_many(ax, len(shown), rows, columns, size) as axes:
         for i, (axis, name) in enumerate(zip(axes, shown, strict=True)):
             _draw(axis, [each and each[name] for each in sets], labels)
             axis.set_xlabel(name)
@@ -110,23 +111,14 @@ def plot_marginals(
     return axes
 
 
-class _AsMany:
+@contextmanager
+def _as_many(ax: Any, num: int, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Array]:
     """Panels of a grid of which the last row need not be full, as a flat array."""
-
-    def __init__(self, ax: Any, num: int, rows: int, columns: int, size: tuple[float, float]) -> None:
-        self._num = num
-        own = ax is None or hasattr(ax, "subplots")
-        self._panels = panels(ax, rows, columns, size) if own else panels(ax, 1, num, size)
-
-    def __enter__(self) -> Array:
-        axes = self._panels.__enter__().ravel()
-        for axis in axes[self._num :]:
+    own = ax is None or hasattr(ax, "subplots")
+    with panels(ax, *((rows, columns) if own else (1, num)), size) as axes:
+        for axis in axes.flat[num:]:
             axis.remove()
-        kept: Array = axes[: self._num]
-        return kept
-
-    def __exit__(self, *error: Any) -> None:
-        self._panels.__exit__(*error)
+        yield axes.ravel()[:num]
 
 
 def _draw(axis: Any, sets: list[Any], labels: tuple[str, str, str]) -> None:
@@ -153,11 +145,8 @@ def _draw(axis: Any, sets: list[Any], labels: tuple[str, str, str]) -> None:
         axis.plot(scale.inverse(x), y, label=labels[i], **looks[i], **style)
         if i == 0 and not style:
             axis.fill_between(scale.inverse(x), y, color=COLOURS[1], alpha=0.25, linewidth=0)
-    axis.set_xlim(*scale.inverse(np.array(box)))
-    if scale.log:
-        axis.set_xscale("log")
-        log_ticks(axis.xaxis)
-    else:  # more would run into those of the next panel
+    show_scale(axis.xaxis, scale, box)
+    if not scale.log:  # more would run into those of the next panel
         axis.locator_params(axis="x", nbins=4)
     axis.set_ylim(bottom=0.0)
     axis.set_yticks([])

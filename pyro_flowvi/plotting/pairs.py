@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ._densities import Scale, contours, limits
 from ._draws import Draws, as_array
-from ._panels import COLOURS, REFERENCE_COLOUR, ink, log_ticks, panels
+from ._panels import COLOURS, REFERENCE_COLOUR, ink, panels, show_scale
 
 __all__ = ["pair_panels", "plot_pairs"]
 
@@ -112,7 +112,6 @@ def plot_pairs(
     shown = found.first(MAX_PAIRS) if names is None else found.named(names)
     columns = found.take(shown)
     over: Any = None if other is None else other.take(shown)
-    note = f"{len(shown)} of {len(found)} scalars" if names is None and len(shown) < len(found) else ""
     scales = {name: Scale([columns[name], *([over[name]] if over is not None else [])]) for name in shown}
     size = len(shown)
     with panels(ax, size, size, (1.9 * size + 0.8, 1.9 * size + 0.4)) as axes:
@@ -129,7 +128,9 @@ def plot_pairs(
                 _draw_points(axis, columns[across], columns[down])
                 if over is not None:
                     _draw_reference(axis, (over[across], over[down]), *pair)
-            _fit_axis(axis, scales[across], scales[down] if i != j else None)
+            show_scale(axis.xaxis, scales[across])
+            if i != j:
+                show_scale(axis.yaxis, scales[down])
             if i < size - 1:
                 axis.tick_params(labelbottom=False, which="both")
             else:
@@ -139,20 +140,8 @@ def plot_pairs(
             elif i != j:
                 axis.set_ylabel(down)
         axes[0][0].set_ylabel("share of draws", fontsize=8)
-        _explain(axes, note)
+        _explain(axes, found.note(shown) if names is None else "")
     return axes
-
-
-def _fit_axis(axis: Any, across: Scale, down: Scale | None) -> None:
-    axis.set_xlim(*across.limits)
-    if across.log:
-        axis.set_xscale("log")
-        log_ticks(axis.xaxis)
-    if down is not None:
-        axis.set_ylim(*down.limits)
-        if down.log:
-            axis.set_yscale("log")
-            log_ticks(axis.yaxis)
 
 
 def _draw_histograms(

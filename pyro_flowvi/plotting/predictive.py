@@ -17,7 +17,7 @@ from .._program.log_weights import LogWeights
 from .._program.sites import is_computed, observed_sites
 from ..diagnostics._at_draws import stacked, traces_at
 from ._densities import Scale, density, limits, within
-from ._panels import COLOURS, ink, log_ticks, panels
+from ._panels import COLOURS, ink, panels, show_scale
 
 __all__ = ["plot_ppc"]
 
@@ -178,10 +178,7 @@ def _draw_densities(axis: Any, check: _Check) -> None:
     if len(seen) <= FEW_DATA:
         marks: dict[str, Any] = {"color": COLOURS[0], "markersize": 8, "markeredgewidth": 1.2}
         axis.plot(check.observed, np.zeros(len(seen)), "|", clip_on=False, **marks)
-    axis.set_xlim(*scale.inverse(np.array(box)))
-    if scale.log:
-        axis.set_xscale("log")
-        log_ticks(axis.xaxis)
+    show_scale(axis.xaxis, scale, box)
     axis.set_ylim(bottom=0.0)
     axis.set_ylabel("density of the log" if scale.log else "density")
 
