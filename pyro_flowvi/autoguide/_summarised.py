@@ -19,6 +19,7 @@ from ..psis import effective_sample_size, psis
 from ._groups import GroupedDraws, find_groups
 from ._row_fit import RowFit
 from ._summary_table import as_table, column_names, describe, rounded
+from .resample import CHUNK
 
 __all__ = ["SummarisedGuide"]
 
@@ -29,8 +30,6 @@ PAGE_NUMBERS = 50_000_000
 """Numbers that are held at once.  What goes beyond is drawn again, page by page."""
 STEP_NUMBERS = 2**20
 """Latents that a flow draws at once: a spline has 23 parameters for each."""
-SCORED_AT_ONCE = 4096
-"""Draws that the model scores at once."""
 MOST_WEIGHED = 10_000
 """Latents up to which draws are weighed: weights of more tell nothing, or take long."""
 FEWEST_WEIGHTS = 100
@@ -124,18 +123,15 @@ class SummarisedGuide(RowFit):
         probs = [0.5 - prob / 2, 0.5, 0.5 + prob / 2]
         if served is not None:
             if resample:
-                raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
+                self._density_of_all()  # raises
             found = self._describe_rows(served, num_samples, probs, served.check_sites(sites), rows)
             weighed = None
         else:
-            if rows is not None:
-                raise ValueError(
-                    f"rows: expected None, as no latent is under a subsampled plate, got {rows!r}"
-                )
+            self._refuse_rows(rows)
             weighed = self._weighed(num_samples, needed=resample) if ess or resample else None
             if weighed is not None:
                 num_samples = len(weighed.weights)
-            found = self._describe_flat(num_samples, probs, self._wanted(sites), weighed, resample)
+            found = self._describe_flat(num_samples, probs, self._chosen(sites), weighed, resample)
         index = [
             scalar_name(site, tuple(places[place] if axis == i else place for i, place in enumerate(at)))
             for site, (stats, axis, places) in found.items()
@@ -153,12 +149,37 @@ class SummarisedGuide(RowFit):
         }
         return as_table(index, dict(zip(column_names(probs), numbers.T, strict=True)), attrs)
 
-    def _wanted(self, sites: str | Sequence[str] | None) -> list[str]:
+    def _refuse_rows(self, rows: Any) -> None:
+        """:raises ValueError: for rows, of which this guide has none."""
+        if rows is not None:
+            raise ValueError(f"rows: expected None, as no latent is under a subsampled plate, got {rows!r}")
+
+    def _chosen(self, sites: str | Sequence[str] | None) -> list[str]:
+        """The sites that are wanted, in their order.
+
+        :raises ValueError: for unknown ones.
+        """
         known = list(self._packing.latents)
         wanted = known if sites is None else [sites] if isinstance(sites, str) else list(sites)
         if unknown := sorted(set(wanted) - set(known)):
             raise ValueError(f"sites: expected some of {known}, got {unknown}")
         return [site for site in known if site in wanted]
+
+    def _density_of_all(self) -> UnconstrainedModel:
+        """The model with the data that the guide has seen, by which its draws can be weighed.
+
+        :raises RuntimeError: if these are none, or a part.
+        """
+        density = None
+        if self._rows is None:
+            if self._data is None:
+                raise RuntimeError(
+                    f"{self.name}: call materialize(*args, **kwargs) with all data to resample"
+                )
+            density = self.density(*self._data[0], **self._data[1])
+        if density is None or density.subsampled:
+            raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
+        return density
 
     # -- latents that are drawn together -------------------------------------------------------
 
@@ -181,27 +202,21 @@ class SummarisedGuide(RowFit):
 
     def _weighed(self, num: int, needed: bool) -> _Weighed | None:
         """Weights of the draws; None where there are none, which is an error if they are needed."""
-        why = "the model sees a part of its data, and cannot weigh by all"
-        if self._data is None:
-            why = "call materialize(*args, **kwargs) with all data to resample"
-        elif self.latent_dim > MOST_WEIGHED:
-            why = f"{self.latent_dim} latents are too many to weigh; the most are {MOST_WEIGHED}"
-        else:
-            try:
-                with self._same_draws():
-                    density = self.density(*self._data[0], **self._data[1])
-            except (RuntimeError, ValueError, NotImplementedError):  # without its model, or of other latents
-                if needed:
-                    raise
-                return None
-            if not density.subsampled:
-                found = self._weigh(density, num)
-                if found is not None or not needed:
-                    return found
-                why = f"fewer than {FEWEST_WEIGHTS} of {num} draws have a finite density"
-        if needed:
-            raise RuntimeError(f"{self.name}: {why}")
-        return None
+        try:
+            if self._data is not None and self.latent_dim > MOST_WEIGHED:
+                most = f"the most are {MOST_WEIGHED}"
+                raise RuntimeError(f"{self.name}: {self.latent_dim} latents are too many to weigh; {most}")
+            with self._same_draws():
+                density = self._density_of_all()
+        except (RuntimeError, ValueError, NotImplementedError):  # without its model, or of other latents
+            if needed:
+                raise
+            return None
+        found = self._weigh(density, num)
+        if found is None and needed:
+            few = f"fewer than {FEWEST_WEIGHTS} of {num} draws have a finite density"
+            raise RuntimeError(f"{self.name}: {few}")
+        return found
 
     def _weigh(self, density: UnconstrainedModel, num: int) -> _Weighed | None:
         with self._same_draws():
@@ -214,7 +229,7 @@ class SummarisedGuide(RowFit):
             with self._same_draws():
                 for z, log_q in self._draws(num):
                     with torch.random.fork_rng([z.device] if z.device.type == "cuda" else []):
-                        log_p = in_parts(partial(log_densities, density), z, SCORED_AT_ONCE)
+                        log_p = in_parts(partial(log_densities, density), z, CHUNK)
                     parts.append(log_p - log_q)
             ratios = torch.cat(parts)
         log_ratios = ratios.double().cpu().numpy()

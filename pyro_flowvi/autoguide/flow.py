@@ -318,18 +318,11 @@ class AutoFlow(SummarisedGuide):
         shape: Any = (int(num_samples),) if single else tuple(num_samples)  # type: ignore[arg-type]
         if self._rows is not None:
             if resample:
-                raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
+                self._density_of_all()  # raises
             return self._rows.sample(self, shape, sites, rows)
-        if rows is not None:
-            raise ValueError(f"rows: expected None, as no latent is under a subsampled plate, got {rows!r}")
+        self._refuse_rows(rows)
         if resample:
-            if self._data is None:
-                raise RuntimeError(
-                    f"{self.name}: call materialize(*args, **kwargs) with all data to resample"
-                )
-            density = self.density(*self._data[0], **self._data[1])
-            if density.subsampled:
-                raise RuntimeError(f"{self.name}: the model sees a part of its data, and cannot weigh by all")
+            density = self._density_of_all()
             draw: Any = super().draw_latent
             flow = self.pushforward(self._require_model())
             latent = importance_resample(draw, density, math.prod(shape), flow)
@@ -337,12 +330,7 @@ class AutoFlow(SummarisedGuide):
         else:
             latent = self.get_posterior().sample(shape)
         drawn = self._packing.constrain(latent)
-        if sites is None:
-            return drawn
-        wanted = [sites] if isinstance(sites, str) else list(sites)
-        if unknown := sorted(set(wanted) - set(drawn)):
-            raise ValueError(f"sites: expected some of {list(drawn)}, got {unknown}")
-        return {site: value for site, value in drawn.items() if site in wanted}
+        return {site: drawn[site] for site in self._chosen(sites)}
 
     def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
         """Log density of values of all latent sites, in their constrained space.
