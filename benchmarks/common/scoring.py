@@ -8,7 +8,7 @@ deviations and every ratio within 0.9 to 1.1.
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -144,6 +144,12 @@ def worst_ratio(row: Row, prefix: str = "", scale: str = "sd") -> float:
         return math.inf
     ratios = row[f"{prefix}{scale}_low"], row[f"{prefix}{scale}_high"]
     return float(max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-300)))))
+
+
+def worst_ratio_of(rows: Iterable[Row], prefix: str = "") -> float:
+    """That of several results; NaN of none."""
+    ratios = (worst_ratio(row, prefix) for row in rows)
+    return max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-300))), default=math.nan)
 
 
 class SlicedDistance:

@@ -23,6 +23,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0.0 else text
 
 
+def nats(value: float | None, digits: int = 2) -> str:
+    """A log density, of which the last digits matter however large it is."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])

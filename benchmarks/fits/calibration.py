@@ -26,7 +26,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from benchmarks.common.results import Clock, Row, chosen, collect, read
+from benchmarks.common.results import Clock, Row, chosen, collect, read, results_of
 from benchmarks.common.tables import markdown, median, number
 from pyro_flowvi import AutoRealNVP, Calibration, sbc
 from pyro_flowvi.datasets import EIGHT_SCHOOLS
@@ -116,8 +116,8 @@ def joined(rows: list[Row]) -> Calibration:
     return Calibration(ranks, NUM_SAMPLES, FITS * len(rows), verdicts, failures, dict(notes))
 
 
-def by_model(path: Path) -> dict[str, tuple[Calibration, list[float]]]:
-    rows = [row for row in read(path) if "ranks" in row]
+def by_model(rows: list[Row]) -> dict[str, tuple[Calibration, list[float]]]:
+    rows = [row for row in rows if "ranks" in row]
     return {
         name: (joined(own), [row["seconds"] / FITS for row in own])
         for name in MODELS
@@ -133,7 +133,7 @@ def line(name: str, which: str, found: Calibration, seconds: str) -> list[str]:
 
 def report(path: Path) -> str:
     lines = []
-    for name, (found, seconds) in by_model(path).items():
+    for name, (found, seconds) in by_model(read(path)).items():
         lines.append(line(name, "all", found, number(median(seconds), 1)))
         lines += [
             line(name, verdict, found.among(verdict), "") for verdict in VERDICTS if len(found.among(verdict))
@@ -148,14 +148,14 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--parts", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/calibration.jsonl"))
+    parser.add_argument("--output", type=Path, default=results_of("calibration"))
     parser.add_argument("--report", type=Path)
     parser.add_argument("--figures", type=Path)
     options = parser.parse_args()
     if options.report is not None:
         print(report(options.report))
         if options.figures is not None:
-            for name, (found, _) in by_model(options.report).items():
+            for name, (found, _) in by_model(read(options.report)).items():
                 found.plot()[0, 0].figure.savefig(options.figures / f"calibration_{name}.png", dpi=120)
         return
     keys = [

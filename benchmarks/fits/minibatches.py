@@ -56,7 +56,7 @@ from benchmarks.common.minibatch_truths import NEW_GROUPS, NEW_SEED, read_truths
 from benchmarks.common.results import Clock, Row, attempt, chosen, collect, read, results_of, settings
 from benchmarks.common.scoring import worst_ratio
 from benchmarks.common.structured_truths import errors
-from benchmarks.common.tables import markdown, median, number
+from benchmarks.common.tables import markdown, median, nats, number
 from benchmarks.fits.time_to_right import FIRST_CORE
 
 ARGUMENTS = "20,000 groups of counts"
@@ -338,8 +338,8 @@ def line(model: str, method: str, rows: list[Row], log_z: float | None) -> list[
         number(middle(rows, "passes")) if "passes" in done[0] else "–",
         f"{number(worst(rows, 'worst_mean'), 3)} ({done[0]['worst_name']})" if scored else "–",
         ratios,
-        "–" if bound is None else f"{middle(rows, bound):.2f}",
-        "–" if log_z is None else f"{log_z:.2f}",
+        nats(None if bound is None else middle(rows, bound)),
+        nats(log_z),
     ]
 
 

@@ -61,8 +61,9 @@ from benchmarks.common.scoring import (
     train_ours,
     train_stock,
     worst_ratio,
+    worst_ratio_of,
 )
-from benchmarks.common.tables import markdown, median, number
+from benchmarks.common.tables import markdown, median, nats, number
 
 NUMPYRO = ("numpyro.AutoBNAFNormal", "numpyro.AutoIAFNormal")
 GUIDES = (*OURS, *STOCK, *NUMPYRO)
@@ -122,7 +123,7 @@ def say(row: Row) -> str:
     else:
         verdict = f"k-hat {number(row.get('khat'))} {row.get('verdict') or ''}"
         outcome = f"mean {number(row['worst_mean'], 3)} sd ratio {number(worst_ratio(row))} "
-        elbo = "–" if row.get("elbo") is None else f"{row['elbo']:.2f}"
+        elbo = nats(row.get("elbo"))
         outcome += f"sliced {number(row['sliced'])} ELBO {elbo} {verdict} "
         outcome += f"{row['seconds']:.1f} s" + (" right" if is_right(row) else "")
     return f"{row['posterior']} {row['guide']} seed {row['seed']}: {outcome}"
@@ -137,7 +138,7 @@ def cell(rows: list[Row]) -> str:
         return ""
     if all("error" in row for row in rows):
         return "fails"
-    ratio = max((worst_ratio(row) for row in rows), key=lambda value: abs(math.log(max(value, 1e-300))))
+    ratio = worst_ratio_of(rows)
     figures = [number(median([row.get("worst_mean") for row in rows])), number(ratio)]
     seconds = number(float(np.median([row["seconds"] for row in rows if "seconds" in row])), 1)
     return f"{sum(map(is_right, rows))}/{len(rows)} · {' · '.join(figures)} · {seconds} s"

@@ -44,7 +44,7 @@ from benchmarks.common.results import Clock, Row, attempt, chosen, collect, read
 from benchmarks.common.scoring import worst_ratio
 from benchmarks.common.structured_models import MODELS
 from benchmarks.common.structured_truths import RESULTS, errors, read_truths
-from benchmarks.common.tables import markdown, median, number
+from benchmarks.common.tables import markdown, median, nats, number
 from benchmarks.fits.time_to_right import FIRST_CORE
 
 METHODS = {"structured": "auto", "flat": None}
@@ -186,7 +186,7 @@ def line(model: str, method: str, rows: list[Row], log_z: float | None) -> list[
         number(median([row.get("cpu_seconds") for row in rows])),
         f"{median([row.get('steps') for row in rows]):.0f}, {' or '.join(stops)}",
         elbo_text(done),
-        "–" if log_z is None else f"{log_z:.3f}",
+        nats(log_z, 3),
         f"{number(worst(rows, 'worst_mean'), 3)} ({done[0]['worst_name']})",
         range_text(done, ""),
         number(worst(rows, "local_worst_mean"), 3),

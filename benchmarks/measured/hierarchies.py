@@ -1,14 +1,12 @@
 """Sections on hierarchical models, latents in minibatches, refits and calibration."""
 
-import math
-
 import numpy as np
 
 from benchmarks.common.minibatch_truths import read_truths as minibatch_truths
-from benchmarks.common.results import Row, results_of
-from benchmarks.common.scoring import is_right, worst_ratio
+from benchmarks.common.results import Row
+from benchmarks.common.scoring import is_right, worst_ratio_of
 from benchmarks.common.structured_truths import read_truths as structured_truths
-from benchmarks.common.tables import markdown, median, number
+from benchmarks.common.tables import markdown, median, nats, number
 from benchmarks.fits.calibration import VERDICTS, by_model
 from benchmarks.measured.posteriors import grouped
 from benchmarks.measured.section import ADDED, Section
@@ -34,7 +32,7 @@ def structured(rows: list[Row]) -> str:
                 continue
             log_z = truths.get(row.get("truth", ""), {}).get("log_z")
             figures = [number(row["cpu_seconds"], 1), f"{row['elbo']:.2f}", number(row["worst_mean"])]
-            figures += [ratios(row), "–" if log_z is None else f"{log_z:.2f}"]
+            figures += [ratios(row), nats(log_z)]
             lines.append([str(model), str(method), *figures, row.get("commit", ADDED["structured"])])
     order = list(dict.fromkeys(row["model"] for row in rows))
     lines.sort(key=lambda line: (order.index(line[0]), line[1] != "structured"))
@@ -68,7 +66,7 @@ def hierarchical(rows: list[Row]) -> str:
         counts.append([f"{len(own)} that are {name}", *verdicts, str(redrawn)])
     kinds = []
     for (kind,), group in grouped(done, "kind").items():
-        ratio = max((worst_ratio(row) for row in group), key=lambda value: abs(math.log(value)))
+        ratio = worst_ratio_of(group)
         seconds = (
             number(median([row[name] for row in group]), 1)
             for name in ("cpu_seconds", "cpu_seconds_diagnose")
@@ -112,8 +110,8 @@ def minibatches(rows: list[Row]) -> str:
             number(row.get("mebibytes"), 0),
             number(row.get("passes"), 1),
         ]
-        figures += [number(row.get("worst_mean")), ratios(row), "–" if bound is None else f"{bound:.2f}"]
-        lines.append([name, *figures, "–" if log_z is None else f"{log_z:.2f}"])
+        figures += [number(row.get("worst_mean")), ratios(row), nats(bound)]
+        lines.append([name, *figures, nats(log_z)])
     head = [
         "model",
         "seconds",
@@ -183,7 +181,7 @@ def refits(rows: list[Row]) -> str:
         seconds = "cpu_seconds" if all("fresh_cpu_seconds" in row for row in group) else "seconds"
         fresh, again = (median([row[f"{kind}_{seconds}"] for row in group]) for kind in ("fresh", "refit"))
         mean = max(row["refit_worst_mean"] for row in group)
-        ratio = max((worst_ratio(row, "refit_") for row in group), key=lambda value: abs(math.log(value)))
+        ratio = worst_ratio_of(group, "refit_")
         figures = [number(fresh), number(again), f"{again / fresh:.0%}", number(mean), number(ratio)]
         right = f"{sum(is_right(row, 'refit_') for row in group)} of {len(group)}"
         lines.append([str(model), str(change), *figures, right])
@@ -213,9 +211,8 @@ REFITS = Section(
 
 
 def calibration(rows: list[Row]) -> str:
-    del rows  # the file again: parts are joined there
     lines = []
-    for name, (found, seconds) in by_model(results_of("calibration")).items():
+    for name, (found, seconds) in by_model(rows).items():
         counts = ", ".join(f"{len(found.among(verdict))} {verdict}" for verdict in VERDICTS)
         good = found.among("good")
         p, of_good = (number(min(each.adjusted().values())) for each in (found, good))

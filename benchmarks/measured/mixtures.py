@@ -33,14 +33,13 @@ def multimodal(rows: list[Row]) -> str:
         modes = f"{min(map(found, done))} of {len(first['true'])}" if "masses" in first else "–"
         error = f"{100 * max(map(mass_error, done)):.1f} %" if "masses" in first else "–"
         khats = [row["khat"] for row in done if row["khat"] is not None]
-        best = "–" if first["evidence"] is None else number(first["evidence"], 3)
         figures = [
             modes,
             error,
             number(max(khats, default=None)),
             number(median([row["ess"] for row in done])),
         ]
-        figures += [number(median([row["elbo"] for row in done]), 3), best]
+        figures += [number(median([row["elbo"] for row in done]), 3), number(first["evidence"], 3)]
         lines.append([str(target), name, *figures, number(median([row["cpu_seconds"] for row in done]), 1)])
     head = ["posterior", "guide", "modes found", "worst error of a mass", "k-hat", "effective share of draws"]
     return markdown([*head, "ELBO", "best possible", "seconds"], lines)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from benchmarks.common.results import Row
-from benchmarks.common.scoring import MEAN_BOUND, RATIO_BOUNDS, is_right, worst_ratio
+from benchmarks.common.scoring import MEAN_BOUND, RATIO_BOUNDS, is_right, worst_ratio, worst_ratio_of
 from benchmarks.common.tables import markdown, median, number
 from benchmarks.fits.posteriordb import SHORT
 from benchmarks.measured.section import Section, listed
@@ -73,7 +73,7 @@ def times(rows: list[Row], names: tuple[str, ...] | None = None) -> str:
             continue
         line = line_of_times(name, fits, nuts)
         scored = [row for row in fits if row.get("worst_mean") is not None]
-        ratio = max((worst_ratio(row) for row in scored), key=lambda v: abs(math.log(v)), default=math.nan)
+        ratio = worst_ratio_of(scored)
         more.append([*line, number(worst(fits, "worst_mean")), number(ratio), listed(fits + nuts, "commit")])
         lines.append(line)
     if names is not None:

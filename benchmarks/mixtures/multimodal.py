@@ -320,7 +320,7 @@ def report(rows: list[Row]) -> None:
                 number(max(r["khat"] if r["khat"] is not None else -math.inf for r in group)),
                 number(median([r["ess"] for r in group]), 3),
                 number(median([r["elbo"] for r in group]), 3),
-                "–" if group[0]["evidence"] is None else number(group[0]["evidence"], 3),
+                number(group[0]["evidence"], 3),
                 number(median([r["steps"] for r in group]), 0),
                 number(median([r["cpu_seconds"] for r in group]), 1),
                 str(len(group)),

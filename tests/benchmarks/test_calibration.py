@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.common.results import read
 from benchmarks.fits.calibration import FITS, MODELS, by_model, report
 from pyro_flowvi._program.simulation import GenerativeModel
 
@@ -32,7 +33,7 @@ def test_parts_are_put_together(tmp_path):
         }
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-    found, seconds = by_model(path)["schools"]
+    found, seconds = by_model(read(path))["schools"]
     np.testing.assert_array_equal(found.ranks["mu"], np.concatenate(parts))
     assert (len(found), len(found.failures), seconds) == (2 * FITS - 1, 1, [1.0, 1.0])
     assert "| schools | good | 19 |" in report(path)
