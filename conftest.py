@@ -1,6 +1,7 @@
 """Test settings: float64, a fixed seed, an empty param store; --device, --dtype, --run-long, --run-slow."""
 
 import gc
+import io
 import math
 
 import numpy as np
@@ -78,7 +79,9 @@ def _fresh_state(request, doctest_namespace):
         torch.set_default_device(request.config.getoption("--device"))
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    doctest_namespace.update(math=math, np=np, torch=torch, pyro=pyro, dist=dist, pyro_flowvi=pyro_flowvi)
+    doctest_namespace.update(
+        io=io, math=math, np=np, torch=torch, pyro=pyro, dist=dist, pyro_flowvi=pyro_flowvi
+    )
     with pyro.validation_enabled(True):
         yield
     torch.set_default_dtype(torch.float32)

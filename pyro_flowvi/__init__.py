@@ -1,6 +1,6 @@
 """Normalizing-flow guides for Pyro: swap an autoguide in one line, fit, and get a verdict."""
 
-from .autoguide import AutoCIF, AutoFlow, AutoFlowMixture
+from .autoguide import AutoCIF, AutoFlow, AutoFlowMixture, ExportedPosterior, load_posterior
 from .autoguide import named as _named
 from .autoguide.named import *  # noqa: F403  what named.__all__ lists
 from .diagnostics import Calibration, Comparison, Diagnosis, compare, diagnose, sbc, to_arviz
@@ -19,6 +19,7 @@ __all__ = [
     "Comparison",
     "CompiledSVI",
     "Diagnosis",
+    "ExportedPosterior",
     "FitDiverged",
     "FitResult",
     "FlowVAE",
@@ -26,6 +27,7 @@ __all__ = [
     "compare",
     "diagnose",
     "fit",
+    "load_posterior",
     "sbc",
     "to_arviz",
 ]

@@ -14,7 +14,7 @@ from .._program.priors import read_priors
 from .._types import Program
 from .errors import CannotCompile
 from .log_density import batch_memory
-from .simplify import shared_memory, written
+from .simplify import memory_of, written
 from .trace import trace
 
 __all__ = ["PriorGraph", "no_priors", "record_priors"]
@@ -143,13 +143,6 @@ def _many(run: Callable[..., Any], constants: Sequence[Tensor], like: Tensor, *f
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def _memory(node: fx.Node) -> fx.Node:
-    """The node that made the memory which a node's value has."""
-    while shared := shared_memory(node):
-        node = shared[0]
-    return node
-
-
 _Writes = Mapping[fx.Node, list[tuple[int, fx.Node]]]
 
 
@@ -158,7 +151,7 @@ def _writes_of(nodes: fx.Graph) -> _Writes:
     writes: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
     for i, node in enumerate(nodes.nodes):
         for value in written(node):
-            writes.setdefault(_memory(value), []).append((i, node))
+            writes.setdefault(memory_of(value), []).append((i, node))
     return writes
 
 
@@ -172,7 +165,7 @@ def _sources(results: Any, writes: _Writes) -> set[fx.Node]:
             seen.add(node)
             pending.extend(node.all_input_nodes)
             for value in node.all_input_nodes if writes else ():
-                earlier = writes.get(_memory(value), ())
+                earlier = writes.get(memory_of(value), ())
                 pending.extend(write for place, write in earlier if place < places[node])
     return seen
 

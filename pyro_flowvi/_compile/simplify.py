@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from .trace import leave_out_unused
 from .vectorize import vectorize
 
-__all__ = ["VIEWS", "copy", "hold", "mutated", "shared_memory", "simplify"]
+__all__ = ["VIEWS", "copy", "hold", "memory_of", "mutated", "shared_memory", "simplify"]
 
 aten = torch.ops.aten
 VIEWS = {
@@ -91,6 +91,13 @@ def shared_memory(node: fx.Node) -> list[fx.Node]:
     aliased = {argument.name: i for i, argument in enumerate(schema.arguments) if argument.alias_info}
     values = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for name, i in aliased.items()]
     return [value for value in values if isinstance(value, fx.Node)]
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node that made the memory which a node's value has."""
+    while shared := shared_memory(node):
+        node = shared[0]
+    return node
 
 
 def _unsteady(nodes: fx.Graph, inputs: Sequence[Any]) -> set[fx.Node]:

@@ -1,6 +1,6 @@
 """Latent sites as one packed vector of unconstrained numbers, and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributions.transforms import ComposeTransform, ExpTransform, Indep
 from .._shapes import broadcast_shapes, scalar_name
 from .._types import Site
 
-__all__ = ["Latent", "Packing"]
+__all__ = ["Latent", "Packing", "check_samples"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ class Packing:
         self.num_left_out: int = total - self.dim
         """How many unconstrained numbers are no part of it."""
 
+    def only(self, sites: Iterable[str]) -> "Packing":
+        """Of some of the sites, in this order."""
+        kept = {name: {"fn": self.latents[name].fn, "value": self._inside[name]} for name in sites}
+        return Packing(kept, {name: out for name, out in self.left_out.items() if name in kept})
+
     def names(self) -> list[str]:
         """A name for each number of the vector, such as ``theta[2]``."""
         names = []
@@ -186,18 +191,16 @@ class Packing:
         :return: vectors ``S + (D,)``, log |dx/dz| of shape ``S``, and whether all are in their supports.
         :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
         """
-        if set(samples) != set(self.latents):
-            raise ValueError(f"samples: expected the sites {sorted(self.latents)}, got {sorted(samples)}")
+        check_samples(samples, {name: latent.shape for name, latent in self.latents.items()})
+        return self.pack_checked(samples, like)
+
+    def pack_checked(self, samples: Mapping[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`pack`, of values that :func:`check_samples` has passed: no value is read by Python."""
         free_values, log_det = [], torch.zeros(()).to(like)
         inside = torch.ones((), dtype=torch.bool, device=like.device)
         for name, latent in self.latents.items():
             value, shape = samples[name], latent.shape
             batch = value.shape[: value.dim() - len(shape)]
-            if value.shape != batch + shape or bool(value.isnan().any()):
-                raise ValueError(
-                    f"samples[{name!r}]: expected shape (*, {', '.join(map(str, shape))}) without "
-                    f"NaN, got {tuple(value.shape)}"
-                )
             valid = _rows(latent.fn.support.check(value), batch).all(-1)
             # An invalid value would put NaN into the gradient of the valid ones.
             mask = valid.reshape(batch + (1,) * len(shape))
@@ -209,6 +212,25 @@ class Packing:
         parts = [free.expand(batch + free.shape[-1:]) for free in free_values]
         latent_vectors = self.keep(torch.cat(parts, -1))
         return latent_vectors.to(like), log_det, inside
+
+
+def check_samples(samples: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> None:
+    """Refuses values that are not those of some sites.
+
+    :param samples: site name -> ``S + site shape``.
+    :param shapes: site name -> site shape.
+    :raises ValueError: if a site is missing, unknown, of another shape, or NaN.
+    """
+    if set(samples) != set(shapes):
+        raise ValueError(f"samples: expected the sites {sorted(shapes)}, got {sorted(samples)}")
+    for name, shape in shapes.items():
+        value = samples[name]
+        batch = value.shape[: value.dim() - len(shape)]
+        if value.shape != batch + shape or bool(value.isnan().any()):
+            raise ValueError(
+                f"samples[{name!r}]: expected shape (*, {', '.join(map(str, shape))}) without "
+                f"NaN, got {tuple(value.shape)}"
+            )
 
 
 def _exponentiates(bijection: Any) -> bool:

@@ -25,18 +25,18 @@ from ..transforms import Compose, HeavyTails
 from ..transforms.compose import Chain
 from ._affine import affine_layer
 from ._arguments import check_arguments
+from ._exporting import ExportingGuide
 from ._latent_site import CallPosterior
 from ._message_map import MessageMap
 from ._on_roots import OnRoots
 from ._root_tails import RootTails
 from ._summaries import marginal_quantiles, reference_normal
-from ._summarised import SummarisedGuide
 from .resample import importance_resample
 
 __all__ = ["AutoFlow"]
 
 
-class AutoFlow(SummarisedGuide):
+class AutoFlow(ExportingGuide):
     """A guide whose posterior is a normalizing flow over all continuous latents of the model.
 
     Posterior = flow(standard normal) followed by a trainable affine map that starts from

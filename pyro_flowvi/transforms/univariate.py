@@ -8,7 +8,7 @@ h = offset = 0 it is the identity.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeGuard, get_args
+from typing import ClassVar, Final, Protocol, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -181,6 +181,8 @@ class RationalQuadratic:
 
 
 Known = Additive | Multiplicative | Affine | RationalQuadratic
+KINDS: Final = tuple(known.kind for known in get_args(Known))
+"""What :func:`transformer_of` finds."""
 
 
 def is_known(transformer: Transformer) -> TypeGuard[Known]:
