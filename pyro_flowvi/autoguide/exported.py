@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import IO, Any, Final
@@ -147,7 +148,10 @@ def load_posterior(path: File, *, device: str | torch.device = "cpu") -> Exporte
     named = f"path: expected a file that guide.export has written, got {_in_words(path)}"
     with open(path, "rb") if isinstance(path, str | os.PathLike) else nullcontext(path) as file:
         try:
-            content = torch.load(file, map_location=where, weights_only=True)
+            with warnings.catch_warnings():
+                # Of a pickle of another protocol torch warns before it refuses.
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                content = torch.load(file, map_location=where, weights_only=True)
         except pickle.UnpicklingError as error:
             why = "which holds Python objects: they are not read, as they may run code"
             raise ValueError(f"{named}, {why}") from error
