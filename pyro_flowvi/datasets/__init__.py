@@ -1,4 +1,4 @@
-"""Data sets of the source papers, embedded or drawn from a seed: nothing is downloaded."""
+"""Data sets of papers and tutorials, embedded or drawn from a seed: nothing is downloaded."""
 
 from .clusters import (
     hide_labels,
@@ -11,6 +11,7 @@ from .clusters import (
 from .energies import ENERGIES, ENERGY_BOX, Energy
 from .images import LabelledImages, digits, idx_images, read_idx
 from .lattice import NINE_MODES, NormalLattice, nine_modes
+from .radon import RadonSurvey, minnesota_radon
 from .references import EIGHT_SCHOOLS, Reference, eight_schools_reference
 
 __all__ = [
@@ -21,11 +22,13 @@ __all__ = [
     "Energy",
     "LabelledImages",
     "NormalLattice",
+    "RadonSurvey",
     "Reference",
     "digits",
     "eight_schools_reference",
     "hide_labels",
     "idx_images",
+    "minnesota_radon",
     "nine_modes",
     "pinwheel",
     "pinwheel_log_prob",

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pyro_flowvi.datasets import (
     NINE_MODES,
     NormalLattice,
     hide_labels,
+    minnesota_radon,
     nine_modes,
     pinwheel,
     pinwheel_log_prob,
@@ -298,3 +300,31 @@ def test_hidden_labels():
     assert np.bincount(hidden[shown]).tolist() == [4, 4, 0, 0, 0, 4]
     assert (hidden == hide_labels(labels, 4, seed=1)).all()
     assert (hidden != hide_labels(labels, 4, seed=2)).any()
+
+
+def test_radon():
+    """Facts that Gelman and Hill's chapter 12 and the case studies after it tell of these houses."""
+    survey = minnesota_radon()
+    assert len(survey.log_radon) == len(survey.floor) == len(survey.county) == 919
+    assert len(survey.names) == len(set(survey.names)) == len(survey.log_uranium) == 85
+    assert not {"Grant", "Red Lake"} & set(survey.names)
+    assert list(survey.names) == sorted(survey.names, key=str.lower)
+    houses = dict(zip(survey.names, np.bincount(survey.county).tolist(), strict=True))
+    assert min(houses.values()) == 1
+    expected = {"Lac qui Parle": 2, "Mahnomen": 1, "Hennepin": 105, "St. Louis": 116, "Ramsey": 32}
+    assert {name: houses[name] for name in expected} == expected
+    assert np.bincount(survey.floor).tolist() == [766, 153]
+    activity = np.exp(survey.log_radon) - 0.1
+    np.testing.assert_allclose(activity, activity.round(1), atol=1e-9)
+    assert sorted(activity[survey.county == 0].round(1)) == [1.0, 2.2, 2.2, 2.9]
+    assert activity.min() == pytest.approx(0.0, abs=1e-9)
+    assert activity.max() == pytest.approx(48.2)
+    # A public table of the survey has .658327 ppm of uranium in Ramsey.
+    ramsey = survey.log_uranium[survey.names.index("Ramsey")]
+    assert np.exp(ramsey) - 0.1 == pytest.approx(0.658327, abs=1e-6)
+
+
+def test_the_notice_lies_beside_the_radon():
+    notice = files("pyro_flowvi.datasets").joinpath("radon_mn.LICENSE.txt").read_text(encoding="utf-8")
+    assert "BSD 3-Clause License" in notice
+    assert "Stan Developers" in notice
