@@ -77,6 +77,8 @@ class Figures:
     """Whether the guide is one of this package, with ``sample_posterior`` and ``tails``."""
     has_tails: bool = False
     """Whether it was given ``tails=True``."""
+    has_rows: bool = False
+    """Whether it serves rows of a plate, of which it does not know all data: it resamples none itself."""
     shift_kind: str = ""
     """What kind of latent that is, if the weights are those of the roots."""
     scale_name: str = ""
@@ -142,7 +144,7 @@ SUPPORT = (
 
 
 def _resample(f: Figures) -> str:
-    own = "guide.sample_posterior(n, resample=True) or " if f.resamples else ""
+    own = "guide.sample_posterior(n, resample=True) or " if f.resamples and not f.has_rows else ""
     return f"{RESAMPLE}: {own}to_arviz(..., resample=True)"
 
 

@@ -251,6 +251,7 @@ def diagnose(
         guide=type(guide).__name__,
         resamples=isinstance(guide, AutoFlow),
         has_tails=getattr(guide, "_tails", False) is True,
+        has_rows=getattr(guide, "_rows", None) is not None,
         num_groups=draws.num_groups,
         num_each=0 if inner is None else inner.num_each,
         local_gap=math.nan if inner is None else inner.local_gap,

@@ -46,6 +46,25 @@ class TestWork:
         assert draws.mean() == pytest.approx(0.0, abs=0.1)
         assert draws.std() == pytest.approx(1.0, rel=0.1)
 
+    def test_resampled_draws_of_rows(self):
+        """A network that was not trained, on data far from its prior: to_arviz has the data to weigh by."""
+
+        def model(y):
+            with pyro.plate("rows", len(y)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+        y = torch.tensor([0.9])
+        guide = AutoRealNVP(model, amortize="auto").materialize(y)
+        found = diagnose(model, guide, y, seed=0)
+        assert advised(found, "to_arviz(..., resample=True)")
+        assert not advised(found, "guide.sample_posterior")
+        with pytest.raises(RuntimeError, match="sees a part of its data"):
+            guide.sample_posterior(10, resample=True)
+        draws = to_arviz(model, guide, y, num_samples=4000, resample=True, seed=0).posterior["z"].values
+        assert draws.mean() == pytest.approx(0.45, abs=0.1)
+        assert draws.std() == pytest.approx(0.5**0.5, rel=0.1)
+
     def test_a_density_in_place_of_a_point_mass(self):
         def model():
             pyro.sample("x", dist.LogNormal(1.0, 0.5))
