@@ -57,7 +57,7 @@ class SafeInit:
         fn = site["fn"]
         if site["name"] in self.values:
             return self.values[site["name"]]
-        if fn.support.is_discrete:
+        if _support(site).is_discrete:
             drawn: Tensor = fn.sample()
             return drawn
         try:
@@ -71,6 +71,20 @@ class SafeInit:
             free = bijection.inv(value)
             value = bijection(free + self.jitter * torch.randn_like(free))
         return value
+
+
+def _support(site: Site) -> Any:
+    try:
+        return site["fn"].support
+    except NotImplementedError as error:
+        if error.args:
+            raise
+        name, kind = site["name"], type(site["fn"]).__name__
+        raise ValueError(
+            f"site {name!r}: expected a distribution that says what its support is, got {kind}, which does "
+            f"not; hide the site, poutine.block(model, hide=[{name!r}]), and draw it in a guide of its own, "
+            "both in an AutoGuideList"
+        ) from None
 
 
 def prototype(
@@ -89,8 +103,8 @@ def prototype(
         a start without a density and a search finds another.
     :param before_run: called before each run of the model, to drop what a run may have cached.
     :raises ValueError: naming the site, for a model without continuous latent sites, a discrete site
-        that is not enumerated, a local latent under a subsampled plate, a support that depends on
-        another latent, data that are no tensors, or NaN in them.
+        that is not enumerated, a distribution without a support, a local latent under a subsampled plate,
+        a support that depends on another latent, data that are no tensors, or NaN in them.
 
     Example::
 

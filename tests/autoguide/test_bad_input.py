@@ -1,10 +1,15 @@
 """Bad input is refused with an error that names it, before anything is trained."""
 
+import math
+from typing import ClassVar
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoGuideList
 from pyro.optim import Adam
 
 from pyro_flowvi import AutoFlow, AutoPlanar, AutoRadial, compare, diagnose, fit, to_arviz
@@ -117,6 +122,39 @@ class TestModels:
             pyro.sample("x", dist.Uniform(low, low + 1.0))
 
         AutoPlanar(model).materialize(torch.tensor(3.0))
+
+    def test_distribution_without_a_support(self):
+        """As those of ``pyro.contrib.bnn``; a guide that draws the site itself goes beside a flow."""
+
+        class Doubled(dist.TorchDistribution):
+            arg_constraints: ClassVar = {}
+            has_rsample = True
+
+            def __init__(self, loc):
+                self.loc = loc
+                super().__init__(loc.shape)
+
+            def rsample(self, sample_shape=()):
+                return 2 * (self.loc + torch.randn(torch.Size(sample_shape) + self.loc.shape))
+
+            def log_prob(self, value):
+                return dist.Normal(2 * self.loc, 2.0).log_prob(value)
+
+        def model():
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+            x = pyro.sample("x", Doubled(loc))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+        def own():
+            pyro.sample("x", Doubled(pyro.param("own_loc", torch.tensor(0.0))))
+
+        with pytest.raises(ValueError, match=r"site 'x': .* support is, got Doubled.*hide=\['x'\]"):
+            AutoPlanar(model).materialize()
+        guide = AutoGuideList(model)
+        guide.append(AutoPlanar(poutine.block(model, hide=["x"]), num_layers=1))
+        guide.append(own)
+        svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+        assert all(math.isfinite(svi.step()) for _ in range(3))
 
     def test_mixture_of_different_supports(self):
         def model():
