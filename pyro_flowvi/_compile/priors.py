@@ -183,6 +183,20 @@ def _is_random(node: fx.Node) -> bool:
     )
 
 
+def _is_unsteady(node: fx.Node) -> bool:
+    """Whether a value is not a function of the latents alone, or has an effect each time it is computed."""
+    return _is_random(node) or _counts_batches(node)
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    # A batch norm in training writes into its running statistics, which its schema does not say.
+    if "batch_norm" not in str(node.target) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return given.get("training") is True and given.get("running_mean") is not None
+
+
 def no_priors(latents: Iterable[str], start: Tensor) -> PriorGraph:
     """The graph of a model of which no prior is known."""
     nodes, names = fx.Graph(), list(latents)
@@ -197,7 +211,8 @@ def record_priors(
 ) -> PriorGraph:
     """Records the priors of a model.
 
-    What is drawn on the way, such as a discrete latent, makes the priors after it unknown.
+    What is drawn on the way, such as a discrete latent, makes the priors after it unknown; so does a batch
+    norm in training, which counts every run and couples the rows.
 
     :param packing: the latents.
     :param start: a point at which the model is run, ``(D,)``.
@@ -222,7 +237,9 @@ def record_priors(
     results, names = list(output.args[0]), list(joint)
     writes = _writes_of(traced.graph.graph)
     steady = [
-        i for i in range(len(names)) if not any(map(_is_random, _sources(results[2 * i : 2 * i + 2], writes)))
+        i
+        for i in range(len(names))
+        if not any(map(_is_unsteady, _sources(results[2 * i : 2 * i + 2], writes)))
     ]
     output.args = (tuple(results[2 * i + part] for i in steady for part in (0, 1)),)
     _keep_only(traced.graph.graph, _sources(output.args[0], writes))

@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
+from pyro_flowvi import AutoRealNVP
 from pyro_flowvi._compile.errors import CannotCompile
 from pyro_flowvi._compile.priors import record_priors
 from pyro_flowvi._program.packing import Packing
@@ -313,3 +314,24 @@ def test_no_known_prior():
     assert not graph.joint
     assert graph.parents == {}
     assert graph.only([])[0] == []
+
+
+def test_a_batch_norm_in_training_is_no_known_prior():
+    """Each run would count in its statistics, and its rows depend on each other."""
+    network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            v = pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(network(v), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+    y = torch.randn(5, 2)
+    _, graph = record(model, y)
+    assert list(graph.joint) == ["v"]
+    guide = AutoRealNVP(model, num_layers=2, hidden=(4,))
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+    assert all(torch.tensor(svi.step(y)).isfinite() for _ in range(3))
+    network.eval()
+    _, graph = record(model, y)
+    assert graph.parents["z"] == {"v"}
