@@ -93,8 +93,10 @@ class LogWeights:
             self.structure: ProgramStructure = ProgramStructure.of(model_trace, guide_trace)
             """What model and guide are made of."""
             self._nesting = self.structure.max_plate_nesting
-            self.vectorized: bool = not self.structure.sequential and self._vectorizes(
-                guide_trace, model_trace
+            self.vectorized: bool = (
+                not self.structure.sequential
+                and self._vectorizes(guide_trace, model_trace)
+                and self._sums_vectorized()
             )
             """Whether the model gives the same log density for many particles at once."""
 
@@ -132,6 +134,25 @@ class LogWeights:
         return scores_alike(1, self.model) and (
             bool(self.structure.auxiliary) or scores_alike(0, self.program)
         )
+
+    def _sums_vectorized(self) -> bool:
+        """Whether the model also runs for particles together where its discrete sites have all values."""
+        if not self.structure.enumerated_by_model or self.structure.summed_by_guide:
+            return True
+        try:
+            with torch.random.fork_rng():
+                self._summed(NUM_PROBES)
+        except Exception:  # whatever a program raises that was not written for batches
+            return False
+        return True
+
+    @property
+    def _drawn_program(self) -> Program:
+        return poutine.infer_config(self.program, _drawn) if self.structure.marginal else self.program
+
+    def _summed(self, size: int) -> Tensor:
+        guide = self._drawn_program
+        return enumerated_log_weights(self.model, guide, self.args, self.kwargs, size, self._nesting)
 
     def _site_scores(self, trace: Trace, size: int | None = None) -> dict[str, Score]:
         trace = prune_subsample_sites(trace)
@@ -192,7 +213,7 @@ class LogWeights:
         Enumerated sites are summed out of p.
         """
         with poutine.block():
-            guide = poutine.infer_config(self.program, _drawn) if self.structure.marginal else self.program
+            guide = self._drawn_program
             if not self.vectorized or self.structure.summed_by_guide:
                 kind: Any = TraceEnum_ELBO if self.structure.sums_out else Trace_ELBO
                 loss = kind(max_plate_nesting=self._nesting)
@@ -201,9 +222,7 @@ class LogWeights:
             parts = []
             for size in even_sizes(num_samples, max_batch):
                 if self.structure.enumerated_by_model:
-                    parts.append(
-                        enumerated_log_weights(self.model, guide, self.args, self.kwargs, size, self._nesting)
-                    )
+                    parts.append(self._summed(size))
                 else:
                     guide_trace, model_trace = self._traces(size)
                     parts.append(self.score(model_trace, size) - self.score(guide_trace, size))

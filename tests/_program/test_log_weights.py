@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 from pyro_flowvi import AutoPlanar, diagnose, fit
 from pyro_flowvi._program.log_weights import LogWeights
@@ -111,3 +111,28 @@ def test_fit_takes_a_guide_of_a_blocked_model():
     guide = AutoPlanar(pyro.poutine.block(model, hide=["k"]))
     result = fit(model, guide, torch.tensor(1.0), num_steps=10, progress=False)
     assert result.losses.isfinite().all()
+
+
+def test_a_model_that_runs_for_many_particles_but_not_for_all_values_of_its_discrete_site():
+    @config_enumerate
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            if k.dim() > 2 and x.dim():  # all values of k, and many x
+                raise RuntimeError("not written for this")
+            pyro.sample("y", dist.Normal(x + 2 * k, 0.5), obs=y)
+
+    y = torch.tensor([0.0, 2.0, 2.1])
+    guide = AutoPlanar(model, num_layers=2).materialize(y)
+    weights = LogWeights(model, guide, (y,))
+    assert not weights.vectorized
+    grid = torch.linspace(-6.0, 6.0, 2001)
+    parts = torch.tensor([0.7, 0.3]).log() + dist.Normal(
+        grid[:, None, None] + torch.tensor([0.0, 2.0]), 0.5
+    ).log_prob(y[:, None])
+    joint = parts.logsumexp(-1).sum(-1) + dist.Normal(0.0, 1.0).log_prob(grid)
+    evidence = joint.logsumexp(0) + (grid[1] - grid[0]).log()
+    result = fit(model, guide, y, num_steps=20, seed=0, progress=False)
+    assert abs(weights.log_weights(200).mean() - evidence) < 0.1
+    assert torch.isfinite(result.losses).all()
