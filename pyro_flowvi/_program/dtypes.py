@@ -38,7 +38,7 @@ def dtype_for_sums(
     """
     values = {name: site["value"] for name, site in latent_sites(trace)}
     with poutine.block(), torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
-        found = {site["fn"].log_prob(site["value"]).dtype for site in sample_sites(trace).values()}
+        found = {_dtype_of_density(name, site) for name, site in sample_sites(trace).items()}
         found |= {value.dtype for value in values.values()}
         if len(found) == 1:
             return None
@@ -50,3 +50,10 @@ def dtype_for_sums(
         except Exception:  # whatever a model raises, such as of a network in the lower dtype
             return None
     return dtype
+
+
+def _dtype_of_density(name: str, site: dict[str, Any]) -> torch.dtype:
+    try:
+        return site["fn"].log_prob(site["value"]).dtype  # type: ignore[no-any-return]
+    except ValueError as error:  # a value outside the support; torch does not say at which site
+        raise ValueError(f"site {name!r}: {error}") from error
