@@ -2,7 +2,10 @@
 
 import ast
 import configparser
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +109,23 @@ def test_workflows_may_little(path):
         for step in steps:
             if "uses" in step:
                 assert re.search(r"@(v\d+|release/v\d+)$", step["uses"]), step["uses"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sed and bash, of the machine that releases")
+def test_links_of_the_readme_on_the_package_index(tmp_path):
+    """The step of the release leaves no relative link, and each leads to a file of the repository."""
+    steps = loaded(ROOT / ".github/workflows/release.yml")["jobs"]["build"]["steps"]
+    (step,) = (step for step in steps if "README.md" in step.get("run", ""))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    env = {**os.environ, "FILES": "https://files", "PAGES": "https://pages"}
+    subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env=env, check=True)
+    found = (tmp_path / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", found)
+    assert len(links) == len(re.findall(r"\]\(", text))
+    assert all(link.startswith("https://") for _, link in links)
+    for image, link in links:
+        base, _, path = link.removeprefix("https://").partition("/")
+        if base in ("files", "pages"):
+            assert base == ("files" if image else "pages")
+            assert (ROOT / path).is_file(), link
