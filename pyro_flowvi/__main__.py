@@ -1,35 +1,61 @@
 """Normalizing-flow guides for Pyro from the command line: fit a model of yours, or see a demonstration."""
 
 import argparse
+import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from . import __version__, _fit_command
-from ._files import arguments_of, load_data, load_model, place_in
-from ._fit_command import FAILED, GOOD, INTERRUPTED, MISUSED
+from ._command_words import in_options
+from ._data_files import load_data
+from ._draws_file import check_writable
+from ._files import arguments_of, load_model, place_in
+from ._fit_command import FAILED, GOOD, INTERRUPTED, MISUSED, PIPE_CLOSED, TERMINATED
 from .datasets import eight_schools_reference
 from .demo import NUM_STEPS, eight_schools, picture, run_demo, table
 
 __all__ = ["main"]
 
-CODES = "exit codes: 0 fitted, 1 failed, 2 misused, 3 poor (with --fail-if-poor), 130 interrupted (Ctrl-C)"
+EXAMPLES = """\
+examples:
+  pyro-flowvi demo
+  pyro-flowvi fit --model schools.py:model --data schools.csv --output draws.npz
+  pyro-flowvi fit --help
+"""
+CODES = f"""\
+exit codes:
+  0  the fit has ended
+  1  it failed
+  2  an option or a file is not what was expected
+  3  the verdict is poor (with --fail-if-poor)
+  {INTERRUPTED}  Ctrl-C; {TERMINATED}: a request to end (SIGTERM)
+  {PIPE_CLOSED}  what reads the output has ended
+"""
 
 
 class _Parser(argparse.ArgumentParser):
     """One whose errors are those of this package, in one line."""
 
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        raise ValueError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pyro-flowvi", description=__doc__, epilog=CODES)
+    about = "Normalizing-flow guides for Pyro: fit a model of yours, or see a demonstration."
+    parser = _Parser(prog="pyro-flowvi", description=about, epilog=f"{EXAMPLES}\n{CODES}")
     parser.add_argument("--version", action="version", version=f"pyro-flowvi {__version__}")
     shared = _Parser(add_help=False)
     shared.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -42,25 +68,40 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(prepare=_fit_command.prepare, run=_fit_command.run)
 
     what = "fit a model with four guides, print a table, save a figure"
-    demo = commands.add_parser("demo", help=what, description=what, parents=[shared])
-    demo.add_argument("--model", metavar="PATH.py:NAME", help="your own Pyro model (with --data)")
+    demo = commands.add_parser("demo", help=what, description=what, parents=[shared], epilog=CODES)
+    what = "your own Pyro model; default: eight schools"
+    demo.add_argument("--model", metavar="PATH.py:NAME", help=what)
     demo.add_argument("--data", metavar="FILE", help="its arguments, as of fit")
     steps = _fit_command.checked(_fit_command.number, "a positive integer")
-    demo.add_argument("--steps", type=steps, default=NUM_STEPS, help="gradient steps for each guide")
+    what = f"gradient steps for each guide; default: {NUM_STEPS}"
+    demo.add_argument("--steps", type=steps, default=NUM_STEPS, metavar="N", help=what)
     seed = _fit_command.checked(_fit_command.seed, "an integer from 0 to 4294967295")
-    demo.add_argument("--seed", type=seed, default=0)
-    demo.add_argument("--figure", type=Path, default=Path("demo.png"), help="where to save the figure")
+    demo.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
+    what = "where to save the figure, which replaces one that is there; default: demo.png"
+    demo.add_argument("--figure", default="demo.png", metavar="FILE", help=what)
     demo.set_defaults(prepare=_prepare_demo, run=_run_demo, dtype=torch.get_default_dtype())
     return parser
 
 
 def _prepare_demo(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.data is not None and options.model is None:
-        raise ValueError("--data: expected --model with it")
+        raise ValueError("--data: expected --model with it, got none")
+    _check_figure(options.figure)
     if options.model is None:
         return eight_schools, None
     model = load_model(options.model)
     return model, arguments_of(model, {} if options.data is None else load_data(options.data, model), {})
+
+
+def _check_figure(path: str) -> None:
+    check_writable("--figure", path)
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:  # there will be no figure, and the demo says so
+        return
+    endings = [f".{name}" for name in FigureCanvasBase.get_supported_filetypes()]
+    if Path(path).suffix.lower() not in endings:
+        raise ValueError(f"--figure: expected a file that ends in {', '.join(endings)}, got {path!r}")
 
 
 def _run_demo(options: argparse.Namespace, prepared: tuple[Any, Any]) -> int:
@@ -69,20 +110,20 @@ def _run_demo(options: argparse.Namespace, prepared: tuple[Any, Any]) -> int:
     rows = run_demo(model, data, num_steps=options.steps, seed=options.seed, progress=not options.quiet)
     print(f"\n{table(rows)}")
     for row in rows:
-        print(f"\n{row.name}\n{row.diagnosis}")
+        print(f"\n{row.name}\n{row.diagnosis}", flush=True)
     try:
         axes = picture(rows, eight_schools_reference() if model is eight_schools else None)
     except ImportError as error:
         print(f"\nNo figure: {error}", file=sys.stderr)
         return GOOD
     axes[0].figure.savefig(options.figure, dpi=150)
-    print(f"\nFigure: {options.figure.resolve()}")
+    print(f"\nFigure: {Path(options.figure).resolve()}")
     return GOOD
 
 
 def _one_line(error: BaseException, model: str | None) -> str:
     """An error's words without Pyro's table of shapes, with its kind where it is not ours, and its line."""
-    words = " ".join(str(error).partition("Trace Shapes:")[0].split())
+    words = in_options(" ".join(str(error).partition("Trace Shapes:")[0].split()))
     own = isinstance(error, ValueError) or type(error).__module__.startswith("pyro_flowvi.")
     kind = "" if own and words else f"{type(error).__name__}{': ' if words else ''}"
     where = "" if model is None else place_in(model.rpartition(":")[0], error)
@@ -110,10 +151,9 @@ def _run(argv: Sequence[str] | None) -> int:
         prepared = options.prepare(options)
         code = FAILED
         return int(options.run(options, prepared))
-    except BrokenPipeError:  # what read the output has ended, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except Exception as error:
+    except BrokenPipeError:
+        raise
+    except (Exception, SystemExit) as error:  # a model that calls sys.exit() has not been fitted
         if options.traceback:
             raise
         # What was misused names its option; what failed may come from a line of the model's file.
@@ -124,6 +164,35 @@ def _run(argv: Sequence[str] | None) -> int:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def _requests_to_end() -> Iterator[list[int]]:
+    """SIGTERM, by which schedulers and containers end a process, as Ctrl-C; those that came."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield came
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _give_up_pipes() -> None:
+    """Has Python's end write what is left to nowhere, rather than raise once more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``pyro-flowvi``, which is ``python -m pyro_flowvi`` as well.
 
@@ -131,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: the arguments; those of the process if None.
     :return: the exit status: 0 for a fit, 1 if it failed, 2 for bad usage, 3 for a poor verdict with
-        ``--fail-if-poor``, 130 after Ctrl-C.
+        ``--fail-if-poor``, 130 after Ctrl-C, 143 after SIGTERM, 141 if what reads the output has ended.
 
     Example::
 
@@ -157,13 +226,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         good: ELBO ...
         0
     """
-    with warnings.catch_warnings():
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # ± is not in every encoding
+    with warnings.catch_warnings(), _requests_to_end() as requests:
         warnings.showwarning = _warn
         try:
-            return _run(argv)
+            code = _run(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:  # such as head
+            _give_up_pipes()
+            return PIPE_CLOSED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            code = INTERRUPTED
+        return TERMINATED if requests and code == INTERRUPTED else code
 
 
 if __name__ == "__main__":

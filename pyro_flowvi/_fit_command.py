@@ -4,29 +4,42 @@ import argparse
 import difflib
 import inspect
 import sys
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-import pyro
 import torch
 
 from . import autoguide
 from ._checks import check_positive, check_positive_int
-from ._files import arguments_of, as_floats, load_data, load_model, single_values, stacked_columns
+from ._command_words import fit_words, in_options
+from ._data_files import load_data
+from ._draws_file import check_output, check_writable, save_draws
+from ._files import arguments_of, as_floats, load_model, single_values, stacked_columns
 from ._program.param_store import apart_from_store
 from .autoguide import AutoFlow
-from .diagnostics import diagnose, to_arviz
+from .diagnostics import diagnose
 from .flows import FLOWS
 from .infer import fit
 
-__all__ = ["FAILED", "GOOD", "INTERRUPTED", "MISUSED", "POOR", "Prepared", "add_options", "prepare", "run"]
+__all__ = [
+    "FAILED",
+    "GOOD",
+    "INTERRUPTED",
+    "MISUSED",
+    "PIPE_CLOSED",
+    "POOR",
+    "TERMINATED",
+    "Prepared",
+    "add_options",
+    "prepare",
+    "run",
+]
 
-GOOD, FAILED, MISUSED, POOR, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes."""
+GOOD, FAILED, MISUSED, POOR = 0, 1, 2, 3
+INTERRUPTED, PIPE_CLOSED, TERMINATED = 128 + 2, 128 + 13, 128 + 15
+"""Exit codes; the last three are those of a shell for a program that such a signal ends."""
 NAMED: Final = sorted(set(autoguide.__all__) - {"GUIDES", "AutoFlow"})
 DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 
@@ -72,54 +85,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``fit``."""
     integer = checked(number, "a positive integer")
     real = checked(positive, "a positive number")
-    add = parser.add_argument
-    add("--model", required=True, metavar="PATH.py:NAME", help="your Pyro model")
+    many: dict[str, Any] = {"action": "append", "default": []}
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", required=True, metavar="PATH.py:NAME", help="your Pyro model, a function in a file")
     add("--data", metavar="FILE", help="its arguments: .json, .npz, or a table: .csv, .tsv, .parquet")
-    add(
-        "--columns",
-        action="append",
-        default=[],
-        metavar="NAME=COL,COL",
-        help="columns of the table that make one argument: a matrix; one column: a vector",
-    )
-    add(
-        "--arg",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a single value of the model's, read as JSON, else text; overrides that of --data",
-    )
-    add(
-        "--float",
-        action="append",
-        default=[],
-        metavar="NAME",
-        dest="floats",
-        help="an argument whose integers are measurements, not counts: makes it floating",
-    )
-    add("--guide", default="AutoRealNVP", metavar="NAME", help=f"{', '.join(NAMED)}, or a key of FLOWS")
-    add(
-        "--guide-arg",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the guide, such as num_components=3",
-    )
-    add("--seed", type=checked(seed, "an integer from 0 to 4294967295"), default=0, help="by default 0")
-    add("--num-steps", type=integer, metavar="N", help="gradient steps at most")
-    add("--num-particles", type=integer, metavar="N", help="draws per step")
-    add("--lr", type=real, help="the highest learning rate")
-    add("--tolerance", type=real, metavar="NATS", help="how near to the evidence the fit may end")
-    add(
-        "--dtype",
-        type=checked(DTYPES.__getitem__, "float32 or float64"),
-        default=torch.float32,
-        metavar="NAME",
-        help="float32 (default) or float64",
-    )
-    add("--checkpoint", metavar="FILE", help="written every half minute; if it is there, the fit goes on")
-    add("--output", metavar="FILE", help="where to save draws: .npz, or .nc (ArviZ's netCDF)")
-    add("--num-samples", type=integer, metavar="N", default=4000, help="how many; by default 4000")
+    what = "columns of the table that make one argument: a matrix; one column: a vector; may be repeated"
+    add("--columns", metavar="NAME=COL,COL", help=what, **many)
+    what = "a single value of the model's, read as JSON, else text; overrides that of --data; may be repeated"
+    add("--arg", metavar="NAME=VALUE", help=what, **many)
+    what = "an argument whose integers are measurements, not counts: makes it floating; may be repeated"
+    add("--float", metavar="NAME", dest="floats", help=what, **many)
+    what = "of plain numbers in the model and of floating data: float32 or float64; default: float32"
+    dtype = checked(DTYPES.__getitem__, "float32 or float64")
+    add("--dtype", type=dtype, default=torch.float32, metavar="NAME", help=what)
+
+    add = parser.add_argument_group("fit").add_argument
+    what = f"{', '.join(NAMED)}, or a flow: {', '.join(FLOWS)}; default: AutoRealNVP"
+    add("--guide", default="AutoRealNVP", metavar="NAME", help=what)
+    what = "an option of the guide, such as num_layers=4; may be repeated"
+    add("--guide-arg", metavar="NAME=VALUE", help=what, **many)
+    natural = checked(seed, "an integer from 0 to 4294967295")
+    add("--seed", type=natural, default=0, metavar="N", help="of all that is random; default: 0")
+    add("--num-steps", type=integer, metavar="N", help="gradient steps at most; default: the guide's own")
+    add("--num-particles", type=integer, metavar="N", help="draws per step; default: the guide's own")
+    add("--lr", type=real, metavar="RATE", help="the highest learning rate; default: the guide's own")
+    what = "how near to the evidence the fit may end; default: by the number of latents, 0.03 at most"
+    add("--tolerance", type=real, metavar="NATS", help=what)
+    what = "where to save the run, every half minute; if it is there, the fit goes on from it"
+    add("--checkpoint", metavar="FILE", help=what)
+
+    add = parser.add_argument_group("results").add_argument
+    add("--output", metavar="FILE", help="where to save draws: .npz, or .nc (netCDF, by ArviZ)")
+    what = "replace the file of --output; one whose fit goes on from its checkpoint is replaced anyway"
+    add("--overwrite", action="store_true", help=what)
+    add("--num-samples", type=integer, metavar="N", default=4000, help="draws to save; default: 4000")
     add("--resample", action="store_true", help="save draws resampled by importance weights")
     add("--no-diagnose", action="store_false", dest="diagnose", help="leave the verdict out")
     add("--fail-if-poor", action="store_true", help=f"exit with {POOR} if the verdict is poor")
@@ -132,19 +131,21 @@ def prepare(options: argparse.Namespace) -> Prepared:
     """
     if options.fail_if_poor and not options.diagnose:
         raise ValueError("--fail-if-poor: expected a verdict, got --no-diagnose")
-    for option, path in (("--output", options.output), ("--checkpoint", options.checkpoint)):
-        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            raise ValueError(f"{option}: expected a file in a folder that exists, got {path!r}")
+    goes_on = False
+    if options.checkpoint is not None:
+        check_writable("--checkpoint", options.checkpoint)
+        goes_on = Path(options.checkpoint).exists()
     if options.output is not None:
-        check_output(options.output)
-    elif options.resample:
-        raise ValueError("--resample: expected --output with it, which it changes")
+        check_output(options.output, replace=options.overwrite or goes_on)
+    for option in ("resample", "overwrite"):
+        if getattr(options, option) and options.output is None:
+            raise ValueError(f"--{option}: expected --output with it, got none")
     make = guide_named(options.guide)
     single, columns = single_values("--arg", options.arg), stacked_columns(options.columns)
     guide_args = single_values("--guide-arg", options.guide_arg)
     model = load_model(options.model)
     if columns and options.data is None:
-        raise ValueError("--columns: expected --data with it")
+        raise ValueError("--columns: expected --data with it, got none")
     data = {} if options.data is None else load_data(options.data, model, columns)
     data = as_floats(arguments_of(model, data, single), options.floats)
     takes = sorted(set(inspect.signature(make).parameters) - {"model", "name"})
@@ -155,22 +156,6 @@ def prepare(options: argparse.Namespace) -> Prepared:
     except (TypeError, ValueError) as error:
         raise ValueError(f"--guide-arg: {error}") from error
     return Prepared(model, data, guide)
-
-
-def check_output(path: str) -> None:
-    """Whether draws can be saved there: before the fit, not after it.
-
-    :raises ValueError: for another ending, or where ArviZ is not installed.
-    """
-    ending = Path(path).suffix.lower()
-    if ending not in (".npz", ".nc"):
-        raise ValueError(f"--output: expected a file that ends in .npz or .nc, got {path!r}")
-    if ending == ".nc":
-        try:
-            import arviz  # noqa: F401
-        except ImportError as error:
-            install = "pip install 'pyro-flowvi[arviz]'"
-            raise ValueError(f"--output: expected ArviZ for {path!r} ({install}), got {error}") from error
 
 
 def guide_named(name: str) -> Callable[..., Any]:
@@ -204,14 +189,23 @@ def run(options: argparse.Namespace, prepared: Prepared) -> int:
                 checkpoint=options.checkpoint,
                 seed=options.seed,
                 model_kwargs=data,
-                progress=not options.quiet,
+                progress=not options.quiet and sys.stderr.isatty(),  # no bars in logs
             )
         except KeyboardInterrupt:
             return interrupted(options, "before the first step", None)
-        tell(options, str(result))
-        if options.output is not None:
-            save_draws(options, prepared)  # before the verdict, which may take longer than the patience
-        print(guide.summary(), flush=True)
+        tell(options, fit_words(result, options.checkpoint))
+        try:
+            if options.output is not None:  # before the verdict, which may take longer than the patience
+                save_draws(
+                    options.output,
+                    *prepared,
+                    num_samples=options.num_samples,
+                    resample=options.resample,
+                    seed=options.seed,
+                )
+                tell(options, f"draws: {options.output}")
+        finally:  # what the fit has found is worth the same where the draws could not be saved
+            print(guide.summary(), flush=True)
         if result.stop_reason == "interrupted":
             return interrupted(options, "this is the best state so far", options.output)
         if not options.diagnose:
@@ -221,16 +215,20 @@ def run(options: argparse.Namespace, prepared: Prepared) -> int:
             diagnosis = diagnose(model, guide, seed=options.seed, fit_result=result, model_kwargs=data)
         except KeyboardInterrupt:
             return interrupted(options, "before the verdict", options.output)
-    print(f"\n{diagnosis}")
+    print(f"\n{in_options(str(diagnosis))}")
     return POOR if options.fail_if_poor and diagnosis.verdict == "poor" else GOOD
 
 
 def interrupted(options: argparse.Namespace, when: str, output: str | None) -> int:
-    """Says on stderr what Ctrl-C has left."""
+    """Says on stderr what Ctrl-C, or a request to end, has left."""
     kept = "no draws were saved" if output is None else f"draws are in {output}"
-    there = options.checkpoint is not None and Path(options.checkpoint).exists()
-    more = f"; the same command goes on from {options.checkpoint}" if there else ""
-    print(f"interrupted: {when}; {kept}{more}", file=sys.stderr)
+    if options.checkpoint is None:
+        more = "with --checkpoint FILE the same command can go on"
+    elif Path(options.checkpoint).exists():
+        more = f"the same command goes on from {options.checkpoint}"
+    else:
+        more = f"{options.checkpoint} is not written yet, which is every half minute"
+    print(f"interrupted: {when}; {kept}; {more}", file=sys.stderr)
     return INTERRUPTED
 
 
@@ -238,31 +236,3 @@ def tell(options: argparse.Namespace, words: str) -> None:
     """What is not the result, on stderr."""
     if not options.quiet:
         print(words, file=sys.stderr, flush=True)
-
-
-@torch.no_grad()
-def save_draws(options: argparse.Namespace, prepared: Prepared) -> None:
-    """Draws of the guide in the file of ``--output``."""
-    model, data, guide = prepared
-    if Path(options.output).suffix.lower() == ".nc":
-        to_arviz(
-            model,
-            guide,
-            num_samples=options.num_samples,
-            resample=options.resample,
-            seed=options.seed,
-            model_kwargs=data,
-        ).to_netcdf(options.output)
-    else:
-        pyro.set_rng_seed(options.seed)  # the same draws from a checkpoint that had ended
-        draws = guide.sample_posterior(options.num_samples, resample=options.resample)
-        write_arrays(options.output, {name: value.cpu().numpy() for name, value in draws.items()})
-    tell(options, f"draws: {options.output}")
-
-
-def write_arrays(path: str, arrays: Mapping[str, Any]) -> None:
-    """An .npz of arrays with any names, also those of arguments of numpy's ``savez``."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)

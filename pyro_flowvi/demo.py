@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from ._files import load_data, load_model
 from ._program.log_weights import LogWeights
 from ._program.param_store import apart_from_store
 from ._shapes import scalar_name
@@ -26,7 +25,7 @@ from .diagnostics._printed import number_text
 from .infer import fit
 from .plotting import pair_panels
 
-__all__ = ["GUIDES", "Row", "eight_schools", "load_data", "load_model", "run_demo", "table"]
+__all__ = ["GUIDES", "Row", "eight_schools", "run_demo", "table"]
 
 GUIDES: Final[dict[str, Callable[..., Any]]] = {
     "AutoNormal (Pyro)": AutoNormal,
@@ -105,7 +104,7 @@ def run_demo(
     :param data: its keyword arguments; those of the eight schools if None and the model is that one.
     :param num_steps: gradient steps for each guide.
     :param seed: of every fit.
-    :param progress: shows progress bars, and says on stderr which guide is being judged.
+    :param progress: shows progress bars in a terminal, and says on stderr which guide is being judged.
 
     Example::
 
@@ -124,7 +123,8 @@ def run_demo(
         pyro.set_rng_seed(seed)
         guide = make(model)
         with apart_from_store():  # leaves the caller's parameters alone
-            result = fit(model, guide, num_steps=num_steps, model_kwargs=kwargs, seed=seed, progress=progress)
+            bars = progress and sys.stderr.isatty()
+            result = fit(model, guide, num_steps=num_steps, model_kwargs=kwargs, seed=seed, progress=bars)
             seconds = time.perf_counter() - started
             if progress:
                 print(f"judging {name}", file=sys.stderr, flush=True)

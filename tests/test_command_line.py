@@ -1,10 +1,10 @@
-"""``pyro-flowvi fit``, from a user's point of view."""
+"""``pyro-flowvi fit`` on one process, from a user's point of view."""
 
-import json
-import os
+import importlib.util
+import re
 import signal
-import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_flowvi import __version__, diagnose
+from pyro_flowvi import FitDiverged, FitResult, __version__, _draws_file, diagnose
 from pyro_flowvi import _fit_command as command
 from pyro_flowvi.__main__ import main
-from pyro_flowvi._files import arguments_of, as_floats, load_data, load_model, stacked_columns
+from pyro_flowvi._command_words import fit_words, in_options
+from pyro_flowvi._files import arguments_of, load_model, single_values
+from pyro_flowvi.diagnostics import _verdict
 from pyro_flowvi.infer._training_loop import TrainingLoop
 
-ROOT = Path(__file__).parents[1]
 MODEL = """
 from dataclasses import dataclass
 
@@ -60,41 +61,18 @@ def folder(tmp_path, monkeypatch):
 FIT = ["fit", "--model", "mine.py:model", "--data", "data.csv"]
 
 
-def process(*argv):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = [sys.executable, "-m", "pyro_flowvi", *argv]
-    return subprocess.run(done, env=env, capture_output=True, text=True, timeout=200)
-
-
-def test_a_fit_in_a_process(folder):
-    done = process(*FIT, "--output", "draws.npz")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].split() == ["mean", "sd", "5%", "50%", "95%", "ess"]
-    assert float(lines[1].split()[1]) == pytest.approx(MEAN, abs=0.05)
-    assert lines[3].startswith("good: ELBO")
-    assert "FitResult(" in done.stderr
-    assert "judging the fit" in done.stderr
-    with np.load("draws.npz") as draws:
-        assert draws["mu"].shape == (4000,)
-        assert draws["mu"].dtype == np.float32
-        assert draws["mu"].mean() == pytest.approx(MEAN, abs=0.05)
-        assert draws["mu"].std() == pytest.approx(SD, rel=0.05)
-
-
-def test_an_error_in_a_process(folder):
-    done = process("fit", "--model", "mine.py:model", "--data", "data.txt")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --data: expected an existing file, got 'data.txt'\n"
-
-
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pyro-flowvi {__version__}\n"
 
 
-def test_netcdf_float64_and_no_verdict(folder, capsys):
-    arviz = pytest.importorskip("arviz")
+@pytest.mark.parametrize("engine", _draws_file.ENGINES)
+def test_netcdf_float64_and_no_verdict(folder, monkeypatch, capsys, engine):
+    xarray = pytest.importorskip("xarray")
+    pytest.importorskip("arviz")
+    for module in _draws_file.ENGINES[engine]:
+        pytest.importorskip(module)
+    monkeypatch.setattr(_draws_file, "ENGINES", {engine: _draws_file.ENGINES[engine]})
     torch.set_default_dtype(torch.float32)
     argv = [*FIT, "--output", "draws.nc", "--num-samples", "50", "--dtype", "float64", "--no-diagnose"]
     assert main([*argv, "--quiet", "--num-steps", "20", "--guide", "planar"]) == 0
@@ -102,9 +80,53 @@ def test_netcdf_float64_and_no_verdict(folder, capsys):
     out, err = capsys.readouterr()
     assert "good" not in out
     assert err == ""
-    posterior = arviz.from_netcdf("draws.nc").posterior
-    assert posterior["mu"].shape == (1, 50)
-    assert posterior["mu"].dtype == np.float64
+    with xarray.open_dataset("draws.nc", group="posterior", engine=engine) as posterior:
+        assert posterior["mu"].shape == (1, 50)
+        assert posterior["mu"].dtype == np.float64
+    with xarray.open_dataset("draws.nc", group="log_likelihood", engine=engine) as likelihood:
+        assert likelihood["file"].dims == ("chain", "draw", "rows")
+
+
+@pytest.mark.parametrize(
+    ("missing", "needed"), [("arviz", "ArviZ"), ("h5py", "h5netcdf and h5py, or netCDF4,")]
+)
+def test_netcdf_without_what_it_needs(folder, monkeypatch, capsys, missing, needed):
+    there = importlib.util.find_spec
+    gone = (missing, "netCDF4")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else there(name))
+    assert main([*FIT, "--output", "draws.nc"]) == 2
+    told = f"error: --output: expected {needed} for 'draws.nc', got none: pip install 'pyro-flowvi[arviz]'\n"
+    assert capsys.readouterr().err == told
+
+
+def test_an_output_that_exists(folder, capsys):
+    argv = [*FIT, "--num-steps", "10", "--no-diagnose", "--output", "draws.npz"]
+    Path("draws.npz").write_text("of another run")
+    assert main(argv) == 2
+    message = "--output: expected a new file, or --overwrite with it, got 'draws.npz', which exists"
+    assert message in capsys.readouterr().err
+    assert Path("draws.npz").read_text() == "of another run"
+    assert main([*argv, "--overwrite"]) == 0
+    assert zipfile.is_zipfile("draws.npz")
+    assert main([*argv, "--overwrite", "--checkpoint", "run.ckpt"]) == 0
+    assert main([*argv, "--checkpoint", "run.ckpt"]) == 0  # the same run, which goes on
+
+
+def test_draws_that_cannot_be_written(folder, monkeypatch, capsys):
+    """What was there stays, and nothing is left behind."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_draws_file, "_write_arrays", full)
+    Path("draws.npz").write_text("of another run")
+    argv = [*FIT, "--quiet", "--num-steps", "10", "--output", "draws.npz", "--overwrite"]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert "mu" in out
+    assert err == "error: OSError: [Errno 28] No space left on device\n"
+    assert Path("draws.npz").read_text() == "of another run"
+    assert not list(Path().glob("*.partial"))
 
 
 @pytest.mark.parametrize(("asked", "code"), [([], 0), (["--fail-if-poor"], 3)])
@@ -138,9 +160,28 @@ def test_ctrl_c_saves_the_best_state(folder, monkeypatch, capsys, checkpoint):
     out, err = capsys.readouterr()
     assert "mu" in out
     assert "good" not in out
-    assert "interrupted: this is the best state so far; draws are in draws.npz" in err
+    more = "with --checkpoint FILE the same command can go on"
+    more = "run.ckpt is not written yet, which is every half minute" if checkpoint else more
+    assert f"interrupted: this is the best state so far; draws are in draws.npz; {more}" in err
     with np.load("draws.npz") as draws:
         assert draws["mu"].mean() == pytest.approx(MEAN, abs=0.1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing sends SIGTERM there")
+def test_sigterm_is_as_ctrl_c(folder, monkeypatch, capsys):
+    step = TrainingLoop.step
+
+    def ended(loop):
+        if loop.progress.step >= 30:
+            signal.raise_signal(signal.SIGTERM)
+        return step(loop)
+
+    monkeypatch.setattr(TrainingLoop, "step", ended)
+    argv = [*FIT, "--output", "draws.npz", "--tolerance", "1e-9", "--num-steps", "1000"]
+    assert main(argv) == 143
+    assert "interrupted: this is the best state so far" in capsys.readouterr().err
+    assert zipfile.is_zipfile("draws.npz")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
@@ -168,14 +209,23 @@ def test_ctrl_c_elsewhere(folder, monkeypatch, capsys, stage, words):
         (["--arg", "z=2"], "--arg: expected arguments of the model (n, y), got 'z'"),
         (["--arg", "z"], "--arg: expected NAME=VALUE, got 'z'"),
         (["--arg", "y=[1,[2]]"], "--arg: y: expected a list with parts of one length"),
-        (["--columns", "y=city"], "--data: expected numbers in column 'city', got 'Bern' in row 1"),
+        (["--columns", "y=city"], "--data: expected numbers in column 'city', got 'Bern' in line 2"),
         (["--columns", "y=age"], "got 'age'"),
         (["--float", "city"], "--float: expected one of y, got 'city'"),
         (["--output", "draws.txt"], "--output: expected a file that ends in .npz or .nc, got 'draws.txt'"),
         (["--output", "no/draws.nc"], "--output: expected a file in a folder that exists"),
-        (["--resample"], "--resample: expected --output"),
+        (["--output", "new.npz/"], "--output: expected a file in a folder that exists, got 'new.npz/'"),
+        (["--checkpoint", "no/run"], "--checkpoint: expected a file in a folder that exists, got 'no/run'"),
+        (["--resample"], "--resample: expected --output with it, got none"),
+        (["--overwrite"], "--overwrite: expected --output with it, got none"),
+        (["--num"], "unrecognized arguments: --num; see pyro-flowvi --help"),
         (["--fail-if-poor", "--no-diagnose"], "--fail-if-poor: expected a verdict, got --no-diagnose"),
         (["--data", "mine.py"], "--data: expected a file that ends in .json, .npz, .csv, .tsv, .parquet"),
+        (["--data", "-"], "--data: expected a file, whose ending says what it holds, got '-'"),
+        (["--model", "C:\\mine.py"], r"--model: expected path.py:name, got 'C:\\mine.py'"),
+        (["--model", "mine.py:modle"], "in mine.py, got 'modle'; did you mean model?"),
+        (["--model", "mine.py:x"], "in mine.py, got 'x'; it has Prior, model, broken"),
+        (["--model", "mine.py:SCALE"], "--model: expected a function 'SCALE' in mine.py, got 10.0"),
         (["--model", "mine.py:Prior"], "--model: expected a function or an instance, got the class 'Prior'"),
     ],
 )
@@ -187,10 +237,18 @@ def test_bad_usage(folder, capsys, argv, message):
     assert (out, err.count("\n")) == ("", 1)
 
 
-def test_a_file_that_raises(folder, capsys):
-    Path("mine.py").write_text("x = 1\ny = x / 0\n")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("y = x / 0", "ZeroDivisionError: division by zero (mine.py, line 2)"),
+        ("raise SystemExit(0)", "SystemExit: 0 (mine.py, line 2)"),
+        ("import nosuch", "ModuleNotFoundError: No module named 'nosuch' (mine.py, line 2)"),
+    ],
+)
+def test_a_file_that_raises(folder, capsys, line, message):
+    Path("mine.py").write_text(f"x = 1\n{line}\n")
     assert main(FIT) == 2
-    assert "ZeroDivisionError: division by zero (mine.py, line 2)" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_that_raises(folder, capsys):
@@ -211,84 +269,56 @@ def test_integers_where_floats_are_needed(folder, capsys):
     assert main([*argv, "--float", "y"]) == 0
 
 
-def test_a_missing_argument(folder, capsys):
-    assert main(["fit", "--model", "mine.py:model"]) == 2
-    assert "--data: expected a value of the model's argument 'y', got no value" in capsys.readouterr().err
+@pytest.mark.parametrize(("text", "got"), [(None, "no value"), ("Y,city\n1,a\n", "'Y', 'city'")])
+def test_a_missing_argument(folder, capsys, text, got):
+    Path("data.csv").write_text(text or "")
+    assert main(FIT if text else FIT[:3]) == 2
+    message = f"error: --data: expected a value of the model's argument 'y', got {got}\n"
+    assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("suffix", ["json", "csv", "tsv", "npz"])
-def test_dtypes(folder, suffix):
-    """Integers stay integers, other numbers have the default dtype, gaps are NaN."""
-    columns = {"k": [1, 2, 3], "x": [1.0, 2.5, 3.0], "b": [True, False, True], "gap": [1, None, 3]}
-    path = Path(f"all.{suffix}")
-    if suffix == "json":
-        path.write_text(json.dumps(columns))
-    elif suffix == "npz":
-        arrays = {k: np.array(v, dtype=float if k == "gap" else None) for k, v in columns.items()}
-        np.savez(path, **{**arrays, "k": arrays["k"].astype(np.uint8)})
-    else:
-        rows = zip(*columns.values(), strict=True)
-        lines = [columns, *(["" if v is None else str(v) for v in row] for row in rows)]
-        path.write_text("\n".join({"csv": ",", "tsv": "\t"}[suffix].join(line) for line in lines))
-    data = load_data(str(path))
-    assert {name: value.dtype for name, value in data.items()} == {
-        "k": torch.int64,
-        "x": torch.get_default_dtype(),
-        "b": torch.bool,
-        "gap": torch.get_default_dtype(),
-    }
-    assert data["k"].tolist() == [1, 2, 3]
-    assert data["x"].tolist() == [1.0, 2.5, 3.0]
-    assert data["b"].tolist() == [True, False, True]
-    assert data["gap"].isnan().tolist() == [False, True, False]
-    assert as_floats(data, ["k"])["k"].dtype == torch.get_default_dtype()
+def test_positional_only_arguments():
+    def model(y, /):
+        pass
 
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_parquet(folder, monkeypatch, installed):
-    if installed:
-        pandas = pytest.importorskip("pandas")
-        pytest.importorskip("pyarrow")
-        frame = pandas.DataFrame({"city": ["a", "b"], "y": [1.5, 2.5], "k": pandas.array([1, None], "Int64")})
-        frame.to_parquet("all.parquet")
-        data = load_data("all.parquet", lambda y, k: None)
-        assert data["y"].tolist() == [1.5, 2.5]
-        assert data["k"].isnan().tolist() == [False, True]
-        return
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    Path("all.parquet").write_text("")
-    with pytest.raises(ValueError, match="--data: expected pandas and pyarrow"):
-        load_data("all.parquet")
-
-
-def test_columns_make_a_matrix(folder):
-    Path("wide.csv").write_text("a,b,text\n1,2.5,u\n3,4.5,v\n")
-    columns = stacked_columns(["x=a,b", "one=a,", "y=a"])
-    data = load_data("wide.csv", lambda x, one, y: None, columns)
-    assert data["x"].tolist() == [[1.0, 2.5], [3.0, 4.5]]
-    assert data["one"].tolist() == [[1], [3]]
-    assert data["y"].tolist() == [1, 3]
+    with pytest.raises(
+        ValueError, match="--model: expected arguments with names, got the positional-only 'y'"
+    ):
+        arguments_of(model, {}, {})
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "distribution", "message"),
     [
-        ("a,b\n1,2\n3\n", "expected 2 cells in each row, got 1 in row 2"),
-        ("a,a\n1,2\n", "expected columns of different names"),
-        ("a,b\n", "without rows"),
-        ("", "without rows"),
+        ("y\n1.5\nNA\n", "Normal(mu, 1.0)", "site 'file': expected observed data without NaN, got 1 NaN"),
+        ("y\n1\n-1\n", "Poisson(mu.exp())", "site 'file': Expected value argument"),
+        ("y\n1\n2\n", "Normal(mu + torch.zeros(3), 1.0)", "site file dim -1, 2 vs 3 (mine.py, line 18)"),
     ],
 )
-def test_bad_tables(folder, text, message):
-    Path("bad.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_data("bad.csv")
+def test_data_that_do_not_fit_the_model(folder, capsys, text, distribution, message):
+    """One line, before any step."""
+    Path("mine.py").write_text("import torch\n" + MODEL.replace("Normal(mu, 1.0)", distribution))
+    Path("data.csv").write_text(text)
+    assert main([*FIT, "--quiet"]) == 1
+    out, err = capsys.readouterr()
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
 
 
-def test_bad_arrays(folder):
-    Path("bad.npz").write_text("no")
-    with pytest.raises(ValueError, match="--data: expected arrays"):
-        load_data("bad.npz")
+def test_paths_with_spaces(folder, capsys):
+    Path("a folder").mkdir()
+    for name in ("mine.py", "beside.py", "data.csv"):
+        Path(name).rename(Path("a folder", name))
+    argv = [
+        "fit",
+        "--model",
+        "./a folder/../a folder/mine.py:model",
+        "--data",
+        str(folder / "a folder/data.csv"),
+    ]
+    assert main([*argv, "--num-steps", "10", "--no-diagnose", "--output", "a folder/my draws.npz"]) == 0
+    assert Path("a folder", "my draws.npz").is_file()
+    assert list(Path("a folder").glob("*.partial")) == []
 
 
 def test_single_values_override_data(folder):
@@ -296,3 +326,54 @@ def test_single_values_override_data(folder):
     data = arguments_of(model, {"y": torch.zeros(2)}, {"n": 3, "y": [1.5, None]})
     assert data["n"] == 3
     assert data["y"].isnan().tolist() == [False, True]
+
+
+def test_values_as_python_writes_them():
+    texts = ["tails=True", "structure=None", "other=false", "name=Falsehood"]
+    values = {"tails": True, "structure": None, "other": False, "name": "Falsehood"}
+    assert single_values("--guide-arg", texts) == values
+
+
+FIGURES = _verdict.Figures(0.1, 0.7, 3990.0, 0.001, 4000, 0, 2, 0.01, 0.01, "x", 0.0, None, None)
+TO_PYTHON = re.compile(r"\(\.\.\.|num_steps|guide\.|torch\.|init_loc_fn|=True")
+
+
+@pytest.mark.parametrize(
+    ("said", "here"),
+    [
+        (_verdict._resample(FIGURES), "use resampled draws: --resample"),
+        (_verdict.LONGER, "train longer, with a larger --num-steps"),
+        (_verdict._richer(replace(FIGURES, guide="AutoRealNVP")), "or take --guide AutoNeuralSpline"),
+        (_verdict._richer(replace(FIGURES, guide="AutoFlowMixture")), "(--guide-arg num_components=N), or"),
+        (_verdict._modes(replace(FIGURES, guide="AutoIAF"), None), "take --guide AutoFlowMixture, which"),
+        (str(FitDiverged(0, "x", torch.zeros(0), float32=True)), "take --dtype float64"),
+        (str(FitDiverged(0, "x", torch.zeros(0))), "a smaller init_scale (--guide-arg init_scale=0.01)"),
+        ("checkpoint: expected one of this run", "--checkpoint: expected one of this run"),
+        ("num_particles: expected", "--num-particles: expected"),
+        ("AutoIAF(..., tails=True) for tails", "--guide AutoIAF --guide-arg tails=true for tails"),
+    ],
+)
+def test_words_for_callers_from_python(said, here):
+    told = in_options(said)
+    assert here in told
+    assert not TO_PYTHON.search(told)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "more"), [(None, ""), ("run.ckpt", ", and another file than run.ckpt")]
+)
+def test_what_to_do_after_too_few_steps(checkpoint, more):
+    result = FitResult(None, torch.tensor([2.0, 1.0]), 1.0, {}, "completed", 0.5)
+    advice = f"not converged, the ELBO may still rise: take a larger --num-steps{more}"
+    assert fit_words(result, checkpoint).splitlines()[1].strip() == advice
+    assert "\n" not in fit_words(replace(result, converged=True), checkpoint)
+
+
+def test_help_has_the_defaults(capsys):
+    for name in ("fit", "demo"):
+        assert main([name, "--help"]) == 0
+        told = capsys.readouterr().out
+        assert "default: 0" in told
+        assert "exit codes:" in told
+    assert main(["--help"]) == 0
+    assert "pyro-flowvi fit --model schools.py:model" in capsys.readouterr().out

@@ -44,7 +44,7 @@ ROWS = [
     {"diagnostics"},
     {"models"},
     {"plotting", "datasets", "testing"},
-    {"_files", "_fit_command", "demo", "__main__"},
+    {"_command_words", "_data_files", "_draws_file", "_files", "_fit_command", "demo", "__main__"},
 ]
 RANK = {name: i for i, row in enumerate(ROWS) for name in row}
 ONLY_TORCH = {
@@ -63,6 +63,7 @@ EXTRAS = {
     "matplotlib",
     "arviz",
     "pandas",
+    "pyarrow",
     "sklearn",
     "joblib",
     "normflows",
