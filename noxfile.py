@@ -10,6 +10,7 @@ import nox
 nox.options.reuse_existing_virtualenvs = True
 
 PLAIN = ["pyro-ppl", "numpy", "scipy", "tqdm", "arviz-stats", "arviz", "matplotlib", "scikit-learn", "joblib"]
+PLAIN += ["h5netcdf", "h5py", "pyarrow"]
 TOOLS = ["pytest==9.2.0", "pytest-xdist", "hypothesis"]
 SHORT = [
     "tests/_compile/test_draw_order.py",
@@ -18,6 +19,8 @@ SHORT = [
     "tests/autoguide/test_contract.py",
     "tests/autoguide/test_state.py",
     "tests/diagnostics/test_arviz_export.py",
+    "tests/test_command_line.py",
+    "tests/test_data_files.py",
     "tests/transforms/test_conditional.py",
     "pyro_flowvi/psis.py",
     "pyro_flowvi/numerics.py",
