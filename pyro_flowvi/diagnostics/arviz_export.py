@@ -61,6 +61,7 @@ def to_arviz(
     :param seed: sets Pyro's seed first.
     :return: an ``arviz.InferenceData`` (ArviZ before 1.0) or an ``xarray.DataTree`` (from 1.0), every group
         with the dimensions ``(chain, draw, ...)`` of sizes ``(1, S, ...)``, those of plates by their names.
+        A ``/`` in names, as of Pyro's ``scope``, is a ``.``: in ArviZ and netCDF it begins a group.
     :raises ImportError: without ArviZ.
     :raises ValueError: if ``num_samples`` is no positive integer, if the guide draws no value of a site that
         the model needs, or with ``resample=True`` where a draw has no finite density.
@@ -103,10 +104,12 @@ def to_arviz(
         sites = {name: value[torch.from_numpy(chosen).to(value.device)] for name, value in sites.items()}
         stats = {name: value[chosen] for name, value in stats.items()}
     groups = {"sample_stats": stats, **_data_groups(draws.particles, sites)}
-    dims = _dims(draws.particles, sites)
+    dims = {
+        _plain(name): [_plain(dim) for dim in found] for name, found in _dims(draws.particles, sites).items()
+    }
     groups["posterior"] = {k: _numpy(value) for k, value in sites.items()} | groups.pop("computed", {})
     data: Any = {
-        name: {key: value if name == "observed_data" else value[None] for key, value in group.items()}
+        name: {_plain(key): value if name == "observed_data" else value[None] for key, value in group.items()}
         for name, group in groups.items()
         if group
     }
@@ -114,6 +117,10 @@ def to_arviz(
     if int(arviz.__version__.partition(".")[0]) < 1:
         return arviz.from_dict(**data, dims=dims)
     return arviz.from_dict(data, dims=dims)
+
+
+def _plain(name: str) -> str:
+    return name.replace("/", ".")
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.autoname import scope
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
@@ -173,3 +174,12 @@ def test_dimensions_have_the_names_of_plates():
     assert data.log_likelihood["pair"].shape == (1, 10, 3)
     assert data.log_likelihood["pair"].dims[2] == "county"
     assert data.observed_data["y"].dims == ("year", "county")
+
+
+def test_names_of_scopes():
+    """The names of Pyro's ``scope`` hold a "/", which neither ArviZ 1.x nor netCDF takes."""
+    within = scope(model, prefix="part")
+    data = to_arviz(within, scope(posterior, prefix="part"), Y, num_samples=20, seed=0)
+    plain = to_arviz(model, posterior, Y, num_samples=20, seed=0)
+    np.testing.assert_array_equal(data.posterior["part.mu"], plain.posterior["mu"])
+    assert not any("/" in dim for dim in data.log_likelihood["part.y"].dims)
