@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -155,7 +156,7 @@ def _run(argv: Sequence[str] | None) -> int:
         raise
     except (Exception, SystemExit) as error:  # a model that calls sys.exit() has not been fitted
         if options.traceback:
-            raise
+            traceback.print_exc()
         # What was misused names its option; what failed may come from a line of the model's file.
         misused = code == MISUSED
         print(f"error: {_one_line(error, None if misused else options.model)}", file=sys.stderr)
