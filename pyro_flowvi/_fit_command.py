@@ -109,7 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num-steps", type=integer, metavar="N", help="gradient steps at most; default: the guide's own")
     add("--num-particles", type=integer, metavar="N", help="draws per step; default: the guide's own")
     add("--lr", type=real, metavar="RATE", help="the highest learning rate; default: the guide's own")
-    what = "how near to the evidence the fit may end; default: by the number of latents, 0.03 at most"
+    what = "how near to the evidence the fit may end; default: by the number of latents"
     add("--tolerance", type=real, metavar="NATS", help=what)
     what = "where to save the run, every half minute; if it is there, the fit goes on from it"
     add("--checkpoint", metavar="FILE", help=what)
