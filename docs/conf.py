@@ -51,7 +51,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         r"py:.*",
-        r"(torch|pyro|numpy|np|scipy|sklearn|matplotlib|xarray|arviz|collections|pathlib|typing|types)\b.*",
+        r"(torch|pyro|numpy|np|scipy|sklearn|matplotlib|xarray|arviz|collections|os|pathlib|typing|types)\b.*",
     ),
     (r"py:.*", r"pyro_flowvi\.(.*\.)?_.*"),
     (
