@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._program.rows import RowPlate, find_row_plate, noting_plates, rows_in, showing
-from .._program.sites import latent_sites
+from .._program.sites import is_computed, latent_sites
 from .._shapes import broadcast_shapes
 from .._types import Program, Trace
 from ._encoder import Encoder
@@ -58,11 +58,14 @@ def find_data_plate(model: Program, call: Call, init: Any) -> tuple[RowPlate, Te
 
 
 def observed_nodes(trace: Trace, plate: RowPlate) -> list[Any]:
-    """The observed sites under a plate."""
+    """The observed sites under a plate; what the model computes from latents is no data to be read."""
     return [
         node
         for node in trace.nodes.values()
-        if node["type"] == "sample" and node["is_observed"] and plate.holds(node["cond_indep_stack"])
+        if node["type"] == "sample"
+        and node["is_observed"]
+        and plate.holds(node["cond_indep_stack"])
+        and not is_computed(node)
     ]
 
 

@@ -187,6 +187,30 @@ class TestModels:
         fit(model, guide, batches=[{"batch": half}, {"batch": batch}], num_steps=6, progress=False)
         assert guide.sample_new_rows(2, batch=half)["s"].shape == (2, 20)
 
+    def test_what_is_computed_from_latents_is_not_read(self):
+        """Their values in a run of the model are draws from the prior, and no data."""
+
+        class Sites(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer, self.seen = nn.Linear(1, 4), []
+
+            def forward(self, *values):
+                self.seen.append(values)
+                return self.layer(values[0].unsqueeze(-1))
+
+        def model(y):
+            with pyro.plate("rows", len(y)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.deterministic("double", 2.0 * z)
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+        y, body = torch.randn(BATCH), Sites()
+        guide = AutoPlanar(model, amortize=body).materialize(y)
+        guide(y)
+        guide.sample_new_rows(2, y)
+        assert all(len(values) == 1 and torch.equal(values[0], y) for values in body.seen)
+
     def test_discrete_latents_of_rows_are_enumerated(self):
         """The evidence of a mixture of two normals, by the encoder within a tenth of a nat a row."""
 
