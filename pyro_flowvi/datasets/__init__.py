@@ -13,6 +13,7 @@ from .images import LabelledImages, digits, idx_images, read_idx
 from .lattice import NINE_MODES, NormalLattice, nine_modes
 from .radon import RadonSurvey, minnesota_radon
 from .references import EIGHT_SCHOOLS, Reference, eight_schools_reference
+from .series import mauna_loa_co2
 
 __all__ = [
     "EIGHT_SCHOOLS",
@@ -28,6 +29,7 @@ __all__ = [
     "eight_schools_reference",
     "hide_labels",
     "idx_images",
+    "mauna_loa_co2",
     "minnesota_radon",
     "nine_modes",
     "pinwheel",

@@ -18,6 +18,7 @@ from pyro_flowvi.datasets import (
     NINE_MODES,
     NormalLattice,
     hide_labels,
+    mauna_loa_co2,
     minnesota_radon,
     nine_modes,
     pinwheel,
@@ -328,3 +329,16 @@ def test_the_notice_lies_beside_the_radon():
     notice = files("pyro_flowvi.datasets").joinpath("radon_mn.LICENSE.txt").read_text(encoding="utf-8")
     assert "BSD 3-Clause License" in notice
     assert "Stan Developers" in notice
+
+
+def test_mauna_loa_co2():
+    """Against the annual means of NOAA, another laboratory there, as of 2015; NaN where there are no data."""
+    month, ppm = mauna_loa_co2()
+    assert month.shape == ppm.shape == (526,)
+    assert (np.diff(month) == np.timedelta64(1, "M")).all()
+    missing = [str(when) for when in month[np.isnan(ppm)]]
+    assert missing == ["1958-06", "1958-10", "1964-02", "1964-03", "1964-04"]
+    for year, expected in {"1980": 338.68, "1990": 354.35, "2000": 369.52}.items():
+        of_year = month.astype("datetime64[Y]") == np.datetime64(year)
+        assert of_year.sum() == 12
+        assert ppm[of_year].mean() == pytest.approx(expected, abs=0.3)
