@@ -58,5 +58,6 @@ class Case:
     remark: str = ""
     warns: str = ""
     steps: int = 200
+    svi_steps: int = 50
     fit_options: Mapping[str, Any] = field(default_factory=dict)
     slow: bool = False

@@ -209,6 +209,7 @@ CASES = [
         "correlations",
         "`lkj`",
         correlations,
+        svi_steps=250,
         remark="`to_event` on `theta`, without which Pyro's SVI refuses it",
     ),
     Case("grades", "ordinal regression", grades),
