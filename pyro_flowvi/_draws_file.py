@@ -1,4 +1,4 @@
-"""The file of draws that ``pyro-flowvi fit`` writes: what is needed for it, and how it is written."""
+"""The file that ``pyro-flowvi fit`` writes, draws or a posterior: what it needs, and how it is written."""
 
 import importlib.util
 import os
@@ -45,16 +45,19 @@ def check_writable(option: str, path: str) -> None:
         ) from error
 
 
-def check_output(path: str, replace: bool) -> None:
-    """Whether draws can be saved there.
+def check_output(path: str, replace: bool, resample: bool = False) -> None:
+    """Whether draws, or the posterior, can be saved there.
 
     :param replace: whether a file that is there may be replaced.
+    :param resample: whether draws are to be resampled.
     :raises ValueError: for another ending, a file that exists, or where what writes netCDF is not installed.
     """
     check_writable("--output", path)
     ending = Path(path).suffix.lower()
-    if ending not in (".npz", ".nc"):
-        raise ValueError(f"--output: expected a file that ends in .npz or .nc, got {path!r}")
+    if ending not in (".npz", ".nc", ".pt"):
+        raise ValueError(f"--output: expected a file that ends in .npz, .nc or .pt, got {path!r}")
+    if ending == ".pt" and resample:
+        raise ValueError(f"--output: expected .npz or .nc for resampled draws, got {path!r}")
     if Path(path).exists() and not replace:
         raise ValueError(f"--output: expected a new file, or --overwrite with it, got {path!r}, which exists")
     if ending == ".nc":
@@ -82,13 +85,16 @@ def save_draws(
     resample: bool,
     seed: int,
 ) -> None:
-    """Draws of a guide in a file, in the place of one that is there once all is written.
+    """Draws of a guide, or its posterior, in a file; in the place of one that is there once all is written.
 
     :param path: as :func:`check_output` has found it good.
     """
     partial = Path(path).with_name(f"{Path(path).name}.partial")
     try:
-        if Path(path).suffix.lower() == ".nc":
+        ending = Path(path).suffix.lower()
+        if ending == ".pt":
+            guide.export(partial)
+        elif ending == ".nc":
             options: dict[str, Any] = {"num_samples": num_samples, "resample": resample, "seed": seed}
             to_arviz(model, guide, model_kwargs=data, **options).to_netcdf(str(partial), engine=_engine())
         else:

@@ -115,7 +115,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="FILE", help=what)
 
     add = parser.add_argument_group("results").add_argument
-    add("--output", metavar="FILE", help="where to save draws: .npz, or .nc (netCDF, by ArviZ)")
+    what = "where to save draws: .npz, or .nc (netCDF, by ArviZ); or the posterior: .pt, for load_posterior"
+    add("--output", metavar="FILE", help=what)
     what = "replace the file of --output; one whose fit goes on from its checkpoint is replaced anyway"
     add("--overwrite", action="store_true", help=what)
     add("--num-samples", type=integer, metavar="N", default=4000, help="draws to save; default: 4000")
@@ -136,7 +137,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
         check_writable("--checkpoint", options.checkpoint)
         goes_on = Path(options.checkpoint).exists()
     if options.output is not None:
-        check_output(options.output, replace=options.overwrite or goes_on)
+        check_output(options.output, options.overwrite or goes_on, options.resample)
     for option in ("resample", "overwrite"):
         if getattr(options, option) and options.output is None:
             raise ValueError(f"--{option}: expected --output with it, got none")
@@ -203,7 +204,7 @@ def run(options: argparse.Namespace, prepared: Prepared) -> int:
                     resample=options.resample,
                     seed=options.seed,
                 )
-                tell(options, f"draws: {options.output}")
+                tell(options, f"saved: {options.output}")
         finally:  # what the fit has found is worth the same where the draws could not be saved
             print(guide.summary(), flush=True)
         if result.stop_reason == "interrupted":
@@ -221,7 +222,7 @@ def run(options: argparse.Namespace, prepared: Prepared) -> int:
 
 def interrupted(options: argparse.Namespace, when: str, output: str | None) -> int:
     """Says on stderr what Ctrl-C, or a request to end, has left."""
-    kept = "no draws were saved" if output is None else f"draws are in {output}"
+    kept = "nothing was saved" if output is None else f"{output} is saved"
     if options.checkpoint is None:
         more = "with --checkpoint FILE the same command can go on"
     elif Path(options.checkpoint).exists():

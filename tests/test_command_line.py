@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_flowvi import FitDiverged, FitResult, __version__, _draws_file, diagnose
+from pyro_flowvi import FitDiverged, FitResult, __version__, _draws_file, diagnose, load_posterior
 from pyro_flowvi import _fit_command as command
 from pyro_flowvi.__main__ import main
 from pyro_flowvi._command_words import fit_words, in_options
@@ -112,6 +112,14 @@ def test_an_output_that_exists(folder, capsys):
     assert main([*argv, "--checkpoint", "run.ckpt"]) == 0  # the same run, which goes on
 
 
+def test_a_posterior_for_other_processes(folder, capsys):
+    assert main([*FIT, "--num-steps", "10", "--no-diagnose", "--output", "posterior.pt"]) == 0
+    assert "saved: posterior.pt" in capsys.readouterr().err
+    draws = load_posterior("posterior.pt").sample_posterior(5)
+    assert draws["mu"].shape == (5,)
+    assert not list(Path().glob("*.partial"))
+
+
 def test_draws_that_cannot_be_written(folder, monkeypatch, capsys):
     """What was there stays, and nothing is left behind."""
 
@@ -162,7 +170,7 @@ def test_ctrl_c_saves_the_best_state(folder, monkeypatch, capsys, checkpoint):
     assert "good" not in out
     more = "with --checkpoint FILE the same command can go on"
     more = "run.ckpt is not written yet, which is every half minute" if checkpoint else more
-    assert f"interrupted: this is the best state so far; draws are in draws.npz; {more}" in err
+    assert f"interrupted: this is the best state so far; draws.npz is saved; {more}" in err
     with np.load("draws.npz") as draws:
         assert draws["mu"].mean() == pytest.approx(MEAN, abs=0.1)
 
@@ -212,7 +220,14 @@ def test_ctrl_c_elsewhere(folder, monkeypatch, capsys, stage, words):
         (["--columns", "y=city"], "--data: expected numbers in column 'city', got 'Bern' in line 2"),
         (["--columns", "y=age"], "got 'age'"),
         (["--float", "city"], "--float: expected one of y, got 'city'"),
-        (["--output", "draws.txt"], "--output: expected a file that ends in .npz or .nc, got 'draws.txt'"),
+        (
+            ["--output", "draws.txt"],
+            "--output: expected a file that ends in .npz, .nc or .pt, got 'draws.txt'",
+        ),
+        (
+            ["--output", "a.pt", "--resample"],
+            "--output: expected .npz or .nc for resampled draws, got 'a.pt'",
+        ),
         (["--output", "no/draws.nc"], "--output: expected a file in a folder that exists"),
         (["--output", "new.npz/"], "--output: expected a file in a folder that exists, got 'new.npz/'"),
         (["--checkpoint", "no/run"], "--checkpoint: expected a file in a folder that exists, got 'no/run'"),

@@ -88,7 +88,7 @@ def test_a_pipe_that_closes(buffered):
         *FIT, "--output", "draws.npz", "--num-steps", "20", env={**ENV, "PYTHONUNBUFFERED": buffered}
     )
     assert done.returncode == 141
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["completed", "draws"]
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["completed", "saved"]
     with np.load("draws.npz") as draws:
         assert draws["mu"].shape == (4000,)
 
@@ -126,8 +126,8 @@ def test_a_signal_and_on_from_the_checkpoint(number, code):
     told = err.splitlines()
     assert told[0].startswith("interrupted: ")
     assert told[1:] == [
-        "draws: draws.npz",
-        "interrupted: this is the best state so far; draws are in draws.npz; "
+        "saved: draws.npz",
+        "interrupted: this is the best state so far; draws.npz is saved; "
         "the same command goes on from run.ckpt",
     ]
     assert process(*argv, "--checkpoint", "run.ckpt", "--output", "draws.npz").returncode == 0
