@@ -18,6 +18,8 @@ __all__ = ["falls_behind", "trained_weights", "weights_of"]
 NUM_DRAWS = 512
 WARM_UP, FINAL_RATE = 10, 0.05
 """Steps over which the learning rate rises, and the share of it that is left in the end."""
+UNCERTAIN = 100.0
+"""The standard error of an ELBO above which a few draws rule it."""
 
 
 @torch.no_grad()
@@ -50,10 +52,15 @@ def trained_weights(guide: Any, density: UnconstrainedModel, effort: Effort, num
 
 
 def falls_behind(weights: Tensor, others: Tensor) -> bool:
-    """Whether the mean of log weights is lower than that of others, beyond twice its standard error."""
+    """Whether the mean of log weights is lower than that of others, beyond twice its standard error.
+
+    One draw that lies farther off than all others together makes the error as large as the gap, however large
+    that is: a mean that is told to no better than :data:`UNCERTAIN` nats, unlike the other one, falls behind.
+    """
     own, other = weights.isfinite(), others.isfinite()
     if int(own.sum()) != int(other.sum()):
         return bool(own.sum() < other.sum())
     gap = others[other].mean() - weights[own].mean()
-    error = (weights[own].var() + others[other].var()).sqrt() / math.sqrt(max(1, int(own.sum())))
-    return bool(gap > 2.0 * error)
+    errors = torch.stack([weights[own].var(), others[other].var()]).sqrt() / math.sqrt(max(1, int(own.sum())))
+    unknown = errors[0] > UNCERTAIN > errors[1]
+    return bool(gap > (0.0 if unknown else 2.0 * errors.square().sum().sqrt()))

@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule, PyroSample
 
 from pyro_flowvi import AutoRealNVP, diagnose, fit
+from pyro_flowvi.autoguide._rivals import falls_behind
 from pyro_flowvi.datasets import EIGHT_SCHOOLS
 from pyro_flowvi.demo import eight_schools
 from tests.autoguide.test_structured_contract import case, step
@@ -213,3 +214,14 @@ def test_the_tail_of_a_scale(seed):
     drawn = guide.sample_posterior(100_000)["tau"]
     assert drawn.mean() == pytest.approx(mean.item(), abs=0.1 * sd.item())
     assert drawn.std() == pytest.approx(sd.item(), rel=0.08)
+
+
+def test_one_draw_far_out_does_not_hide_that_a_guide_falls_behind():
+    """The standard error that it makes is as large as the gap."""
+    good = torch.randn(512) - 98.0
+    bad = torch.randn(512) - 97.0
+    bad[3] = -1e22
+    assert falls_behind(bad, good)
+    assert not falls_behind(good, bad)
+    assert falls_behind(good, good + 1.0)
+    assert not falls_behind(good, torch.randn(512) - 98.05)
