@@ -10,7 +10,7 @@ __all__ = ["mauna_loa_co2"]
 
 
 def mauna_loa_co2() -> tuple[NDArray[np.datetime64], NDArray[np.float64]]:
-    """Carbon dioxide in the air at Mauna Loa, Hawaii, by months from March 1958 to December 2001.
+    """Carbon dioxide in the air at Mauna Loa, Hawaii, by months from 1958-03 to 2001-12.
 
     Means of the weekly averages dated in each month, parts per million by volume.  Keeling and Whorf,
     *Atmospheric CO2 concentrations derived from flask air samples at sites in the SIO network*, 2004 (Carbon
@@ -18,7 +18,7 @@ def mauna_loa_co2() -> tuple[NDArray[np.datetime64], NDArray[np.float64]]:
     those of the package statsmodels, ``statsmodels.datasets.co2``.
 
     :return: the months, shape ``(526,)``, and the means, ``(526,)``: NaN in the five months without data,
-        June and October 1958 and February to April 1964.
+        1958-06, 1958-10 and 1964-02 to 1964-04.
 
     Example::
 
