@@ -254,7 +254,16 @@ CASES = [
         relaxed_outbreak,
         remark="`fit_svi` takes no guide: the model is its private `_relaxed_model`",
     ),
-    Case("stable", "stable returns, `StableReparam`", stable, slow=True),
+    Case(
+        "stable",
+        "stable returns, `StableReparam`",
+        stable,
+        compiled="eager",
+        cause="read by Python",
+        warns="CompileWarning",
+        slow=True,
+        remark="Pyro's density of Stable reads the parameters: draw by draw, after a warning",
+    ),
     Case("volatility", "stochastic volatility, `DiscreteCosineReparam`", volatility),
     Case("trend", "`ForecastingModel`, `LocScaleReparam`", trend),
 ]
