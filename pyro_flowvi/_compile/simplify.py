@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from .trace import leave_out_unused
 from .vectorize import vectorize
 
-__all__ = ["VIEWS", "copy", "hold", "memory_of", "mutated", "shared_memory", "simplify"]
+__all__ = ["VIEWS", "copy", "hold", "let_views_copy", "memory_of", "mutated", "shared_memory", "simplify"]
 
 aten = torch.ops.aten
 VIEWS = {
@@ -98,6 +98,19 @@ def memory_of(node: fx.Node) -> fx.Node:
     while shared := shared_memory(node):
         node = shared[0]
     return node
+
+
+def let_views_copy(nodes: fx.Graph) -> None:
+    """Has views of memory that nothing writes into copy where they cannot be views.
+
+    Inductor's decompositions lay some results out otherwise than torch does, and a recorded view of such a
+    result is none there.
+    """
+
+    changed = {memory_of(node) for node in mutated(nodes)}
+    for node in nodes.find_nodes(op="call_function", target=aten.view.default):
+        if memory_of(node) not in changed:
+            node.target = aten.reshape.default
 
 
 def _unsteady(nodes: fx.Graph, inputs: Sequence[Any]) -> set[fx.Node]:

@@ -16,6 +16,7 @@ from .errors import CannotCompile, brief
 from .inductor import lower
 from .optimizers import FlatParameters, flatten
 from .run_by_operation import by_operation
+from .simplify import let_views_copy
 from .trace import Traced, trace
 
 __all__ = ["CompiledStep", "StepStats"]
@@ -146,6 +147,8 @@ class CompiledStep:
         held += ([] if limits is None else [limits]) + self.traced.constants
         self.average = average
         if machine_code and average is None:
+            let_views_copy(self.traced.graph.graph)
+            self.traced.graph.recompile()
             self.run = lower(step, [*held, *tensors], len(held))
         else:
             self.run = self._with_steps_apart(positions, tensors)

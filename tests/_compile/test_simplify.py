@@ -4,9 +4,10 @@ import time
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flowvi._compile.run_by_operation import by_operation
-from pyro_flowvi._compile.simplify import simplify
+from pyro_flowvi._compile.simplify import let_views_copy, simplify
 from pyro_flowvi._compile.trace import trace
 from tests._compile.recorded import check, count, size, with_gradient
 
@@ -240,3 +241,24 @@ def test_long_programs_take_seconds(kind):
     nodes, _ = simplify(traced.graph, [*traced.constants, x], lambda i: i < len(traced.constants))
     assert size(nodes) > 2500
     assert time.perf_counter() - start < 15.0
+
+
+def test_views_may_copy_where_nothing_is_written():
+    def function(x, y):
+        kept, changed = x.exp().view(6), y.sin()
+        changed.view(6).add_(1.0)
+        return kept, changed
+
+    graph = make_fx(function)(torch.randn(2, 3), torch.randn(2, 3))
+    let_views_copy(graph.graph)
+    graph.recompile()
+    kinds = [
+        str(node.target)
+        for node in graph.graph.nodes
+        if "view" in str(node.target) or "reshape" in str(node.target)
+    ]
+    assert kinds == ["aten.reshape.default", "aten.view.default"]
+    x, y = torch.randn(3, 2).T, torch.randn(2, 3)  # of which the exponential function has no such view
+    kept, changed = graph(x, y)
+    assert torch.equal(kept, x.exp().reshape(6))
+    assert torch.equal(changed, y.sin() + 1)

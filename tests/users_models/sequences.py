@@ -224,10 +224,30 @@ def trend():
     return Problem(Trend(), (5.0 + 0.3 * time + 0.3 * torch.randn(12, 1), time), check)
 
 
+BY_ARGS = {
+    "compiled": "eager",
+    "cause": "an argument is a Namespace",
+    "remark": "its options come as a `Namespace`, which a graph cannot watch as an argument: pass tensors",
+}
+
 CASES = [
-    Case("hmm_plain", "`hmm`, model 1", partial(hidden_markov, "plain"), loss=summed(2)),
-    Case("hmm_regressive", "`hmm`, model 2", partial(hidden_markov, "regressive"), loss=summed(2), slow=True),
-    Case("hmm_factorial", "`hmm`, model 3", partial(hidden_markov, "factorial"), loss=summed(2), slow=True),
+    Case("hmm_plain", "`hmm`, model 1", partial(hidden_markov, "plain"), loss=summed(2), **BY_ARGS),
+    Case(
+        "hmm_regressive",
+        "`hmm`, model 2",
+        partial(hidden_markov, "regressive"),
+        loss=summed(2),
+        slow=True,
+        **BY_ARGS,
+    ),
+    Case(
+        "hmm_factorial",
+        "`hmm`, model 3",
+        partial(hidden_markov, "factorial"),
+        loss=summed(2),
+        slow=True,
+        **BY_ARGS,
+    ),
     Case("hmm_one_by_one", "`hmm`, model 0: a loop", one_by_one, loss=summed(1), slow=True),
     Case("hmm_summed", "`hmm`, model 7: `DiscreteHMM`", summed_by_a_distribution),
     Case("seals", "`mixed_hmm`, random effects", seals, loss=summed(2), slow=True, fit_options={"lr": 0.02}),
