@@ -134,17 +134,11 @@ def compiled_and_eager(model, args, loss, steps=40, kind="planar", compile=True)
     return found
 
 
-STRIDES = pytest.mark.xfail(
-    strict=True,
-    reason="Inductor cannot view what the model's multivariate normal draws, of a flat guide neither",
-)
-
-
 @pytest.mark.parametrize(
     "name",
     [
         pytest.param("schools", marks=pytest.mark.long),
-        pytest.param("slopes", marks=[pytest.mark.long, STRIDES]),
+        pytest.param("slopes", marks=pytest.mark.long),
         pytest.param("counties", marks=pytest.mark.slow),
         pytest.param("padded", marks=pytest.mark.slow),
     ],
