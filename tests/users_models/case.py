@@ -61,3 +61,5 @@ class Case:
     svi_steps: int = 50
     fit_options: Mapping[str, Any] = field(default_factory=dict)
     slow: bool = False
+    behind: bool = False
+    """Whether the ELBO after ``fit`` is below that of ``AutoNormal`` after as many steps."""

@@ -183,6 +183,7 @@ CASES = [
         "vae_in_parts",
         "`vae`, minibatches by index",
         partial(vae, 10),
+        behind=True,
         slow=True,
         remark="messages in tables, by the plate's indices",
         **NETWORKS,
@@ -202,7 +203,13 @@ CASES = [
     ),
     Case("conditional_vae", "`cvae`", conditional_vae, slow=True, **NETWORKS),
     Case(
-        "labels_and_styles", "`ss_vae`, no labels", labels_and_styles, loss=summed(1), slow=True, **NETWORKS
+        "labels_and_styles",
+        "`ss_vae`, no labels",
+        labels_and_styles,
+        loss=summed(1),
+        behind=True,
+        slow=True,
+        **NETWORKS,
     ),
     Case(
         "documents",

@@ -96,7 +96,7 @@ def topics(batch_size=None):
         assert half[0] < 0.15
         assert half[1] > 0.85
 
-    return Problem(model, (data,), check)
+    return Problem(model, (data,), None if batch_size else check)
 
 
 def sticks():
