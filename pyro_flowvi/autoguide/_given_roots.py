@@ -62,6 +62,8 @@ class GivenRoots:
             if piece.place is not None:
                 self._spans[piece.place] = begin, count
             begin += count
+        self._twice = True
+        """Whether torch has the second derivatives; of ``logit`` it has not."""
         self._mixing: set[int] = set()
         """Blocks whose numbers are coupled with each other."""
         self._rank = torch.zeros(density.density.dim, dtype=torch.long, device="cpu")
@@ -92,12 +94,24 @@ class GivenRoots:
                 continue
             if count < width:
                 z, v = (torch.cat([x, x[:1].expand(width - count, -1)]) for x in (z, v))
-            with torch.enable_grad():
-                at = z.detach().clone().requires_grad_()
-                gradient = self.density.exactly(at)[1]
-                (product,) = torch.autograd.grad((gradient * v).sum(), at)
-            found.append(product[:count])
+            found.append(self._products_of_width(z, v)[:count])
         return torch.cat(found)
+
+    def _products_of_width(self, z: Tensor, v: Tensor) -> Tensor:
+        if self._twice:
+            try:
+                with torch.enable_grad():
+                    at = z.detach().clone().requires_grad_()
+                    exact: Tensor = torch.autograd.grad((self.density.exactly(at)[1] * v).sum(), at)[0]
+                return exact
+            except RuntimeError as error:
+                if "is not implemented" not in str(error):
+                    raise
+                self._twice = False
+        step = torch.finfo(z.dtype).eps ** (1 / 3)
+        above, below = (self.density.exactly(z + way * v)[1].detach() for way in (step, -step))
+        product: Tensor = (above - below) / (2.0 * step)
+        return product
 
     def _prior_precisions(self, z: Tensor) -> Array:
         """Of every latent but roots, each given those before it, ``(P, M)``; zero without a known prior."""

@@ -52,6 +52,26 @@ def test_a_discrete_site_of_the_model():
     assert guide.structure.taken
 
 
+def test_without_second_derivatives():
+    """Torch has none of ``logit``: the start is that of the same model in other words."""
+
+    def model(y, logit):
+        mean = pyro.sample("mean", dist.Beta(2.0, 2.0))
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("groups", len(y)):
+            theta = pyro.sample("theta", dist.Normal(logit(mean), tau))
+            pyro.sample("y", dist.Binomial(10, logits=theta), obs=y)
+
+    y, found = torch.tensor([3.0, 5.0, 6.0, 2.0, 7.0]), []
+    for logit in (torch.logit, lambda p: p.log() - (-p).log1p()):
+        pyro.set_rng_seed(0)
+        guide, result = quickly(model, y, logit, num_steps=5)
+        assert guide.structure.taken
+        found.append((result.losses[0], guide.median()["theta"]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+
+
 def test_rows_that_are_drawn_at_each_step():
     """The latents are global: groups of which a step sees some rows."""
 

@@ -170,11 +170,7 @@ def recapture_by_time():
         z, marked = torch.ones(num), torch.zeros(num).bool()
         plate = pyro.plate("animals", num, dim=-1)
         for t in pyro.markov(range(periods)):
-            logit = (
-                pyro.sample(f"phi_{t}", dist.Normal(mean.log() - (-mean).log1p(), sigma))
-                if t
-                else torch.zeros(())
-            )
+            logit = pyro.sample(f"phi_{t}", dist.Normal(mean.logit(), sigma)) if t else torch.zeros(())
             with plate, poutine.mask(mask=marked):
                 stays = marked.to(rho) * logit.sigmoid() * z + (1 - marked.to(rho))
                 z = pyro.sample(f"z_{t}", dist.Bernoulli(stays), infer={"enumerate": "parallel"})
@@ -203,6 +199,5 @@ CASES = [
         recapture_by_time,
         loss=summed(1),
         slow=True,
-        remark="with `mean.logit()`, of which torch has no second derivative, `fit` raises an error",
     ),
 ]
