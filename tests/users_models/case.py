@@ -61,5 +61,7 @@ class Case:
     svi_steps: int = 50
     fit_options: Mapping[str, Any] = field(default_factory=dict)
     slow: bool = False
+    unsteady: bool = False
+    """Whether a few draws of a huge loss rule the ELBO after ``svi_steps`` of stock SVI."""
     behind: bool = False
     """Whether the ELBO after ``fit`` is below that of ``AutoNormal`` after as many steps."""

@@ -225,6 +225,7 @@ CASES = [
         "gammas",
         "`sparse_gamma_def`, two layers",
         gammas,
+        unsteady=True,
         slow=True,
         remark="`diagnose` says poor after 200 steps",
     ),

@@ -137,7 +137,7 @@ CASES = [
         "`lda`, documents in minibatches",
         partial(topics, 6),
         loss=summed(2),
-        compiled="yes",
+        svi_steps=400,
         slow=True,
         remark="messages in tables, by the plate's indices",
     ),

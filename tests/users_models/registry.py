@@ -23,7 +23,7 @@ MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
 
 def row(case: Case) -> str:
     """One line of the table."""
-    ways = ["behind" if case.behind else "yes", case.compiled, "yes"]
+    ways = ["behind" if case.behind else "yes", case.compiled, "unsteady" if case.unsteady else "yes"]
     if case.refusal:
         ways = ["refused", *["refused" if case.refusal.error is ValueError else "infinite"] * 2]
     return f"| {' | '.join([case.name, case.guide_name, *ways, case.remark])} |"

@@ -288,6 +288,7 @@ CASES = [
         stable,
         compiled="eager",
         cause="read by Python",
+        svi_steps=400,
         slow=True,
         remark="Pyro's code for Stable reads the parameters",
     ),

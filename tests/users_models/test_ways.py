@@ -106,7 +106,7 @@ def test_stock_svi(key):
     losses, _ = train(SVI, problem, guide, case.loss(), case.svi_steps)
     after, after_var = elbo(problem, guide, case.loss())
     assert torch.tensor(losses).isfinite().all()
-    assert after > before + 3 * (before_var + after_var).sqrt()
+    assert (after > before + 3 * (before_var + after_var).sqrt()) != case.unsteady
     check_draws(problem, guide)
 
 
