@@ -1,12 +1,19 @@
 """Argument checks with one wording: the argument's name, what was expected and what came."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
 
-__all__ = ["check_count", "check_dtype", "check_positive", "check_positive_int", "check_widths"]
+__all__ = [
+    "check_count",
+    "check_dtype",
+    "check_positive",
+    "check_positive_int",
+    "check_sites",
+    "check_widths",
+]
 
 FLOAT_DTYPES = (torch.float32, torch.float64)
 
@@ -32,6 +39,15 @@ def check_positive(name: str, value: object) -> float:
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
     return float(value)
+
+
+def check_sites(sites: str | Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """The sites that are wanted, None for all, in the order of the known ones; ValueError for others."""
+    names = list(known)
+    wanted = names if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ValueError(f"sites: expected some of {names}, got {unknown}")
+    return [site for site in names if site in wanted]
 
 
 def check_widths(name: str, value: Sequence[int]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import torch
 
+from ._paths import check_file, replacing
 from .diagnostics import to_arviz
 
 __all__ = ["check_output", "check_writable", "save_draws"]
@@ -32,11 +33,10 @@ def check_writable(option: str, path: str) -> None:
         Traceback (most recent call last):
         ValueError: --output: expected a file in a folder that exists, got 'nowhere/draws.npz'
     """
-    folder = Path(path).parent
-    if path.endswith(("/", os.sep)) or Path(path).is_dir() or not folder.is_dir():
+    if path.endswith(("/", os.sep)):
         raise ValueError(f"{option}: expected a file in a folder that exists, got {path!r}")
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=check_file(option, path).parent):
             pass
     except OSError as error:
         why = error.strerror
@@ -89,9 +89,8 @@ def save_draws(
 
     :param path: as :func:`check_output` has found it good.
     """
-    partial = Path(path).with_name(f"{Path(path).name}.partial")
-    try:
-        ending = Path(path).suffix.lower()
+    ending = Path(path).suffix.lower()
+    with replacing(Path(path)) as partial:
         if ending == ".pt":
             guide.export(partial)
         elif ending == ".nc":
@@ -101,9 +100,6 @@ def save_draws(
             pyro.set_rng_seed(seed)  # the same draws from a checkpoint that had ended
             draws = guide.sample_posterior(num_samples, resample=resample)
             _write_arrays(partial, {name: value.cpu().numpy() for name, value in draws.items()})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """Shapes, without what torch imports to compare them, and names of the scalars in them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Size
 
-__all__ = ["broadcast_shapes", "scalar_name"]
+__all__ = ["broadcast_shapes", "sample_shape", "scalar_name"]
 
 
 def broadcast_shapes(*shapes: tuple[int, ...]) -> Size:
@@ -26,6 +28,18 @@ def broadcast_shapes(*shapes: tuple[int, ...]) -> Size:
             return Size(torch.broadcast_shapes(*shapes))  # for its message
         sizes.append(distinct.pop() if distinct else 1)
     return Size(reversed(sizes))
+
+
+def sample_shape(num_samples: int | Sequence[int]) -> Size:
+    """The shape of a number of draws, which may be given as a shape.
+
+    Example::
+
+        >>> sample_shape(3), sample_shape((2, 3))
+        (torch.Size([3]), torch.Size([2, 3]))
+    """
+    sizes: Any = [int(num_samples)] if isinstance(num_samples, Integral) else num_samples
+    return Size(sizes)
 
 
 def scalar_name(site: str, index: Iterable[int]) -> str:

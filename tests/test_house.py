@@ -24,6 +24,7 @@ ROWS = [
         "_html",
         "_launch",
         "_noise",
+        "_paths",
         "_ranks",
         "_shapes",
         "_text",

@@ -1,9 +1,7 @@
 """Writing a guide's posterior to a file that needs neither the model nor the data."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -13,6 +11,8 @@ from torch import Tensor
 from .._compile.errors import CannotCompile
 from .._compile.stored_graph import as_plain
 from .._compile.trace import trace
+from .._noise import own_noise
+from .._paths import check_file, replacing
 from .._program.packing import Packing
 from .._types import Program
 from ._summarised import SummarisedGuide
@@ -61,7 +61,7 @@ class ExportingGuide(SummarisedGuide):
             packing = packing.only(self._rows.first_view().structure.roots)
         like = next(flow.parameters(), torch.zeros(()))
         functions = _Functions(self, packing, like)
-        with _unseen_randomness(like.device):
+        with own_noise(like.device, seed=0):
             sites = list(packing.latents)
             drawn = functions.draw()
             examples = [value.clone() for value in drawn]
@@ -141,22 +141,15 @@ def _record(what: str, function: Program, examples: Sequence[Tensor], tensors: _
     return {**plain, "constants": [tensors.place(value) for value in found.constants]}
 
 
-@contextmanager
-def _unseen_randomness(device: torch.device, seed: int = 0) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def _compare(stored: ExportedPosterior, functions: _Functions, device: torch.device) -> None:
     """Whether a file gives what the guide gives, at draws other than those that were recorded.
 
     :raises RuntimeError: if it does not.
     """
-    with _unseen_randomness(device, seed=1):
+    with own_noise(device, seed=1):
         expected = functions.draw()
         scores = functions.log_prob(*expected)
-    with _unseen_randomness(device, seed=1):
+    with own_noise(device, seed=1):
         drawn = stored._draw()
         found = stored._log_prob(*drawn)
     for what, one, other in (("draws", expected, drawn), ("log densities", scores, found)):
@@ -168,13 +161,8 @@ def _compare(stored: ExportedPosterior, functions: _Functions, device: torch.dev
 
 
 def _write(content: Mapping[str, Any], path: File) -> None:
-    """Writes a neighbouring file first, which then takes this one's place."""
     if not isinstance(path, str | os.PathLike):
         torch.save(content, path)
         return
-    target = Path(path)
-    if not target.parent.is_dir() or target.is_dir():
-        raise ValueError(f"path: expected a file in a folder that exists, got {str(path)!r}")
-    partial = target.with_name(target.name + ".partial")
-    torch.save(content, partial)
-    os.replace(partial, target)
+    with replacing(check_file("path", path)) as partial:
+        torch.save(content, partial)

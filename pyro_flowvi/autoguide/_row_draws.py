@@ -10,6 +10,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._checks import check_sites
 from ._message_start import NEWTON_STEPS, Starter
 from ._pages import Call, View
 from ._row_tables import pages_of
@@ -50,11 +51,7 @@ class Rows(RowPages):
 
         :raises ValueError: if one is unknown.
         """
-        known = list(self.first_view().packing.latents)
-        wanted = known if sites is None else [sites] if isinstance(sites, str) else list(sites)
-        if unknown := sorted(set(wanted) - set(known)):
-            raise ValueError(f"sites: expected some of {known}, got {unknown}")
-        return [site for site in known if site in wanted]
+        return check_sites(sites, self.first_view().packing.latents)
 
     def parts(self, guide: Any, rows: Tensor) -> Iterator[tuple[View, int, Tensor]]:
         """Pages of rows with their messages in the view's map; how many of each are wanted, its first."""

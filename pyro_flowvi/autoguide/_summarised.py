@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._checks import check_positive_int
+from .._checks import check_positive_int, check_sites
 from .._compile.log_density import log_densities
+from .._noise import own_noise
 from .._program.batching import even_sizes, in_parts
 from .._program.log_density import UnconstrainedModel
 from .._shapes import scalar_name
@@ -159,11 +160,7 @@ class SummarisedGuide(RowFit):
 
         :raises ValueError: for unknown ones.
         """
-        known = list(self._packing.latents)
-        wanted = known if sites is None else [sites] if isinstance(sites, str) else list(sites)
-        if unknown := sorted(set(wanted) - set(known)):
-            raise ValueError(f"sites: expected some of {known}, got {unknown}")
-        return [site for site in known if site in wanted]
+        return check_sites(sites, self._packing.latents)
 
     def _density_of_all(self) -> UnconstrainedModel:
         """The model with the data that the guide has seen, by which its draws can be weighed.
@@ -187,8 +184,7 @@ class SummarisedGuide(RowFit):
     def _same_draws(self) -> Iterator[None]:
         """Random numbers that are the same at every call, and no part of the user's stream."""
         like = next(self.parameters(), torch.zeros(()))
-        with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
-            torch.manual_seed(0)
+        with own_noise(like.device, seed=0):
             yield
 
     def _draws(self, num: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -228,7 +224,7 @@ class SummarisedGuide(RowFit):
             parts = []
             with self._same_draws():
                 for z, log_q in self._draws(num):
-                    with torch.random.fork_rng([z.device] if z.device.type == "cuda" else []):
+                    with own_noise(z.device):
                         log_p = in_parts(partial(log_densities, density), z, CHUNK)
                     parts.append(log_p - log_q)
             ratios = torch.cat(parts)

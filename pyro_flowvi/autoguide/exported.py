@@ -11,9 +11,10 @@ from typing import IO, Any, Final
 import torch
 from torch import Size, Tensor
 
+from .._checks import check_sites
 from .._compile.stored_graph import from_plain
 from .._program.packing import check_samples
-from .._shapes import broadcast_shapes
+from .._shapes import broadcast_shapes, sample_shape
 
 __all__ = ["ExportedPosterior", "load_posterior"]
 
@@ -82,18 +83,11 @@ class ExportedPosterior:
         :return: site name -> tensor of shape ``sample shape + site shape``.
         :raises ValueError: for unknown sites.
         """
-        shape = Size([num_samples] if isinstance(num_samples, int) else num_samples)
-        wanted = list(self.sites) if sites is None else [sites] if isinstance(sites, str) else list(sites)
-        if unknown := sorted(set(wanted) - set(self.sites)):
-            raise ValueError(f"sites: expected some of {list(self.sites)}, got {unknown}")
+        shape, wanted = sample_shape(num_samples), check_sites(sites, self.sites)
         num = math.prod(shape)
         parts = [self._draw() for _ in range(max(1, math.ceil(num / self._num)))]
         drawn = dict(zip(self.sites, zip(*parts, strict=True), strict=True))
-        return {
-            name: torch.cat(drawn[name])[:num].reshape(shape + self.sites[name])
-            for name in self.sites
-            if name in wanted
-        }
+        return {name: torch.cat(drawn[name])[:num].reshape(shape + self.sites[name]) for name in wanted}
 
     def log_prob(self, samples: Mapping[str, Tensor]) -> Tensor:
         """Log density of values of all latent sites, in their constrained space.

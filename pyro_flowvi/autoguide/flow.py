@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
 from typing import Any, ClassVar
 
 import pyro
@@ -17,6 +16,7 @@ from torch.distributions import Transform
 from .._checks import check_dtype, check_positive
 from .._program.param_store import check_name
 from .._program.pyro_private import is_module_local_param_enabled
+from .._shapes import sample_shape
 from .._types import AffineKind, InitFn, Program, StructureKind
 from ..distributions import FlowDistribution, IndexedFlow, MixtureOfFlows
 from ..distributions.flow import Shape
@@ -314,8 +314,7 @@ class AutoFlow(ExportingGuide):
         :raises RuntimeError: with ``resample``, if the guide does not know all of its data.
         :raises ValueError: for unknown sites or rows, or for rows where no plate is subsampled.
         """
-        single = isinstance(num_samples, Integral)
-        shape: Any = (int(num_samples),) if single else tuple(num_samples)  # type: ignore[arg-type]
+        shape = sample_shape(num_samples)
         if self._rows is not None:
             if resample:
                 self._density_of_all()  # raises

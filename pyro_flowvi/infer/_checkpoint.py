@@ -16,6 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from .._paths import check_file, replacing
 from .._ranks import ALONE, LostRank, Ranks
 from ._digest import digest
 from ._saved_state import part_of, regrouped, state_of_run
@@ -47,11 +48,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], ranks: Ranks = ALONE) -> None:
-        self.path, self._ranks = Path(path), ranks
+        self.path, self._ranks = check_file("checkpoint", path), ranks
         self._generation = 0
         """The number of the last complete set of parts."""
-        if not self.path.parent.is_dir() or self.path.is_dir():
-            raise ValueError(f"checkpoint: expected a file in a folder that exists, got {str(path)!r}")
 
     def _part(self, generation: int, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{generation}.rank{rank}")
@@ -157,10 +156,7 @@ class Checkpoint:
                     path.unlink(missing_ok=True)
 
     def _save(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Writes a neighbouring file first, which then takes this one's place."""
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
+        with replacing(path) as partial, open(partial, "wb") as file:
             torch.save({"format": _FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -101,7 +102,14 @@ def test_shapes_and_sites():
     guide = AutoPlanar(hierarchies.schools, num_layers=2).materialize(torch.randn(6), torch.ones(6))
     posterior = read_back(guide)
     assert posterior.sites == {"mu": (), "tau": (), "theta": (6,)}
-    for num, shape in (((), ()), (1, (1,)), (700, (700,)), ((3, 200), (3, 200)), (0, (0,))):
+    for num, shape in (
+        ((), ()),
+        (1, (1,)),
+        (700, (700,)),
+        ((3, 200), (3, 200)),
+        (np.int64(2), (2,)),
+        (0, (0,)),
+    ):
         drawn = posterior.sample_posterior(num)
         assert {name: value.shape for name, value in drawn.items()} == {
             "mu": shape,

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..._checks import check_count, check_positive, check_positive_int
+from ..._noise import own_noise
 from ...flows import check_layer_flow
 from ._labels import Targets
 from ._partitions import STARTS
@@ -363,8 +364,7 @@ class FlowMixture(_Base):
         num = check_positive_int("n_samples", n_samples)
         random_state = check_random_state(self.random_state)
         device = self.model_.weights.logits.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(int(random_state.randint(2**31 - 1)))
+        with own_noise(device, seed=int(random_state.randint(2**31 - 1))), torch.no_grad():
             z, component = self.model_.mixture().rsample_with_component((num,))
         x = random_state.standard_normal((num, len(self.mean_)))
         x[:, self.varying_] = z.cpu().numpy()
