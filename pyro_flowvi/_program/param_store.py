@@ -122,6 +122,13 @@ class NamedModel(PyroModule):
         """Prefix of the parameters in the param store."""
         return self.__dict__["_store_name"]  # type: ignore[no-any-return]
 
+    def __getattr__(self, name: str) -> Any:
+        # Within a larger PyroModule, Pyro would show a part's parameters a second time, by its place there.
+        part = self.__dict__.get("_modules", {}).get(name)
+        if part is None or isinstance(part, PyroModule):
+            return super().__getattr__(name)
+        return part
+
     def announce(self, *parts: str) -> None:
         """Shows the trainable parameters of parts, attributes of the model, to Pyro.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_flowvi import AutoFlow, AutoFlowMixture, AutoPlanar, CompiledSVI, diagnose, fit
@@ -193,6 +194,26 @@ class TestFolds:
         assert_equal(values(early), before[0])
         assert_equal(values(late), before[1])
         assert not pyro.get_param_store()
+
+
+@pytest.mark.parametrize("make", [make_mixture, make_vae])
+def test_a_part_of_a_larger_module_is_shown_once(make):
+    """Pyro shows what a PyroModule reads of its parts by their places; a named model does so by its name."""
+
+    class Larger(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.part = make("inner")
+
+        def forward(self, x):
+            self.part.model(x)
+
+    larger = Larger()
+    trace = pyro.poutine.trace(larger).get_trace(data_of(larger.part))
+    shown = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+    assert shown
+    assert len(shown) == len(set(map(id, shown)))
+    assert all(name.startswith("inner.") for name in pyro.get_param_store())
 
 
 def test_arguments_are_checked_before_a_name_is_taken():
