@@ -13,7 +13,16 @@ from ...transforms import Compose, IndexedCompose, LowerAffine, Stacked
 from ...transforms.compose import Chain
 from ...transforms.indexed import INDEX_SCALE
 
-__all__ = ["Flow", "Weights", "check_rows", "check_weight", "class_map", "component_flows"]
+__all__ = [
+    "Flow",
+    "Weights",
+    "check_logits",
+    "check_rows",
+    "check_weight",
+    "class_map",
+    "component_flows",
+    "known_rows",
+]
 
 Flow = str | Callable[[int], nn.Module]
 
@@ -32,19 +41,42 @@ class Weights(nn.Module):
             self.register_buffer("logits", logits)
 
 
-def check_rows(x: Any, y: Any, dim: int, num_classes: int) -> None:
-    """ValueError unless these are rows of data and labels, as :meth:`VMoNF.model` takes them."""
+def known_rows(x: Any, mask: Any) -> Any:
+    """``x`` with zeros in rows that are not known; ValueError if the mask is none."""
+    if mask is None or not isinstance(x, Tensor):
+        return x
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask: expected booleans (torch.bool), got {kind}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask: expected shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+    return torch.where(mask.unsqueeze(-1), x, 0.0)
+
+
+def check_logits(logits: Any, num: int) -> None:
+    """ValueError unless these are log weights of ``num`` components."""
+    if not isinstance(logits, Tensor) or logits.dim() == 0 or logits.shape[-1] != num:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits: expected a tensor of shape (*, {num}), got {got}")
+
+
+def check_rows(x: Any, y: Any, dim: int, num_classes: int, *, matrix: bool = True) -> None:
+    """ValueError unless these are rows of data and labels, as :meth:`VMoNF.model` takes them.
+
+    :param matrix: whether rows are in one dimension, and not of any shape.
+    """
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a tensor, got {type(x).__name__}")
     check_dtype("x", x.dtype)
-    if x.dim() != 2 or x.shape[1] != dim or not len(x):
-        raise ValueError(f"x: expected shape (N, {dim}) with N > 0, got {tuple(x.shape)}")
+    if (matrix and x.dim() != 2) or not x.dim() or x.shape[-1] != dim or not x.numel():
+        shape = f"(N, {dim}) with N > 0" if matrix else f"(*, {dim}), not empty"
+        raise ValueError(f"x: expected shape {shape}, got {tuple(x.shape)}")
     if y is not None:
         if not isinstance(y, Tensor) or y.dtype != torch.long:
             kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"y: expected integers (torch.long), got {kind}")
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"y: expected shape {tuple(x.shape[:1])}, got {tuple(y.shape)}")
+        if y.shape != x.shape[:-1]:
+            raise ValueError(f"y: expected shape {tuple(x.shape[:-1])}, got {tuple(y.shape)}")
     if not is_validation_enabled():
         return
     if not bool(x.isfinite().all()):

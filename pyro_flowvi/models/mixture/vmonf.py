@@ -2,22 +2,20 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..._checks import check_count, check_positive, check_positive_int, check_widths
-from ..._program.param_store import NamedModel
 from ...distributions import MixtureOfFlows
 from ...flows import check_layer_flow
 from ...nn import MLP
 from ...transforms import Compose, Stacked
-from ._parts import Flow, Weights, check_rows, check_weight, class_map, component_flows
+from ._parts import Flow, Weights, check_weight, class_map, component_flows
 from ._printed import mixture_html, mixture_line
+from ._sites import ComponentSites
 
 __all__ = ["VMoNF"]
 
@@ -25,7 +23,7 @@ INFERENCES = ("exact", "amortized")
 WEIGHTS = ("learned", "fixed", "dirichlet")
 
 
-class VMoNF(NamedModel):
+class VMoNF(ComponentSites):
     r"""A variational mixture of normalizing flows: clusters and a density, with any labels that there are.
 
     The model is :math:`c \sim \mathrm{Categorical}(\pi)`, :math:`x \mid c \sim \mathrm{flow}_c`.
@@ -163,113 +161,6 @@ class VMoNF(NamedModel):
         """The number C of classes, K unless ``classes`` maps several components to one."""
         self.take_name(name)
 
-    @property
-    def num_components(self) -> int:
-        """The number K of components."""
-        return len(self.classes)
-
-    # -- the Pyro pair ------------------------------------------------------------------------------
-
-    def model(
-        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, step: Tensor | int | None = None
-    ) -> None:
-        """The generative model of a batch: sites "component", "label" and "x" in the plate "data".
-
-        :param x: rows of data, shape ``(N, D)``.
-        :param y: labels, integers of shape ``(N,)``, from 0 to C - 1, or -1 for a row without one.
-        :param size: the number of rows of the whole data, if the batch is a part of it: its log densities are
-            scaled by ``size / N``.
-        :param step: the number of the step, for the consistency loss to rise with.
-        :raises ValueError: if an argument is not of the described kind; values are looked at while Pyro's
-            validation is on.
-        """
-        check_rows(x, y, self.dim, self.num_classes)
-        self.announce("flow", "weights")
-        logits = self._sampled_logits(x)
-        mixture = self._mixture(logits)
-        with self._plate(x, size):
-            component = pyro.sample(
-                "component", dist.Categorical(logits=logits), infer={"enumerate": "parallel"}
-            )
-            pyro.sample("x", mixture.given(component), obs=x)
-            if y is not None:
-                # The class is a function of the component: the others' probability is zero.
-                seen = dist.Categorical(logits=self._class_logits(x)[component])
-                labelled = y != -1
-                pyro.sample("label", seen.mask(labelled), obs=torch.where(labelled, y, 0))
-                self._weigh_labels(mixture, x, y, labelled)
-            if self.consistency:
-                pyro.factor("consistency", self._ramp(step) * self._agreement(mixture, x))
-
-    def guide(
-        self, x: Tensor, y: Tensor | None = None, *, size: int | None = None, step: Tensor | int | None = None
-    ) -> None:
-        """The guide of a batch: with exact inference of the weights' posterior alone, if they have one.
-
-        The arguments are those of :meth:`model`.
-        """
-        if self.weights_kind == "dirichlet":
-            self.announce("weights_posterior")
-            pyro.sample("weights", self._dirichlet())
-        if self.inference == "exact":
-            return
-        self.announce("classifier")
-        with self._plate(x, size):
-            logits = self._classifier_logits(x)
-            if y is not None:
-                allowed = (y.unsqueeze(-1) == self.classes) | (y == -1).unsqueeze(-1)
-                logits = torch.where(allowed, logits, -torch.inf)
-            pyro.sample("component", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
-
-    def _plate(self, x: Tensor, size: int | None) -> Any:
-        if size is None:
-            return pyro.plate("data", len(x), dim=-1)
-        if check_positive_int("size", size) < len(x):
-            raise ValueError(f"size: expected at least the {len(x)} rows of the batch, got {size}")
-        return pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1)
-
-    def _sampled_logits(self, like: Tensor) -> Tensor:
-        if self.weights_kind != "dirichlet":
-            return self.weights.logits.log_softmax(-1)
-        prior = dist.Dirichlet(like.new_full((self.num_components,), self.concentration))
-        weights: Tensor = pyro.sample("weights", prior)
-        return weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-
-    def _dirichlet(self) -> dist.Dirichlet:
-        return dist.Dirichlet(self.weights_posterior.logits.exp())
-
-    def _class_logits(self, like: Tensor) -> Tensor:
-        mine = self.classes.unsqueeze(-1) == torch.arange(self.num_classes, device=like.device)
-        return torch.where(mine, like.new_zeros(()), -torch.inf)
-
-    def _classifier_logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(x) / self.temperature
-        return logits
-
-    def _weigh_labels(self, mixture: MixtureOfFlows, x: Tensor, y: Tensor, labelled: Tensor) -> None:
-        """What rows with a label count for beyond their likelihood."""
-        allowed = y.unsqueeze(-1) == self.classes
-        if self.supervised_weight != 1.0:
-            joint = torch.where(allowed, mixture.joint_log_prob(x), -torch.inf).logsumexp(-1)
-            more = torch.where(labelled, (self.supervised_weight - 1.0) * joint, 0.0)
-            pyro.factor("supervised", more)
-        if self.classifier_weight:
-            self.announce("classifier")
-            log_q = self._classifier_logits(x).log_softmax(-1)
-            log_q = torch.where(allowed, log_q, -torch.inf).logsumexp(-1)
-            pyro.factor("classified", torch.where(labelled, self.classifier_weight * log_q, 0.0))
-
-    def _ramp(self, step: Tensor | int | None) -> Any:
-        if step is None or not self.consistency_ramp:
-            return self.consistency
-        return self.consistency * torch.as_tensor(step / self.consistency_ramp).clamp(0.0, 1.0)
-
-    def _agreement(self, mixture: MixtureOfFlows, x: Tensor) -> Tensor:
-        noise = self.consistency_noise * torch.randn((2,) + x.shape, dtype=x.dtype, device=x.device)
-        with torch.no_grad():
-            guess = mixture.joint_log_prob(x + noise[0]).argmax(-1)
-        return mixture.given(guess).log_prob(x + noise[1])
-
     # -- what was learnt ----------------------------------------------------------------------------
 
     def mixture(self) -> MixtureOfFlows:
@@ -305,8 +196,7 @@ class VMoNF(NamedModel):
 
         :raises ValueError: with exact inference, which has no classifier.
         """
-        if self.inference == "exact":
-            raise ValueError("inference: expected 'amortized', got 'exact'; see responsibilities")
+        self._check_amortized()
         return self._classifier_logits(x).softmax(-1)
 
     def by_class(self, of_components: Tensor) -> Tensor:
