@@ -1,11 +1,13 @@
 """What a mixture of flows is made of, and the checks of its arguments."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ..._checks import check_count, check_dtype, check_positive
 from ...flows import FLOWS, indexed_layers
@@ -22,6 +24,7 @@ __all__ = [
     "class_map",
     "component_flows",
     "known_rows",
+    "moved",
 ]
 
 Flow = str | Callable[[int], nn.Module]
@@ -126,3 +129,14 @@ def class_map(classes: Sequence[int] | None, num: int) -> Tensor:
     if len(found) != num or set(found) != set(range(max(found, default=-1) + 1)):
         raise ValueError(f"classes: expected {num} integers, with each from 0 on, got {list(classes)!r}")
     return torch.tensor(found)
+
+
+def moved(law: Distribution, fn: Callable[[Tensor], Tensor]) -> Distribution:
+    """A copy of a distribution with all its tensors, those of distributions in it too, moved by ``fn``."""
+    new = copy.copy(law)
+    for name, value in vars(law).items():
+        if isinstance(value, Tensor):
+            vars(new)[name] = fn(value)
+        elif isinstance(value, Distribution):
+            vars(new)[name] = moved(value, fn)
+    return new

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ...distributions import MixtureOfFlows
 from ...flows import check_layer_flow
 from ...nn import MLP
 from ...transforms import Compose, Stacked
-from ._parts import Flow, Weights, check_weight, class_map, component_flows
+from ._parts import Flow, Weights, check_weight, class_map, component_flows, moved
 from ._printed import mixture_html, mixture_line
 from ._sites import ComponentSites
 
@@ -160,6 +160,13 @@ class VMoNF(ComponentSites):
         self.num_classes = int(self.classes.max()) + 1
         """The number C of classes, K unless ``classes`` maps several components to one."""
         self.take_name(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Takes the base along to another dtype or device, of which torch's modules know nothing."""
+        if self.base is not None:
+            self.base = moved(self.base, fn)
+        super()._apply(fn, recurse)
+        return self
 
     # -- what was learnt ----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, infer_discrete
 
 import pyro_flowvi
-from pyro_flowvi.distributions import FlowDistribution, IndexedFlow
+from pyro_flowvi.distributions import FlowDistribution, IndexedFlow, PolarNormal
 from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import CompiledSVI
 from pyro_flowvi.models import VMoNF
@@ -299,6 +299,25 @@ def test_copies():
     new = VMoNF(3, 2, num_layers=2, hidden=(8,), inference="amortized")
     new.load_state_dict(vmonf.state_dict())
     assert torch.equal(new.log_prob(x), vmonf.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: dist.StudentT(torch.full((2,), 20.0), 0.0, 1.0).to_event(1),
+        lambda: dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        lambda: PolarNormal(2),
+    ],
+)
+def test_the_base_moves_along(base):
+    x, _ = data()
+    vmonf = small(base=base())
+    expected = vmonf.log_prob(x)
+    other = copy.deepcopy(vmonf).float()
+    assert other.log_prob(x.float()).dtype == other.sample(3).dtype == torch.float32
+    assert torch.allclose(other.log_prob(x.float()).double(), expected, atol=1e-3)
+    assert vmonf.log_prob(x).equal(expected)
+    assert other.double().sample(3).dtype == torch.float64
 
 
 def test_param_store_restores(tmp_path):
