@@ -42,6 +42,9 @@ class VMoNF(ComponentSites):
     the scikit-learn estimator that trains one; and :class:`~pyro_flowvi.distributions.MixtureOfFlows` the
     distribution that all are made of.
 
+    :meth:`sample_component` puts the component into a larger model, with outcomes that depend on it:
+    :doc:`Put a mixture inside a larger model </how-to/mixtures-inside-a-model>`.
+
     Labels are observations of the component.  Rows of a batch with and without a label are exact together:
     a row without one (-1) counts with log p(x), one with a label with log π_y + log p(x | y).
 
