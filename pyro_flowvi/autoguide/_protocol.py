@@ -63,7 +63,12 @@ class FitGuide(Protocol):
         """Makes the parameters exist; ``all_data`` tells whether the arguments hold all data, or a part."""
 
     def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
-        """The model over the packed unconstrained latents."""
+        """The guide's own model over the packed unconstrained latents."""
+
+    def density_of(
+        self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> UnconstrainedModel:
+        """The model that is to be fitted likewise; the guide's own where that one has other latents."""
 
     def fit_options(self) -> FitOptions:
         """The defaults of a fit."""
@@ -148,6 +153,11 @@ class _PyroGuide:
 
     def density(self, *args: Any, **kwargs: Any) -> UnconstrainedModel:
         return UnconstrainedModel(self.model, args, kwargs)
+
+    def density_of(
+        self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> UnconstrainedModel:
+        return self.density(*args, **kwargs)
 
     def fit_options(self) -> FitOptions:
         return FitOptions()

@@ -253,6 +253,15 @@ class PrototypeGuide(NamedGuide):
             self._check_same(self._packing, density.packing)
         return density
 
+    def density_of(self, model: Callable[..., Any], args: Any, kwargs: Any) -> UnconstrainedModel:
+        """That of a model with the same latents, of which the guide's own may hide a discrete site."""
+        if model != self._require_model():
+            with suppress(ValueError, NotImplementedError):
+                density = self._density_of(model, args, kwargs)
+                self._check_same(self._packing, density.packing)
+                return density
+        return self.density(*args, **kwargs)
+
     def _density_of(self, model: Callable[..., Any], args: Any, kwargs: Any) -> UnconstrainedModel:
         left_out = None if self.prototype_trace is None else self._packing.left_out
         return UnconstrainedModel(model, args, kwargs, self._init_fn, left_out)

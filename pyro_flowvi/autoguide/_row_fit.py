@@ -97,6 +97,12 @@ class RowFit(RowGuide):
             return self._density_of(self._require_model(), args, kwargs)
         return super().density(*args, **kwargs)
 
+    def density_of(self, model: Program, args: Any, kwargs: Any) -> UnconstrainedModel:
+        """Of rows, which are pages of the guide's own model, that one's."""
+        if self._rows is not None:
+            return self.density(*args, **kwargs)
+        return super().density_of(model, args, kwargs)
+
     def draw_latent(self, size: int) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
         """None of rows, whose latents are drawn in the plates of a call."""
         return None if self._rows is not None else super().draw_latent(size)

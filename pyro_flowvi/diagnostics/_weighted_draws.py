@@ -134,7 +134,7 @@ def weighted_draws(
     particles = LogWeights(model, guide, args, kwargs)
     most = max(1, min(MAX_BATCH, MOST_NUMBERS // particles.structure.largest))
     try:
-        density = answers.density(*particles.args, **particles.kwargs)
+        density = answers.density_of(model, particles.args, particles.kwargs)
         missing = sorted(set(density.packing.latents) ^ set(particles.structure.latents))
         why = f"model and guide differ in the sites {missing}" if missing else ""
     except (ValueError, NotImplementedError) as error:  # the latents are no vector of fixed support

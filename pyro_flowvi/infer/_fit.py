@@ -287,7 +287,7 @@ def fit(
         if changing and not answers.amortised:
             check_rows_known(model, guide, first)
         needed = answers.can_move() or answers.pushforward(model) is not None
-        density = answers.density(*first[0], **first[1]) if needed else None
+        density = answers.density_of(model, *first) if needed else None
         taken = Taken() if init is None else take_over(init, answers, density, all_data=not changing)
         near, short = taken.near, taken.near and taken.whole
         # A part of the data is no reason to leave the place that was taken over.
