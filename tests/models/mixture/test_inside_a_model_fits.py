@@ -12,7 +12,7 @@ from pyro.infer import SVI, Predictive, infer_discrete
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.ops.indexing import Vindex
 
-from pyro_flowvi import AutoRealNVP, CompiledSVI, VMoNF, diagnose, fit
+from pyro_flowvi import AutoFlowMixture, AutoRealNVP, CompiledSVI, VMoNF, diagnose, fit
 from pyro_flowvi.datasets import hide_labels, pinwheel
 from pyro_flowvi.infer._training_loop import TrainingLoop
 from pyro_flowvi.models import FlowMixture
@@ -69,7 +69,10 @@ def test_compiled_steps_are_the_eager_ones(form):
         assert torch.allclose(one, another, atol=1e-8)
 
 
-@pytest.mark.parametrize("make_guide", [AutoRealNVP, lambda model: AutoNormal(continuous(model))])
+@pytest.mark.parametrize(
+    "make_guide",
+    [AutoRealNVP, lambda model: AutoFlowMixture(model, 2), lambda model: AutoNormal(continuous(model))],
+)
 def test_fit_trains_the_mixture_and_keeps_the_best_state(make_guide):
     vmonf = small(name="inner")
     model = Regression(vmonf)
