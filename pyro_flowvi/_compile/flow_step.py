@@ -111,19 +111,21 @@ class FlowStep:
         self.moments: tuple[Tensor, Tensor] = (torch.zeros_like(self._values), torch.zeros_like(self._values))
         self.count = 0
         """Steps that the moments are of."""
-        like = params[0]
-        self._noise: dict[str, Any] = {
-            "size": (density.width, density.density.dim),
-            "dtype": like.dtype,
-            "device": like.device,
-        }
         self._loss, self._dropped = math.nan, 0
+        self._noise: dict[str, Any]
+        self._slope: dict[str, Any]
+        self._set_noise(params[0])
         try:
             self._run = self._record()
             self._check()
         except BaseException:
             self.leave()
             raise
+
+    def _set_noise(self, like: Tensor) -> None:
+        """What the noise of a step is like, and the slope of its loss at the draws."""
+        size = (self._density.width, self._density.density.dim)
+        self._noise = self._slope = {"size": size, "dtype": like.dtype, "device": like.device}
 
     @torch.no_grad()
     def leave(self) -> None:
@@ -153,13 +155,17 @@ class FlowStep:
         for moment in self.moments:
             moment.zero_()
 
+    def _pass(self, x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+        """Draws, their log densities and scores, and the gradient of a loss of that slope: as recorded."""
+        return _draw_and_pull_back(self._transform, self.params, self._weights, x, slope)
+
+    def _reference(self, x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+        """The same as the modules have it."""
+        return _by_autograd(self._transform, self.params, self._weights, x, slope)
+
     def _record(self) -> Any:
-        x, slope = torch.randn(**self._noise), torch.randn(**self._noise)
-
-        def run(x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
-            return _draw_and_pull_back(self._transform, self.params, self._weights, x, slope)
-
-        graph = trace(run, [*self.params, *self._changing], [x, slope])
+        x, slope = torch.randn(**self._noise), torch.randn(**self._slope)
+        graph = trace(self._pass, [*self.params, *self._changing], [x, slope])
         if graph.pinned_args:
             raise CannotCompile("what the flow does depends on the values of its noise")
         static = [*(p.detach() for p in self.params), *self._changing, *graph.constants]
@@ -206,11 +212,11 @@ class FlowStep:
             self._values += PERTURBATION * (1.0 + kept.abs()) * torch.randn_like(kept)
             try:
                 found = self._run(x)[0].clone()
-                z, log_q, score, _ = _by_autograd(self._transform, self.params, self._weights, x, 0.0 * x)
+                z, log_q, score, _ = self._reference(x, torch.zeros(**self._slope))
                 if isinstance(self._density, MinibatchDensity):
                     self._density.repeat()
                 slope = self._weigh(z, log_q, score)
-                expected = _by_autograd(self._transform, self.params, self._weights, x, slope)[-1]
+                expected = self._reference(x, slope)[-1]
             finally:
                 self._values.copy_(kept)
         finite = expected.isfinite()

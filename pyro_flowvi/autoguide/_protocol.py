@@ -24,6 +24,7 @@ class FitOptions:
 
     :param lr: the learning rate to start from.
     :param num_particles: draws a step, in one run of the model.
+    :param num_components: flows that have so many draws each.
     :param num_steps: steps of a fit to all data; None for as many as any.
     :param tolerance: nats below the evidence at which a fit may end; None for that of its own.
     :param settings: what no parameter's shape tells of the guide, and a run goes on only with the same.
@@ -31,6 +32,7 @@ class FitOptions:
 
     lr: float = 1e-2
     num_particles: int = 16
+    num_components: int = 1
     num_steps: int | None = None
     tolerance: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +125,9 @@ class FitGuide(Protocol):
     def pushforward(self, model: Program) -> Any:
         """The map from standard normal noise to the latents of ``model``; None if it is no such guide."""
 
+    def trained_map(self, model: Program) -> Any:
+        """What steps outside Pyro train: that map, or several and their weights; None if Pyro takes them."""
+
     def gather_rows(self) -> Any:
         """Brings what other ranks have of the rows of a subsampled plate here."""
 
@@ -196,6 +201,9 @@ class _PyroGuide:
         return None
 
     def pushforward(self, model: Program) -> Any:
+        return None
+
+    def trained_map(self, model: Program) -> Any:
         return None
 
     def gather_rows(self) -> Any:

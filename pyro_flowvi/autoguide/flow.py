@@ -221,6 +221,10 @@ class AutoFlow(ExportingGuide):
         flow: Chain | None = self._flow if as_written and plain and self._raw_model[0] == model else None
         return flow
 
+    def trained_map(self, model: Program) -> Chain | None:
+        """What steps outside Pyro train: :meth:`pushforward`."""
+        return self.pushforward(model)
+
     # -- posterior -----------------------------------------------------------------------------
 
     @property

@@ -217,11 +217,21 @@ class AutoFlowMixture(AutoFlow):
 
     def fit_options(self) -> FitOptions:
         """Every component has a share of the particles of one flow, but not too small a one."""
-        options = super().fit_options()
+        options = replace(super().fit_options(), num_components=self.num_components)
         if self.flow_name is None:
             return options
         share = max(LEAST_PARTICLES, options.num_particles // self.num_components)
         return replace(options, num_particles=share)
+
+    def trained_map(self, model: Program) -> Chain | None:
+        """The flows and their weights, for the guide's own model and with its methods as they are here."""
+        own = type(self)
+        as_written = (
+            own.forward is AutoFlow.forward
+            and own.sample_latent is AutoFlowMixture.sample_latent
+            and own.get_posterior is AutoFlowMixture.get_posterior
+        )
+        return self._flow if as_written and self._raw_model[0] == model else None
 
     def place_at(self, loc: Tensor, scale: Tensor) -> None:
         """Where one Gaussian is says nothing of the components."""

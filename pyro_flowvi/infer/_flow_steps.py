@@ -79,7 +79,7 @@ def trains_flow(
     """Whether a flow can be trained outside Pyro.
 
     Not where the user asks for an objective, an optimizer or other data for comparisons, the model has
-    parameters, or the guide is no flow of standard normal noise over all latents.
+    parameters, or the guide is neither a flow of standard normal noise over all latents nor several.
     """
     own = (options[name] is None for name in ("loss", "optim", "validation"))
     if not all(own) or options["compile"] != "auto" or pair.structure.model_params:
@@ -87,7 +87,7 @@ def trains_flow(
     if set(pair.structure.latents) != set(density.packing.latents):
         return False
     model = options["model"]
-    return answers.pushforward(model) is not None and has_scores(pair.guide, pair.args, pair.kwargs)
+    return answers.trained_map(model) is not None and has_scores(pair.guide, pair.args, pair.kwargs)
 
 
 class FlowWeights:

@@ -79,7 +79,7 @@ def all_data(
     changing = options["batches"] is not None
     if density is None or not (changing or pair.structure.subsampled) or not answers.can_move():
         return None
-    if not trains_flow(options, pair, answers, density):
+    if answers.pushforward(options["model"]) is None or not trains_flow(options, pair, answers, density):
         return None
     model, args, kwargs = options["model"], pair.args, pair.kwargs
     numbers = pair.structure.largest

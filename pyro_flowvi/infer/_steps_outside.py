@@ -9,12 +9,14 @@ from torch import Tensor
 from .._compile.errors import CannotCompile
 from .._compile.flow_step import FlowStep
 from .._compile.log_density import TracedDensity
+from .._compile.mixture_step import MixtureStep
 from .._compile.policy import MACHINE_CODE_FROM
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
 from .._types import Program
 from ..autoguide._protocol import FitGuide
 from ..autoguide._sweep import Sweep
+from ..autoguide.flow_mixture import WeightedStack
 from ._flow_steps import FlowSteps, objects_in, steady_graph, trains_flow
 from ._minibatches import AllData
 from ._row_steps import RowStep, RowSteps
@@ -36,8 +38,9 @@ def recorded(
         return None  # a few steps cost less than a graph, and for very many machine code pays
     if not trains_flow(options, pair, answers, density):
         return None
-    particles = options["num_particles"] or answers.fit_options().num_particles
-    return steady_graph(density, particles, [options["model"], *objects_in(pair.args, pair.kwargs)])
+    default = answers.fit_options()
+    draws = (options["num_particles"] or default.num_particles) * default.num_components
+    return steady_graph(density, draws, [options["model"], *objects_in(pair.args, pair.kwargs)])
 
 
 def steps_outside(
@@ -55,10 +58,11 @@ def steps_outside(
             steps = RowSteps(RowStep(sweep, width, run.optim.limits))
         else:
             params = trained_outside(graph or data, None, answers, run.model)
-            flow = answers.pushforward(run.model)
+            flow = answers.trained_map(run.model)
             seen = graph if data is None else data.minibatches(flow, width)
             if seen and params:
-                steps = FlowSteps(FlowStep(flow, params, seen, run.optim.limits, ranks=run.ranks))
+                kind = MixtureStep if isinstance(flow, WeightedStack) else FlowStep
+                steps = FlowSteps(kind(flow, params, seen, run.optim.limits, ranks=run.ranks))
     if run.ranks.every(steps is not None):
         return steps
     if steps is not None:
@@ -75,5 +79,5 @@ def trained_outside(
     if sweep is not None:
         found: list[Tensor] = sweep.guide.params_of_page(sweep.rows.first_view())
         return found
-    flow = None if graph is None else answers.pushforward(model)
+    flow = None if graph is None else answers.trained_map(model)
     return [] if flow is None else [param for param in flow.parameters() if param.requires_grad]
