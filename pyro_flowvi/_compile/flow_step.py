@@ -114,7 +114,9 @@ class FlowStep:
         self._loss, self._dropped = math.nan, 0
         self._noise: dict[str, Any]
         self._slope: dict[str, Any]
-        self._set_noise(params[0])
+        self._live = params
+        """The parameters that a graph reads."""
+        self._set_up(params[0])
         try:
             self._run = self._record()
             self._check()
@@ -122,7 +124,7 @@ class FlowStep:
             self.leave()
             raise
 
-    def _set_noise(self, like: Tensor) -> None:
+    def _set_up(self, like: Tensor) -> None:
         """What the noise of a step is like, and the slope of its loss at the draws."""
         size = (self._density.width, self._density.density.dim)
         self._noise = self._slope = {"size": size, "dtype": like.dtype, "device": like.device}
@@ -157,18 +159,18 @@ class FlowStep:
 
     def _pass(self, x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
         """Draws, their log densities and scores, and the gradient of a loss of that slope: as recorded."""
-        return _draw_and_pull_back(self._transform, self.params, self._weights, x, slope)
+        return _draw_and_pull_back(self._transform, self._live, self._weights, x, slope)
 
     def _reference(self, x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
         """The same as the modules have it."""
-        return _by_autograd(self._transform, self.params, self._weights, x, slope)
+        return _by_autograd(self._transform, self._live, self._weights, x, slope)
 
     def _record(self) -> Any:
         x, slope = torch.randn(**self._noise), torch.randn(**self._slope)
-        graph = trace(self._pass, [*self.params, *self._changing], [x, slope])
+        graph = trace(self._pass, [*self._live, *self._changing], [x, slope])
         if graph.pinned_args:
             raise CannotCompile("what the flow does depends on the values of its noise")
-        static = [*(p.detach() for p in self.params), *self._changing, *graph.constants]
+        static = [*(p.detach() for p in self._live), *self._changing, *graph.constants]
         nodes, held = without_repetition(graph.graph, static, [x, slope], frozen=len(graph.constants))
         call_between(nodes, len(static), self._weigh)
         self.size = sum(node.op == "call_function" for node in nodes.nodes)

@@ -6,11 +6,29 @@ import torch
 from torch import Tensor
 
 from ..distributions import MixtureOfFlows
+from ..transforms import Compose
 from ..transforms.base import vector_jacobian
 from .flow_step import FlowStep
 from .optimizers import flatten
 
-__all__ = ["MixtureStep"]
+__all__ = ["MixtureStep", "SingleStep"]
+
+
+class SingleStep(FlowStep):
+    """Steps of a mixture of one flow: those of the flow by itself, which are several times as fast.
+
+    :param transform: one flow, stacked.
+    :param params: its parameters that are trained.
+    :param options: those of :class:`FlowStep`.
+    """
+
+    def _set_up(self, like: Tensor) -> None:
+        super()._set_up(like)
+        alone = Compose([part.part(0) for part in self._transform], dim=self._transform.dim)
+        self._live = [param for param in alone.parameters() if param.requires_grad]
+        for own, stacked in zip(self._live, self.params, strict=True):
+            own.data = stacked.data[0]  # the same memory
+        self._transform = alone
 
 
 class MixtureStep(FlowStep):
@@ -26,7 +44,7 @@ class MixtureStep(FlowStep):
     :raises CannotCompile: as of that.
     """
 
-    def _set_noise(self, like: Tensor) -> None:
+    def _set_up(self, like: Tensor) -> None:
         dim, num = self._density.density.dim, len(self._transform.logits)
         size = (self._density.width // num, num, dim)
         self._noise = {"size": size, "dtype": like.dtype, "device": like.device}

@@ -166,6 +166,10 @@ class FitAnswers(StructuredGuide):
         self._gap, self._near = gap_of(weights), False
         self._learned = {} if layer is None else learned_of(layer)
 
+    def masses(self, density: UnconstrainedModel | None) -> Any:
+        """Those of modes, of which one flow has one."""
+        return None
+
     def choose(self, density: UnconstrainedModel, num_steps: int, ranks: Ranks = ALONE) -> None:
         """Finds where messages start, and goes over to a guide without them where that is the better one.
 

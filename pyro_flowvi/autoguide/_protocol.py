@@ -93,6 +93,12 @@ class FitGuide(Protocol):
         :param weights: log weights of draws, in the end.
         """
 
+    def masses(self, density: UnconstrainedModel | None) -> Any:
+        """The masses of the modes that a mixture has, once it is trained; None of any other guide.
+
+        :param density: the model with all its data; None if what is known of it is a part.
+        """
+
     def can_move(self) -> bool:
         """Whether the guide can be moved to a Gaussian before it is trained."""
 
@@ -175,6 +181,9 @@ class _PyroGuide:
 
     def remember(self, weights: Tensor) -> None:
         pass
+
+    def masses(self, density: UnconstrainedModel | None) -> Any:
+        return None
 
     def can_move(self) -> bool:
         return False

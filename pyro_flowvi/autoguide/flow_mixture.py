@@ -20,6 +20,7 @@ from ..init import PRIOR_DRAWS, Effort, Gaussian, find_modes
 from ..transforms import Compose, Stacked
 from ..transforms.compose import Chain
 from ._affine import set_affine
+from ._component_search import AUTO, ComponentSearch
 from ._mixture_sites import (
     ComponentCall,
     ComponentIndex,
@@ -27,6 +28,7 @@ from ._mixture_sites import (
     NotSummedOut,
     refuse_objectives,
 )
+from ._mode_masses import ModeMasses, masses_of
 from ._protocol import FitOptions
 from ._summaries import QUANTILE_DRAWS, QUANTILE_ELEMENTS, reference_normal, sample_quantiles
 from .flow import AutoFlow
@@ -59,7 +61,7 @@ class WeightedStack(Compose):
         self.logits = logits
 
 
-class AutoFlowMixture(AutoFlow):
+class AutoFlowMixture(ComponentSearch):
     r"""A mixture of K flows over all continuous latents, for posteriors with several modes.
 
     Of the four mixtures of flows this is the guide, over the latents of a model;
@@ -75,13 +77,22 @@ class AutoFlowMixture(AutoFlow):
     ``fit`` starts with a component at each mode that it finds; for stock ``SVI`` :meth:`find_modes` does so.
     Otherwise the components start apart by ``init_spread``, and may all end at the same mode.
 
+    With ``num_components="auto"`` the search goes on until three rounds of runs from new starting points
+    bring no new mode.  Modes with a path between them on which the density falls by less than a factor of e,
+    or whose Gaussians share mass, are one; what has less than .5 % of the mass is left out, and all but the
+    heaviest 32; above 200 latents one component is all.  :attr:`num_components` is the number from set-up on.
+    ``fit`` searches anew in its data, unless ``init`` gives a guide to go on from, and
+    :attr:`FitResult.modes <pyro_flowvi.infer.FitResult>` says what it has found.  A state that is loaded
+    brings its own number.
+
     Under ``Trace_ELBO`` and ``RenyiELBO`` (from two particles on) the component is drawn, and gradients are
     unbiased, but noisier.  Others whose gradient would be wrong are refused by name: ``TraceGraph_ELBO``,
     ``TraceMeanField_ELBO``, ``TraceTailAdaptive_ELBO``, :class:`pyro_flowvi.infer.TraceSTL_ELBO` and what is
     made of them; and all of ``torch.jit``, such as ``JitTrace_ELBO``.
 
     :param model: a Pyro model.
-    :param num_components: the number K of components.
+    :param num_components: the number K of components, or "auto" for one at each mode that a search finds:
+        see below.
     :param flow: a key of :data:`pyro_flowvi.FLOWS`, or a callable from the number of latents to a module that
         is a transform.
     :param num_layers: layers of a named flow; by default of :data:`pyro_flowvi.flows.DEFAULTS`.
@@ -93,7 +104,7 @@ class AutoFlowMixture(AutoFlow):
         start, around ``init_loc_fn``.
     :param name: as of :class:`AutoFlow`, as are the other keywords; ``affine`` None leaves nothing to start
         apart.
-    :raises ValueError: if an argument is not of the described kind.
+    :raises ValueError: if an argument is not of the described kind, or ``affine`` is None with "auto".
     :raises ValueError: at a call under an objective that is refused.
     :raises NotImplementedError: at a call under ``TraceGraph_ELBO``.
 
@@ -109,6 +120,12 @@ class AutoFlowMixture(AutoFlow):
         >>> guide = AutoFlowMixture(model, num_components=2).materialize().find_modes()
         >>> guide.weights.tolist(), guide.sample_posterior(100)["x"].sign().sum().abs() < 2
         ([0.5, 0.5], tensor(True))
+
+    The number of components left to the search::
+
+        >>> guide = AutoFlowMixture(model, num_components="auto").materialize()
+        >>> guide.num_components
+        2
     """
 
     serves_rows: ClassVar[bool] = False
@@ -116,7 +133,7 @@ class AutoFlowMixture(AutoFlow):
     def __init__(
         self,
         model: Program,
-        num_components: int = 4,
+        num_components: int | Literal["auto"] = 4,
         flow: str | Callable[[int], nn.Module] = "realnvp",
         num_layers: int | None = None,
         hidden: Sequence[int] | None = None,
@@ -135,7 +152,15 @@ class AutoFlowMixture(AutoFlow):
         if not isinstance(flow, str) and num_layers is not None:
             raise ValueError(f"num_layers: expected None with a callable flow, got {num_layers}")
         build = sized_flow(flow, num_layers, hidden) if isinstance(flow, str) else flow
-        num_components = check_positive_int("num_components", num_components)
+        if isinstance(num_components, str):
+            if num_components != AUTO:
+                raise ValueError(
+                    f'num_components: expected a positive integer or "auto", got {num_components!r}'
+                )
+            if affine is None:
+                raise ValueError(_NO_PLACE)
+        else:
+            num_components = check_positive_int("num_components", num_components)
         init_spread = float(init_spread) and check_positive("init_spread", init_spread)
         super().__init__(
             model,
@@ -147,7 +172,7 @@ class AutoFlowMixture(AutoFlow):
             tails=tails,
             structure=None,
         )
-        self.num_components = num_components
+        self._look_for(num_components)
         self._init_spread = init_spread
         self._enumerate = enumerate
         self._counter = [0]
@@ -184,7 +209,8 @@ class AutoFlowMixture(AutoFlow):
         """Searches for the posterior's modes and starts a component at each; returns the guide.
 
         The heaviest modes get a component each, and weights by their masses; components that are left over
-        double these.  ``fit`` does so by itself.
+        double these.  With ``num_components="auto"`` all modes that are found get one, so that parameters
+        may be new: to be called before there is an optimizer.  ``fit`` does so by itself.
 
         :param args: the model's arguments, as the keyword ones; by default those of :meth:`materialize`.
         :raises RuntimeError: if the guide does not know its data.
@@ -197,6 +223,12 @@ class AutoFlowMixture(AutoFlow):
         args, kwargs = self._data or ((), {})
         with self._apart():
             density = self.density(*args, **kwargs)
+            if self._auto:
+                found = self._find_all(density)
+                self._resize(len(found.weights))
+                self._modes = found
+                self._place_found()
+                return self
             value_and_grad = traced(density, 2 * Effort().starts)
             effort = Effort() if value_and_grad.batched else Effort.small()
             self._place_at_modes(density, value_and_grad, effort)
@@ -205,8 +237,10 @@ class AutoFlowMixture(AutoFlow):
     def _place_at_modes(
         self, density: UnconstrainedModel, value_and_grad: ValueAndGrad, effort: Effort
     ) -> Gaussian:
-        prior = density.prior_draws(PRIOR_DRAWS)
-        modes = find_modes(value_and_grad, density.start, self.num_components, effort, prior)
+        modes, self._modes = self._modes, None
+        if modes is None:
+            prior = density.prior_draws(PRIOR_DRAWS)
+            modes = find_modes(value_and_grad, density.start, self.num_components, effort, prior)
         self.place(modes.gaussian.loc, modes.gaussian.scale, modes.weights)
         return modes.gaussian
 
@@ -222,6 +256,10 @@ class AutoFlowMixture(AutoFlow):
             return options
         share = max(LEAST_PARTICLES, options.num_particles // self.num_components)
         return replace(options, num_particles=share)
+
+    def masses(self, density: UnconstrainedModel | None) -> ModeMasses:
+        """Of the modes that the components are at."""
+        return masses_of(self, density)
 
     def trained_map(self, model: Program) -> Chain | None:
         """The flows and their weights, for the guide's own model and with its methods as they are here."""

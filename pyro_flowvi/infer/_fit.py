@@ -105,7 +105,7 @@ def _new_run(
     return run
 
 
-def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult:
+def _result(loop: TrainingLoop, stop_reason: str, wall_time: float, modes: Any) -> FitResult:
     run, done = loop.run, loop.progress
     return FitResult(
         guide=run.guide,
@@ -122,6 +122,7 @@ def _result(loop: TrainingLoop, stop_reason: str, wall_time: float) -> FitResult
         num_dropped=done.num_dropped,
         num_skipped=done.num_skipped,
         num_restarts=done.num_restarts,
+        modes=modes,
     )
 
 
@@ -373,4 +374,5 @@ def fit(
         finally:
             loop.stepper.leave()
             answers.leave_frame()
-        return _result(loop, stop_reason, time.perf_counter() - started)
+        modes = answers.masses(density if own_data else None)
+        return _result(loop, stop_reason, time.perf_counter() - started, modes)

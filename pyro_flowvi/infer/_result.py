@@ -43,6 +43,8 @@ class FitResult:
     :param num_dropped: particles left out because their density or gradient was not finite.
     :param num_skipped: steps left out because their gradient was far above the running median.
     :param num_restarts: how often the run went back to its last good state, with half the rate.
+    :param modes: of :class:`AutoFlowMixture`, the masses of the modes that it has, ``modes.masses``, their
+        standard errors ``modes.se``, and ``modes.components``, those that each is described by; else None.
 
     Example::
 
@@ -66,6 +68,7 @@ class FitResult:
     num_dropped: int = 0
     num_skipped: int = 0
     num_restarts: int = 0
+    modes: Any = None
 
     def __repr__(self) -> str:
         steps = f"{len(self.losses)} step{'s' * (len(self.losses) != 1)}"
@@ -73,7 +76,9 @@ class FitResult:
             f"FitResult({self.stop_reason}: {steps} in {self.wall_time:.1f} s, "
             f"loss {', '.join([self._loss(), *self._notes()])})"
         )
-        return f"{line}\n  {self._next()}" if self._next() else line
+        return "\n  ".join(
+            [line, *([] if self.modes is None else [str(self.modes)]), *filter(None, [self._next()])]
+        )
 
     def _repr_html_(self) -> str:
         """For a notebook: why it stopped, a table of figures, and what to do next."""
@@ -83,6 +88,7 @@ class FitResult:
             ("loss (-ELBO, nats)", self._loss()),
             ("start", START_WORDS.get(self.start, f"the best Gaussian of a search ({self.start})")),
             ("left out", ", ".join(self._left_out()) or "nothing"),
+            *([] if self.modes is None else [("modes", str(self.modes))]),
         ]
         state = "converged" if self.converged else "not converged"
         words = "" if self.stop_reason == state else f"({state})"

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._compile.errors import CannotCompile
 from .._compile.flow_step import FlowStep
 from .._compile.log_density import TracedDensity
-from .._compile.mixture_step import MixtureStep
+from .._compile.mixture_step import MixtureStep, SingleStep
 from .._compile.policy import MACHINE_CODE_FROM
 from .._program.log_density import UnconstrainedModel
 from .._program.log_weights import LogWeights
@@ -61,8 +61,7 @@ def steps_outside(
             flow = answers.trained_map(run.model)
             seen = graph if data is None else data.minibatches(flow, width)
             if seen and params:
-                kind = MixtureStep if isinstance(flow, WeightedStack) else FlowStep
-                steps = FlowSteps(kind(flow, params, seen, run.optim.limits, ranks=run.ranks))
+                steps = FlowSteps(_kind_of(flow)(flow, params, seen, run.optim.limits, ranks=run.ranks))
     if run.ranks.every(steps is not None):
         return steps
     if steps is not None:
@@ -70,6 +69,13 @@ def steps_outside(
     if sweep is not None:
         sweep.tables.gather(run.ranks)
     return None
+
+
+def _kind_of(flow: Any) -> type[FlowStep]:
+    """The kind of step that a flow takes, or several."""
+    if not isinstance(flow, WeightedStack):
+        return FlowStep
+    return MixtureStep if len(flow.logits) > 1 else SingleStep
 
 
 def trained_outside(

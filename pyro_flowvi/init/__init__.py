@@ -1,5 +1,6 @@
 """Where a guide starts: modes of the model's density and the Gaussians there."""
 
+from ._all_modes import find_all_modes
 from .effort import Effort
 from .gaussians import Gaussian, find_gaussian
 from .modes import PRIOR_DRAWS, Modes, find_modes
@@ -9,6 +10,7 @@ __all__ = [
     "Effort",
     "Gaussian",
     "Modes",
+    "find_all_modes",
     "find_gaussian",
     "find_modes",
 ]

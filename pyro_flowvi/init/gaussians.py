@@ -86,7 +86,8 @@ class Gaussian:
         return lower
 
 
-def _join(parts: Sequence[Gaussian]) -> Gaussian:
+def join(parts: Sequence[Gaussian]) -> Gaussian:
+    """Batches of Gaussians as one."""
     return Gaussian(
         torch.cat([part.loc for part in parts]),
         torch.cat([part.scale for part in parts]),
@@ -156,7 +157,7 @@ def _from_curvature(points: Tensor, gradients: Tensor, hessians: Tensor, kind: s
     # these variances (Bishop 2006, eq. 10.13): the fixed point of coordinate ascent.
     curvature = hessians.diagonal(dim1=-2, dim2=-1).clamp(MIN_EIGENVALUES[0], MAX_EIGENVALUE)
     parts.append(Gaussian(points, torch.diag_embed(curvature.rsqrt()), ("mean-field",) * len(points)))
-    return _join(parts)
+    return join(parts)
 
 
 def _diagonal(value_and_grad: ValueAndGrad, points: Tensor, gradients: Tensor) -> Gaussian:
@@ -334,7 +335,7 @@ def find_gaussian(
             pool.append(_from_curvature(points, gradients, hessians_at(value_and_grad, points), kind))
         else:
             pool.append(_diagonal(value_and_grad, points, gradients))
-    candidates = _join(pool)
+    candidates = join(pool)
     sorting = normal_noise(effort.draws // 4, dim, start)
     bounds = elbos(value_and_grad, candidates, sorting)
     if not bool(bounds.isfinite().any()):  # each is cut by an edge of the support, where runs end
@@ -345,10 +346,10 @@ def find_gaussian(
     finalists = candidates.select(apart(candidates, bounds, effort.finalists))
     first_steps, last_steps = effort.refinements
     moved = refine(value_and_grad, finalists, first_steps, max(16, effort.draws // 4), seed=1)
-    both = _join([finalists, moved])
+    both = join([finalists, moved])
     fresh = normal_noise(2 * effort.draws, dim, start, seed=2)
     best = both.select([int(elbos(value_and_grad, both, fresh).argmax())])
-    both = _join([best, refine(value_and_grad, best, last_steps, effort.draws, seed=3)])
+    both = join([best, refine(value_and_grad, best, last_steps, effort.draws, seed=3)])
     winner = both.select([int(elbos(value_and_grad, both, fresh).argmax())])
     return replace(winner, scale=winner.scale_tril())
 

@@ -64,7 +64,7 @@ class Modes:
     found: int
 
 
-def _all_starts(start: Tensor, prior: Tensor, num: int) -> Tensor:
+def all_starts(start: Tensor, prior: Tensor, num: int) -> Tensor:
     """Half around the model's start, a quarter of draws of the prior, the others from further out."""
     near = spread_starts(start, max(2, num // 2))
     drawn = prior[: num // 4]
@@ -76,7 +76,7 @@ def _all_starts(start: Tensor, prior: Tensor, num: int) -> Tensor:
     return torch.cat([near, drawn, start + (scale.unsqueeze(-1) * spread).to(start)])
 
 
-def _log_densities(gaussian: Gaussian, z: Tensor) -> Tensor:
+def log_densities(gaussian: Gaussian, z: Tensor) -> Tensor:
     """Of each Gaussian at each point, shape ``(S, M)``, of points ``(S, D)``."""
     gap = z.unsqueeze(1) - gaussian.loc
     if gaussian.dense:
@@ -90,26 +90,45 @@ def _log_densities(gaussian: Gaussian, z: Tensor) -> Tensor:
     return log_density
 
 
-def _weigh(value_and_grad: ValueAndGrad, gaussian: Gaussian, bounds: Tensor) -> Tensor:
+def weigh(value_and_grad: ValueAndGrad, gaussian: Gaussian, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights with which the Gaussians are closest to the target, by expectation maximisation.
 
     On draws of all of them, weighted by importance (Cappé, Douc, Guillin, Marin and Robert, *Adaptive
     importance sampling in general mixture classes*, 2008); where too few of these count, by their ELBOs.
+
+    :return: the weights, the draws and the shares of these in the target.
     """
     dim = gaussian.loc.shape[-1]
     z = gaussian.draw(normal_noise(DRAWS, dim, gaussian.loc, seed=5)).reshape(-1, dim)
     values = value_and_grad(z)[0]
-    components = _log_densities(gaussian, z)
+    components = log_densities(gaussian, z)
     ratios = values - components.logsumexp(-1)
     ratios = torch.where(ratios.isfinite(), ratios, -torch.inf)
     shares = ratios.softmax(0)
     by_bounds = bounds.softmax(0)
     if not bool(shares.isfinite().all()) or float(shares.square().sum()) * LEAST_ESS_SHARE * len(z) > 1.0:
-        return by_bounds
+        by_draw = by_bounds.unsqueeze(-1).expand(-1, DRAWS).reshape(-1) / DRAWS
+        return by_bounds, z, by_draw
     weights = torch.full_like(by_bounds, 1.0 / len(by_bounds))
     for _ in range(ROUNDS):
         weights = shares @ (components + weights.log()).softmax(-1)
-    return weights
+    return weights, z, shares
+
+
+def refined(value_and_grad: ValueAndGrad, modes: Gaussian, effort: Effort) -> tuple[Gaussian, Tensor]:
+    """Gaussians moved by natural gradients, those of which that raises the ELBO; and their ELBOs."""
+    like = modes.loc[0]
+    count = max(16, effort.draws // 4)
+    moved = refine(value_and_grad, modes, max(10, effort.refinements[0]), count, seed=1)
+    noise = normal_noise(2 * effort.draws, len(like), like, seed=2)
+    before, after = elbos(value_and_grad, modes, noise), elbos(value_and_grad, moved, noise)
+    better = after > before
+    gaussian = Gaussian(
+        torch.where(better.unsqueeze(-1), moved.loc, modes.loc),
+        torch.where(better.reshape(-1, 1, 1), moved.scale, modes.scale),
+        modes.kinds,
+    )
+    return gaussian, torch.maximum(before, after)
 
 
 def _modes(value_and_grad: ValueAndGrad, points: Tensor, most: int) -> Gaussian | None:
@@ -169,7 +188,7 @@ def find_modes(
     prior = start.new_zeros(0, len(start)) if prior is None else prior
     modes = None
     if num > 1 and len(start) <= MAX_DENSE_DIM:
-        starts = _all_starts(start, prior, max(2 * effort.starts, RUNS_FOR_EACH * num))
+        starts = all_starts(start, prior, max(2 * effort.starts, RUNS_FOR_EACH * num))
         found = ascend(value_and_grad, starts, effort.evaluations)
         ends = distinct(found, MAX_CANDIDATES)
         if ends:  # runs that were still under way when most had ended are taken to their ends
@@ -179,17 +198,8 @@ def find_modes(
         best = find_gaussian(value_and_grad, start, effort)
         gaussian, weights = _with_spares(best, best.loc.new_ones(1), num)
         return Modes(gaussian, weights, 1)
-    count = max(16, effort.draws // 4)
-    refined = refine(value_and_grad, modes, max(10, effort.refinements[0]), count, seed=1)
-    noise = normal_noise(2 * effort.draws, len(start), start, seed=2)
-    before, after = elbos(value_and_grad, modes, noise), elbos(value_and_grad, refined, noise)
-    better = after > before
-    gaussian = Gaussian(
-        torch.where(better.unsqueeze(-1), refined.loc, modes.loc),
-        torch.where(better.reshape(-1, 1, 1), refined.scale, modes.scale),
-        modes.kinds,
-    )
-    weights = _weigh(value_and_grad, gaussian, torch.maximum(before, after)).clamp(min=LEAST_SHARE)
+    gaussian, bounds = refined(value_and_grad, modes, effort)
+    weights = weigh(value_and_grad, gaussian, bounds)[0].clamp(min=LEAST_SHARE)
     order = weights.argsort(descending=True)
     gaussian, weights = _with_spares(gaussian.select(order.tolist()), weights[order], num)
     return Modes(gaussian, weights, len(order))
