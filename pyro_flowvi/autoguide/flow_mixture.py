@@ -77,13 +77,13 @@ class AutoFlowMixture(ComponentSearch):
     ``fit`` starts with a component at each mode that it finds; for stock ``SVI`` :meth:`find_modes` does so.
     Otherwise the components start apart by ``init_spread``, and may all end at the same mode.
 
-    With ``num_components="auto"`` the search goes on until three rounds of runs from new starting points
-    bring no new mode.  Modes with a path between them on which the density falls by less than a factor of e,
-    or whose Gaussians share mass, are one; what has less than .5 % of the mass is left out, and all but the
-    heaviest 32; above 200 latents one component is all.  :attr:`num_components` is the number from set-up on.
-    ``fit`` searches anew in its data, unless ``init`` gives a guide to go on from, and
-    :attr:`FitResult.modes <pyro_flowvi.infer.FitResult>` says what it has found.  A state that is loaded
-    brings its own number.
+    With ``num_components="auto"`` the search goes on until three rounds of runs from new starting points, or
+    eight where there are several modes, bring no new one.  Modes with a path between them on which the
+    density falls by less than a factor of e, or whose Gaussians share mass, are one; what has less than .5 %
+    of the mass is left out, and all but the heaviest 32; above 200 latents one component is all.
+    :attr:`num_components` is the number from set-up on.  ``fit`` searches anew in its data, unless ``init``
+    gives a guide to go on from, and ``modes`` of its result says what the guide has in the end.  A state that
+    is loaded brings its own number.
 
     Under ``Trace_ELBO`` and ``RenyiELBO`` (from two particles on) the component is drawn, and gradients are
     unbiased, but noisier.  Others whose gradient would be wrong are refused by name: ``TraceGraph_ELBO``,

@@ -14,14 +14,14 @@ from .modes import LEAST_SHARE, MAX_CANDIDATES, Modes, all_starts, log_densities
 
 __all__ = ["MAX_COMPONENTS", "find_all_modes"]
 
-MAX_ROUNDS = 16
-PATIENCE = 3
-"""Rounds in succession that bring no new mode with mass, after which a search ends."""
+MAX_ROUNDS = 32
+PATIENCE = {"one": 3, "several": 8}
+"""Rounds in succession that bring no new mode with mass, after which a search ends.  Where there are several,
+more are likely."""
 SCREENED = 8
 """Points for each run of a later round, of which those with the highest density outside known modes start."""
 NEAR = 4.0
-"""Standard deviations of the squared distance of a normal's draws, beyond its mean, up to which a point is near a
-known mode."""
+"""Standard deviations of a normal's squared distance, beyond its mean, up to which a point is near a mode."""
 WIDTHS = (3.0, 10.0, 30.0)
 """Standard deviations of a mode at which later rounds start around it."""
 MAX_COMPONENTS = 32
@@ -138,7 +138,7 @@ def _search(value_and_grad: ValueAndGrad, start: Tensor, effort: Effort, prior: 
             ends = _ends(value_and_grad, known, ends, effort)
         new = bool(len(ends)) and known.add(*peaks(value_and_grad, ends))
         quiet = 0 if new else quiet + 1
-        if quiet >= PATIENCE:
+        if quiet >= PATIENCE["one" if len(known.heaviest().kinds) < 2 else "several"]:
             break
     return known
 
@@ -188,12 +188,12 @@ def find_all_modes(
 ) -> Modes:
     """Gaussians at all modes of a log density that a search finds, with their weights.
 
-    L-BFGS runs in rounds, each from new points, until three in succession bring no new mode with mass, or
-    sixteen are over.  Two modes are one where a path leads from one to the other on which the density falls
-    by less than a factor of e below the lower one, or where their Gaussians, refined by natural gradients,
-    share a tenth of their mass.  Modes with less than .5 % of the mass are left out, and all but the 32
-    heaviest.  Where one mode is left, it has the Gaussian of :func:`find_gaussian`; so it is above 200
-    dimensions.
+    L-BFGS runs in rounds, each from new points, until three in succession bring no new mode with mass, where
+    there are several eight, or 32 are over.  Two modes are one where a path leads from one to the other on
+    which the density falls by less than a factor of e below the lower one, or where their Gaussians, refined
+    by natural gradients, share a tenth of their mass.  Modes with less than .5 % of the mass are left out,
+    and all but the 32 heaviest.  Where one mode is left, it has the Gaussian of :func:`find_gaussian`; so it
+    is above 200 dimensions.
 
     :param value_and_grad: points ``(P, D)`` to log densities and gradients.
     :param start: the model's starting point, shape ``(D,)``.
