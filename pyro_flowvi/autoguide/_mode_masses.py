@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compile.log_density import log_densities
+from .._compile.log_density import traced
 from .._program.log_density import UnconstrainedModel
 from ..init._all_modes import MOST_OVERLAP
 
 __all__ = ["ModeMasses", "masses_of"]
 
-DRAWS = 4096
+DRAWS, FEW = 4096, 64
 MOST_ELEMENTS = 2**21
 """Draws of a mixture, and numbers in them with the data, by which masses are found."""
 LEAST_MASS = 1e-3
@@ -70,15 +70,18 @@ def masses_of(guide: Any, density: UnconstrainedModel | None) -> ModeMasses:
     :param density: the model with all its data; None if what is known of it is a part.
     """
     mixture = guide.get_posterior()
+    graph = None if density is None else traced(density)
     largest = guide.latent_dim if density is None else max(guide.latent_dim, density.largest)
-    size = max(256, min(DRAWS, MOST_ELEMENTS // max(1, largest)))
+    size = max(FEW, min(DRAWS, MOST_ELEMENTS // max(1, largest)))
+    if graph is not None and not graph.batched:
+        size = FEW
     with torch.random.fork_rng():
         torch.manual_seed(0)
         z = mixture.sample((size,))
     joint = mixture.joint_log_prob(z)
     shares = z.new_full((size,), 1.0 / size)
-    if density is not None:
-        ratios = log_densities(density, z) - joint.logsumexp(-1)
+    if graph is not None:
+        ratios = graph(z)[0] - joint.logsumexp(-1)
         shares = torch.where(ratios.isfinite(), ratios, -torch.inf).softmax(0)
     responsibilities = joint.softmax(-1)
     each = shares @ responsibilities
@@ -89,6 +92,6 @@ def masses_of(guide: Any, density: UnconstrainedModel | None) -> ModeMasses:
     parts = torch.stack([responsibilities[:, group].sum(-1) for group in groups], -1)
     masses = shares @ parts
     se = (shares.square() @ (parts - masses).square()).sqrt()
-    if density is None:
+    if graph is None:
         se = torch.full_like(se, math.nan)
     return ModeMasses((masses / masses.sum()).cpu(), se.cpu(), tuple(tuple(group) for group in groups))

@@ -374,5 +374,6 @@ def fit(
         finally:
             loop.stepper.leave()
             answers.leave_frame()
-        modes = answers.masses(density if own_data else None)
+        whole = density is not None and not (changing or density.subsampled)
+        modes = answers.masses(density if whole else None)
         return _result(loop, stop_reason, time.perf_counter() - started, modes)

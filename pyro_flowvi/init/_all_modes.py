@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ._bent_paths import LEAST_DIP, connected, straight_dips
+from ._bent_paths import LEAST_DIP, connected, inverse_of_laplace, straight_dips
 from .effort import Effort
 from .gaussians import MAX_DENSE_DIM, Gaussian, distinct, find_gaussian, join, peaks
 from .lbfgs import ValueAndGrad, ascend
@@ -60,7 +60,7 @@ class _Known:
                 continue
             self.gaussian = join([self.gaussian, one])
             self.log_masses = torch.cat([self.log_masses, log_masses[i : i + 1]])
-            self._inverses = torch.cat([self._inverses, torch.linalg.inv(one.scale)])
+            self._inverses = torch.cat([self._inverses, inverse_of_laplace(one.scale)])
             gained = gained or float(log_masses[i]) > best + math.log(LEAST_SHARE)
         return gained
 
@@ -127,7 +127,7 @@ def _starts(
 
 def _search(value_and_grad: ValueAndGrad, start: Tensor, effort: Effort, prior: Tensor) -> _Known:
     """Rounds of L-BFGS runs until they bring no new mode."""
-    known, quiet, num = _Known(len(start), start), 0, 2 * effort.starts
+    known, quiet, num, several = _Known(len(start), start), 0, 2 * effort.starts, False
     for turn in range(MAX_ROUNDS):
         if turn:
             starts = _starts(value_and_grad, start, prior, known, num, turn)
@@ -138,7 +138,9 @@ def _search(value_and_grad: ValueAndGrad, start: Tensor, effort: Effort, prior: 
             ends = _ends(value_and_grad, known, ends, effort)
         new = bool(len(ends)) and known.add(*peaks(value_and_grad, ends))
         quiet = 0 if new else quiet + 1
-        if quiet >= PATIENCE["one" if len(known.heaviest().kinds) < 2 else "several"]:
+        if quiet == PATIENCE["one"]:
+            several = len(connected(value_and_grad, known.heaviest())) > 1
+        if quiet >= PATIENCE["one"] and (not several or quiet >= PATIENCE["several"]):
             break
     return known
 

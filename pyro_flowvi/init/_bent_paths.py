@@ -6,7 +6,7 @@ from torch import Tensor
 from .gaussians import Gaussian
 from .lbfgs import ValueAndGrad
 
-__all__ = ["LEAST_DIP", "connected", "straight_dips"]
+__all__ = ["LEAST_DIP", "connected", "inverse_of_laplace", "straight_dips"]
 
 LEAST_DIP = 1.0
 """Nats by which the density has to fall below the lower of two modes, on every path, for them to be two."""
@@ -17,6 +17,20 @@ RATE, MOST = 0.5, 1.0
 """Of a step of a path's points: its rate, and the length of the gradient at most, in standard deviations."""
 NEIGHBOURS = 4
 """Modes nearest to each to which paths are bent; straight ones lead to all."""
+
+
+def inverse_of_laplace(scale: Tensor) -> Tensor:
+    """The inverses of factors of Laplace approximations, whose columns are orthogonal.
+
+    Example::
+
+        >>> inverse_of_laplace(torch.diag(torch.tensor([2.0, 0.5])))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+    """
+    sizes = scale.norm(dim=-2, keepdim=True)
+    inverse: Tensor = (scale / sizes / sizes).mT
+    return inverse
 
 
 def _dips(values: Tensor, lower: Tensor) -> Tensor:
@@ -65,7 +79,7 @@ def _bent(value_and_grad: ValueAndGrad, peaked: Gaussian, first: Tensor, second:
     """
     scale = peaked.scale[first]
     ends = peaked.loc[first], peaked.loc[second]
-    gap = torch.linalg.solve(scale, (ends[1] - ends[0]).unsqueeze(-1)).squeeze(-1)
+    gap = (inverse_of_laplace(scale) @ (ends[1] - ends[0]).unsqueeze(-1)).squeeze(-1)
     path = torch.linspace(0.0, 1.0, IMAGES + 2).to(gap).reshape(1, -1, 1) * gap.unsqueeze(1)
     heights = value_and_grad(peaked.loc)[0]
     lower = torch.minimum(heights[first], heights[second])
@@ -88,7 +102,7 @@ def connected(value_and_grad: ValueAndGrad, peaked: Gaussian) -> list[list[int]]
     """Groups of modes between which paths lead on which the density hardly falls; the first first.
 
     :param value_and_grad: points ``(P, D)`` to log densities and gradients.
-    :param peaked: Laplace approximations at the modes.
+    :param peaked: Laplace approximations at the modes, factors with orthogonal columns.
 
     Example::
 
@@ -111,7 +125,7 @@ def connected(value_and_grad: ValueAndGrad, peaked: Gaussian) -> list[list[int]]
         first, second = torch.triu_indices(size, size, 1, device="cpu")
         unite(first, second, straight_dips(value_and_grad, peaked.loc[first], peaked.loc[second]))
         gap = (peaked.loc[second] - peaked.loc[first]).unsqueeze(-1)
-        apart = torch.linalg.solve(peaked.scale[first], gap).squeeze(-1).norm(dim=-1)
+        apart = (inverse_of_laplace(peaked.scale[first]) @ gap).squeeze(-1).norm(dim=-1)
         near = torch.full((size, size), torch.inf).to(apart)
         near[first, second] = near[second, first] = apart
         rank = near.argsort(-1).argsort(-1)
