@@ -23,12 +23,14 @@ def multimodal(rows: list[Row]) -> str:
     lines = []
     for (target, guide), group in grouped(rows, "target", "guide").items():
         done = [row for row in group if "error" not in row]
-        name = "AutoRealNVP" if guide == "flow" else "AutoFlowMixture"
+        name = {"flow": "AutoRealNVP", "auto": 'AutoFlowMixture("auto")'}.get(str(guide), "AutoFlowMixture")
         if not done:
             lines.append([str(target), name, group[0]["error"], *[""] * 6])
             continue
         first = done[0]
-        if guide != "flow":
+        if guide == "auto":
+            name += f": {', '.join(map(str, sorted({row['components'] for row in done})))}"
+        elif guide != "flow":
             name += f"({first['components']})"
         modes = f"{min(map(found, done))} of {len(first['true'])}" if "masses" in first else "–"
         error = f"{100 * max(map(mass_error, done)):.1f} %" if "masses" in first else "–"
@@ -51,7 +53,10 @@ MULTIMODAL = Section(
     "`fit` with nothing set. *two*: five latents, modes 6 standard deviations apart, masses .2 and .8; "
     "*nine*: normals on a lattice; *bananas*: two bent modes, .2 and .8; *labels*: a Gaussian mixture "
     "model, whose labels can be switched in six ways; *shots*: angle and speed of a projectile, from where "
-    "it lands; *schools*: one mode. Worst of the seeds for masses and k-hat, medians else.",
+    "it lands; *sixteen*: normals on a lattice, of unlike masses; *unlike*: two normals, one a thirtieth as "
+    "wide as the other; *twenty*: three normals in twenty dimensions; *schools*: one mode. "
+    '`AutoFlowMixture("auto")` is followed by the number of components that it found, by seed where they '
+    "differ. Worst of the seeds for masses and k-hat, medians else.",
     multimodal,
     picture=("multimodal.png", "One flow and a mixture of flows on five posteriors"),
 )
