@@ -364,18 +364,18 @@ def report(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path, results: Path) -> None:
-    """Draws of one flow and of the mixture, of the first seed."""
+    """Draws of one flow and of the mixture that finds its number of components, of the first seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = {(r["target"], r["guide"]): r for r in rows if r.get("shown")}
-    names = [name for name in TARGETS if (name, "mixture") in shown and name != "two even"]
+    names = [name for name in TARGETS if (name, "auto") in shown and name != "two even"]
     figure, axes = plt.subplots(2, len(names), figsize=(2.6 * len(names), 5.4), squeeze=False)
     for column, name in zip(axes.T, names, strict=True):
-        limits = np.array(shown[name, "mixture"]["shown"])
-        for axis, guide in zip(column, ("flow", "mixture"), strict=True):
+        limits = np.array(shown[name, "auto"]["shown"])
+        for axis, guide in zip(column, ("flow", "auto"), strict=True):
             row = shown.get((name, guide))
             if row is not None:
                 axis.plot(*np.array(row["shown"]).T, ".", markersize=2.5, alpha=0.4, color="tab:blue")
@@ -388,7 +388,7 @@ def plot(rows: list[Row], path: Path, results: Path) -> None:
             axis.set_yticks([])
         column[0].set_title(name)
     axes[0, 0].set_ylabel("AutoRealNVP")
-    axes[1, 0].set_ylabel("AutoFlowMixture")
+    axes[1, 0].set_ylabel('AutoFlowMixture("auto")')
     figure.tight_layout()
     save(figure, path, results, dpi=110)
 

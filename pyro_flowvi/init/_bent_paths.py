@@ -130,9 +130,8 @@ def connected(value_and_grad: ValueAndGrad, peaked: Gaussian) -> list[list[int]]
         near[first, second] = near[second, first] = apart
         rank = near.argsort(-1).argsort(-1)
         close = torch.minimum(rank[first, second], rank[second, first]) < NEIGHBOURS
-        left = torch.tensor(
-            [group[i] != group[j] for i, j in zip(first.tolist(), second.tolist(), strict=True)]
-        )
+        ends = zip(first.tolist(), second.tolist(), strict=True)
+        left = torch.tensor([group[i] != group[j] for i, j in ends], device="cpu")
         chosen = close.cpu() & left
         if bool(chosen.any()):
             first, second = first[chosen], second[chosen]

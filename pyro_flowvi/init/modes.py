@@ -6,33 +6,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._mode_search import LEAST_SHARE, search
 from .effort import Effort
 from .gaussians import (
     MAX_DENSE_DIM,
     Gaussian,
-    apart,
-    distinct,
     elbos,
     find_gaussian,
     normal_noise,
-    peaks,
     refine,
-    spread_starts,
 )
-from .lbfgs import ValueAndGrad, ascend
+from .lbfgs import ValueAndGrad
 
 __all__ = ["PRIOR_DRAWS", "Modes", "find_modes"]
 
-MAX_CANDIDATES = 64
-"""Ends of runs that are looked at as modes."""
-RUNS_FOR_EACH = 6
-"""Runs for each component, at least."""
 PRIOR_DRAWS = 32
 """Draws of the prior from which runs may start."""
-WIDE_SCALES = (4.0, 20.0)
-"""Multiples of the spread of the usual starts from which runs start too, to come from all sides."""
-LEAST_SHARE = 1e-3
-"""Share of the masses below which a mode is left out."""
 DRAWS = 256
 """Draws of each Gaussian by which their weights are found."""
 LEAST_ESS_SHARE = 0.02
@@ -62,18 +51,6 @@ class Modes:
     gaussian: Gaussian
     weights: Tensor
     found: int
-
-
-def all_starts(start: Tensor, prior: Tensor, num: int) -> Tensor:
-    """Half around the model's start, a quarter of draws of the prior, the others from further out."""
-    near = spread_starts(start, max(2, num // 2))
-    drawn = prior[: num // 4]
-    generator = torch.Generator().manual_seed(1)
-    left = max(0, num - len(near) - len(drawn))
-    spread = torch.rand(left, len(start), generator=generator, dtype=torch.float64, device="cpu") * 4.0 - 2.0
-    widths = [WIDE_SCALES[i % len(WIDE_SCALES)] for i in range(left)]
-    scale = torch.tensor(widths, dtype=torch.float64, device="cpu")
-    return torch.cat([near, drawn, start + (scale.unsqueeze(-1) * spread).to(start)])
 
 
 def log_densities(gaussian: Gaussian, z: Tensor) -> Tensor:
@@ -131,16 +108,6 @@ def refined(value_and_grad: ValueAndGrad, modes: Gaussian, effort: Effort) -> tu
     return gaussian, torch.maximum(before, after)
 
 
-def _modes(value_and_grad: ValueAndGrad, points: Tensor, most: int) -> Gaussian | None:
-    """Gaussians at those of the points that are modes and have mass, at most so many."""
-    if not len(points):
-        return None
-    candidates, log_masses = peaks(value_and_grad, points)
-    shares = log_masses.softmax(0)
-    chosen = [i for i in apart(candidates, log_masses, most) if bool(shares[i] > LEAST_SHARE)]
-    return candidates.select(chosen) if chosen else None
-
-
 def _with_spares(gaussian: Gaussian, weights: Tensor, num: int) -> tuple[Gaussian, Tensor]:
     """As many as wanted: those left over are at the modes again, with other scales and small weights."""
     places, scales, shares = list(range(len(weights))), [1.0] * len(weights), weights.tolist()
@@ -165,7 +132,8 @@ def find_modes(
 ) -> Modes:
     """Gaussians at the modes of a log density, with their weights: where a mixture of ``num`` starts.
 
-    L-BFGS from many points, near the start, far from it and of the prior; Laplace approximations at the
+    L-BFGS in rounds from many points, near the start, far from it and of the prior, until three in succession
+    bring no new mode, or eight where some are found, but fewer than ``num``; Laplace approximations at the
     distinct ends, the heaviest ``num`` of them; each refined by natural gradients if that raises its ELBO.
     The weights are those with which the mixture is closest to the target.  Where there is one mode at most,
     the Gaussian of :func:`find_gaussian`.  Components that are left over double the modes' own.
@@ -188,12 +156,8 @@ def find_modes(
     prior = start.new_zeros(0, len(start)) if prior is None else prior
     modes = None
     if num > 1 and len(start) <= MAX_DENSE_DIM:
-        starts = all_starts(start, prior, max(2 * effort.starts, RUNS_FOR_EACH * num))
-        found = ascend(value_and_grad, starts, effort.evaluations)
-        ends = distinct(found, MAX_CANDIDATES)
-        if ends:  # runs that were still under way when most had ended are taken to their ends
-            found = ascend(value_and_grad, found.points[ends], effort.evaluations)
-            modes = _modes(value_and_grad, found.points[distinct(found, MAX_CANDIDATES)], num)
+        peaked = search(value_and_grad, start, effort, prior, num)
+        modes = peaked.select(range(min(num, len(peaked.kinds))))
     if modes is None or len(modes.kinds) < 2:
         best = find_gaussian(value_and_grad, start, effort)
         gaussian, weights = _with_spares(best, best.loc.new_ones(1), num)

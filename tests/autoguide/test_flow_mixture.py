@@ -205,7 +205,8 @@ class TestFit:
         assert draws["x"].numel() == 30
         assert guide.sample_posterior(50, resample=True)["x"].shape == (50,)
 
-    def test_goes_on_from_a_checkpoint(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("num", [2, "auto"])
+    def test_goes_on_from_a_checkpoint(self, tmp_path, monkeypatch, num):
         """Bit for bit, from the third time that it is written: within the components' frames."""
 
         class Stop(Exception):
@@ -223,7 +224,7 @@ class TestFit:
         states = {}
         for name in ("whole", "stopped", "stopped"):
             pyro.clear_param_store()
-            guide = AutoFlowMixture(square_root, 2, **SMALL, name="guide")
+            guide = AutoFlowMixture(square_root, num, **SMALL, name="guide")
             path = tmp_path / name
             options = {"num_steps": 60, "lr": 1e-2, "seed": 0, "progress": False, "checkpoint": path}
             try:

@@ -75,6 +75,16 @@ def test_number_and_masses(name):
     assert found.weights.tolist() == sorted(found.weights.tolist(), reverse=True)
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_given_number_has_the_same_modes(name):
+    locs, scales, shares = (value.double() for value in MIXTURES[name])
+    density = UnconstrainedModel(normals(locs, scales, shares))
+    found = find_modes(traced(density), density.start, len(locs))
+    assert found.found == len(locs)
+    order = torch.cdist(locs, found.gaussian.loc).argmin(-1)
+    torch.testing.assert_close(found.weights[order], shares / shares.sum(), rtol=0.03, atol=0.0)
+
+
 def log_banana(z):
     u, v = z.unbind(-1)
     return dist.Normal(0.0, 2.0).log_prob(u) + dist.Normal(0.5 * u**2, 0.3).log_prob(v)
