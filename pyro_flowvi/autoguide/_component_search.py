@@ -51,8 +51,12 @@ class ComponentSearch(AutoFlow):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._call = args, kwargs
+        before = self.num_components
         try:
             super()._setup_prototype(*args, **kwargs)
+        except BaseException:
+            self.num_components = before
+            raise
         finally:
             del self._call
 

@@ -16,6 +16,7 @@ from .._checks import check_dtype
 from .._program.param_store import adopt_stored, claim_name, holds_name, register
 from .._program.pyro_private import is_module_local_param_enabled
 from ..transforms import Compose
+from ..transforms.stacked import drop_caches
 
 __all__ = ["PROTOTYPE_STATE", "NamedGuide"]
 
@@ -138,15 +139,8 @@ class NamedGuide(AutoContinuous):
 
     # -- copies --------------------------------------------------------------------------------
 
-    def _drop_caches(self) -> None:
-        """Empties the caches of Pyro's transforms, which hold tensors of a graph that has no copy."""
-        for module in self.modules():
-            for key, value in vars(module).items():
-                if key.startswith("_cache") and key != "_cache_size":
-                    vars(module)[key] = (None, None) if isinstance(value, tuple) else None
-
     def __getstate__(self) -> dict[str, Any]:
-        self._drop_caches()
+        drop_caches(self)
         state = self.__dict__.copy()
         state["master"] = state["_data"] = None
         for param in self.parameters():
@@ -164,7 +158,7 @@ class NamedGuide(AutoContinuous):
         self._take_name(None, state["_store_name"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self._drop_caches()
+        drop_caches(self)
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         state = self.__dict__.copy()

@@ -9,13 +9,18 @@ from torch import Tensor
 
 from .._compile.log_density import traced
 from .._program.log_density import UnconstrainedModel
+from ..distributions.mixture_of_flows import pick_component
 from ..init._all_modes import MOST_OVERLAP
+from ..init._bent_paths import connected
+from ..init.gaussians import MAX_DENSE_DIM, Gaussian
 
 __all__ = ["ModeMasses", "masses_of"]
 
 DRAWS, FEW = 4096, 64
 MOST_ELEMENTS = 2**21
 """Draws of a mixture, and numbers in them with the data, by which masses are found."""
+SPREAD = 256
+"""Draws of a component that tell its covariance."""
 LEAST_MASS = 1e-3
 """Mass below which a component is at no mode."""
 
@@ -29,7 +34,8 @@ class ModeMasses:
 
     :param masses: shape ``(M,)``; they sum to one.
     :param se: their standard errors, the draws' own; NaN where the model scores no draws.
-    :param components: of each mode the components that share its mass.
+    :param components: of each mode the components that describe it: those that share its mass, and those
+        between which a path leads on which the density of the posterior hardly falls.
 
     Example::
 
@@ -53,13 +59,24 @@ class ModeMasses:
 
 
 def _groups(overlap: Tensor, alive: list[int]) -> list[list[int]]:
-    """Components that share mass, directly or by others."""
+    """Components that belong together, directly or by others."""
     groups: list[list[int]] = []
     for i in alive:
         near = [group for group in groups if any(bool(overlap[i, j] > MOST_OVERLAP) for j in group)]
         joined = [j for group in near for j in group]
         groups = [*(group for group in groups if group not in near), [*joined, i]]
     return groups
+
+
+def _places(mixture: Any) -> Gaussian:
+    """Where components are densest, with their covariances."""
+    drawn = mixture.rsample_components((SPREAD,))
+    own = mixture.component_log_prob(drawn).diagonal(dim1=-2, dim2=-1)
+    densest = pick_component(drawn.movedim(0, 1), own.argmax(0))
+    gap = (drawn - drawn.mean(0)).movedim(1, 0)
+    sizes, vectors = torch.linalg.eigh(gap.mT @ gap / SPREAD)
+    scale = vectors * sizes.clamp(min=1e-12 * float(sizes.max())).sqrt().unsqueeze(-2)
+    return Gaussian(densest, scale, ("modes",) * len(densest))
 
 
 @torch.no_grad()
@@ -78,16 +95,24 @@ def masses_of(guide: Any, density: UnconstrainedModel | None) -> ModeMasses:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         z = mixture.sample((size,))
+        places = _places(mixture) if guide.latent_dim <= MAX_DENSE_DIM else None
     joint = mixture.joint_log_prob(z)
     shares = z.new_full((size,), 1.0 / size)
     if graph is not None:
         ratios = graph(z)[0] - joint.logsumexp(-1)
-        shares = torch.where(ratios.isfinite(), ratios, -torch.inf).softmax(0)
+        if bool(ratios.isfinite().any()):
+            shares = torch.where(ratios.isfinite(), ratios, -torch.inf).softmax(0)
+        else:
+            graph = None
     responsibilities = joint.softmax(-1)
     each = shares @ responsibilities
     alive = [i for i, mass in enumerate(each.tolist()) if mass > LEAST_MASS]
     common = (shares.unsqueeze(-1) * responsibilities).mT @ responsibilities
     overlap = common / torch.minimum(each.unsqueeze(0), each.unsqueeze(1)).clamp(min=1e-12)
+    if graph is not None and graph.batched and places is not None:
+        for group in connected(graph, places.select(alive)):
+            for i in group:
+                overlap[alive[group[0]], alive[i]] = overlap[alive[i], alive[group[0]]] = 1.0
     groups = sorted(_groups(overlap, alive), key=lambda group: -float(each[group].sum()))
     parts = torch.stack([responsibilities[:, group].sum(-1) for group in groups], -1)
     masses = shares @ parts

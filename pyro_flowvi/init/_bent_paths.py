@@ -33,10 +33,14 @@ def inverse_of_laplace(scale: Tensor) -> Tensor:
     return inverse
 
 
-def _dips(values: Tensor, lower: Tensor) -> Tensor:
-    """How far the density falls on paths, of values ``(N, images)``, below the lower of their ends."""
-    inner = torch.where(values.isfinite(), values, -torch.inf)
-    return (lower - inner.min(-1).values).nan_to_num(torch.inf, torch.inf, torch.inf)
+def _dips(values: Tensor) -> Tensor:
+    """How far the density falls on paths, of values ``(N, images)``, below the lower of what it climbs to on
+    both sides."""
+    values = torch.where(values.isfinite(), values, -torch.inf)
+    before = values.cummax(-1).values
+    after = values.flip(-1).cummax(-1).values.flip(-1)
+    fall: Tensor = (torch.minimum(before, after) - values).nan_to_num(torch.inf, torch.inf, torch.inf)
+    return fall.max(-1).values
 
 
 def _even(path: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ def _even(path: Tensor) -> Tensor:
 
 
 def straight_dips(value_and_grad: ValueAndGrad, first: Tensor, second: Tensor) -> Tensor:
-    """How far the density falls on straight lines, below the lower of their ends, shape ``(N,)``.
+    """How far the density falls on straight lines and rises again, shape ``(N,)``.
 
     :param first: shape ``(N, D)``.
     :param second: same shape.
@@ -68,7 +72,7 @@ def straight_dips(value_and_grad: ValueAndGrad, first: Tensor, second: Tensor) -
     share = torch.linspace(0.0, 1.0, IMAGES + 2).to(first).reshape(1, -1, 1)
     points = torch.lerp(first.unsqueeze(1), second.unsqueeze(1), share)
     values = value_and_grad(points.reshape(-1, points.shape[-1]))[0].reshape(points.shape[:2])
-    return _dips(values[:, 1:-1], torch.minimum(values[:, 0], values[:, -1]))
+    return _dips(values)
 
 
 def _bent(value_and_grad: ValueAndGrad, peaked: Gaussian, first: Tensor, second: Tensor) -> Tensor:
@@ -82,12 +86,13 @@ def _bent(value_and_grad: ValueAndGrad, peaked: Gaussian, first: Tensor, second:
     gap = (inverse_of_laplace(scale) @ (ends[1] - ends[0]).unsqueeze(-1)).squeeze(-1)
     path = torch.linspace(0.0, 1.0, IMAGES + 2).to(gap).reshape(1, -1, 1) * gap.unsqueeze(1)
     heights = value_and_grad(peaked.loc)[0]
-    lower = torch.minimum(heights[first], heights[second])
-    least = torch.full_like(lower, torch.inf)
+    first_height, second_height = heights[first].unsqueeze(-1), heights[second].unsqueeze(-1)
+    least = torch.full_like(heights[first], torch.inf)
     for turn in range(ROUNDS):
         z = ends[0].unsqueeze(1) + path[:, 1:-1] @ scale.mT
         values, gradients = value_and_grad(z.reshape(-1, z.shape[-1]))
-        least = torch.minimum(least, _dips(values.reshape(z.shape[:2]), lower))
+        heights = torch.cat([first_height, values.reshape(z.shape[:2]), second_height], -1)
+        least = torch.minimum(least, _dips(heights))
         slope = gradients.reshape(z.shape) @ scale
         along = torch.nn.functional.normalize(path[:, 2:] - path[:, :-2], dim=-1)
         slope = (slope - (slope * along).sum(-1, keepdim=True) * along).nan_to_num(0.0, 0.0, 0.0)

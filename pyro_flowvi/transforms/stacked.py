@@ -31,6 +31,23 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def drop_caches(module: nn.Module) -> None:
+    """Empties the caches of Pyro's transforms, which hold tensors of a graph that has no copy.
+
+    Example::
+
+        >>> reflect = pyro.distributions.transforms.Householder(2)
+        >>> y = reflect(torch.zeros(2))
+        >>> drop_caches(reflect)
+        >>> reflect._cached_x_y
+        (None, None)
+    """
+    for part in module.modules():
+        for key, value in vars(part).items():
+            if key.startswith("_cache") and key != "_cache_size":
+                vars(part)[key] = (None, None) if isinstance(value, tuple) else None
+
+
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, last = name.rpartition(".")
     return module.get_submodule(path), last
@@ -136,6 +153,7 @@ class Stacked(FlowTransform):
         """
         if not -self.num <= index < self.num:
             raise IndexError(f"index: expected below {self.num}, got {index}")
+        drop_caches(self.each)
         part = copy.deepcopy(self.each)
         for name, value in _tensors(part).items():
             owner, last = _owner(part, name)

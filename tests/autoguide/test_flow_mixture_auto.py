@@ -123,6 +123,14 @@ class TestFit:
         assert "\n  1 mode\n" in f"{result!r}\n"
         assert result.start != "modes"
 
+    @pytest.mark.parametrize("num", [1, "auto"])
+    def test_one_transform_of_pyros(self, num):
+        """With a cache, which is full when the step makes its own copy."""
+        guide = AutoFlowMixture(square_root, num, lambda dim: dist.transforms.Householder(dim, 1))
+        result = fit(square_root, guide, NEAR_ZERO, **OPTIONS)
+        assert guide.num_components == 1
+        assert math.isfinite(result.best_loss)
+
     def test_many_modes(self):
         model, masses = many(5)
         guide = auto(model)
@@ -184,6 +192,18 @@ class TestFit:
         assert modes.masses[0] == pytest.approx(0.8, abs=0.02)
         assert "2 modes" in repr(modes)
         assert "components" in repr(modes)
+
+    def test_components_along_a_ring_are_one_mode(self):
+        """Whose mass they share out among them."""
+
+        def ring():
+            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+            pyro.factor("ring", -2.0 * (z.norm(dim=-1) - 4.0).square())
+
+        guide = AutoFlowMixture(ring, 4, **SMALL)
+        modes = fit(ring, guide, **{**OPTIONS, "num_steps": 200}).modes
+        assert len(modes.masses) == 1
+        assert repr(modes) == "1 mode, by 4 components"
 
     def test_other_guides_have_none(self):
         result = fit(two_modes, AutoRealNVP(two_modes, **SMALL), **OPTIONS)
