@@ -109,6 +109,8 @@ class FlowWeights:
         self._guide, self._density = guide, density
         self.watches = guide.watched() is not None
         """Whether these are some of the latents only."""
+        self.several = guide.fit_options().num_components > 1
+        """Whether moments are those of several flows together, which say little of each."""
 
     @property
     def patient(self) -> bool:

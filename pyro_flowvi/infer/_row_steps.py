@@ -52,7 +52,7 @@ class RowWeights(FlowWeights):
     :param width: points of the model at once.
     """
 
-    watches, patient = True, False
+    watches, patient, several = True, False, False
 
     def __init__(self, pair: LogWeights, sweep: Sweep, width: int) -> None:
         self.structure = pair.structure

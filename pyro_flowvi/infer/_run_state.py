@@ -57,7 +57,8 @@ class Distance(NamedTuple):
     """By how much the weights move a latent: its mean in standard deviations, the logarithm of its standard
     deviation; the largest of all.  None where the draws are not known."""
     tells: bool = True
-    """Whether the weights tell that the scales of positive latents, which may have long tails, are right."""
+    """Whether the weights tell that the scales of positive latents, which may have long tails, are right, and those of
+    each of several flows."""
 
     @property
     def is_known(self) -> bool:
@@ -168,6 +169,7 @@ class Run:
         moved = _moved_by(self.judge.last_draws[good].double(), shares, chance)
         values = self.judge.last_values()
         tells = values is None or _scales_are_right(values[good].double(), shares)
+        tells = tells and not self.judge.several
         return Distance(gap, WATCHED * moved if self.judge.watches else moved, tells)
 
     def keep_unless_worse(self) -> Tensor:
