@@ -17,7 +17,8 @@ Targets, of which the masses of the modes are known:
   flat and a steep shot land at the same place (masses by quadrature);
 - *sixteen*: normals on a lattice, of masses between .025 and .1; *unlike*: a wide one and, of two fifths of
   the mass, one a thirtieth as wide; *twenty*: three normals of unlike widths in twenty dimensions;
-- one mode: *schools* (eight schools, non-centred), *kidiq* of posteriordb.
+- one mode: *ring* (a ring of radius 4 with three bumps), *schools* (eight schools, non-centred), *kidiq* of
+  posteriordb.
 
 Guides: *flow* is ``AutoRealNVP``, *mixture* ``AutoFlowMixture`` with a component for each mode (four where
 there is one mode), *auto* with as many as it finds, *four* with the default of four, each by ``fit`` with
@@ -148,6 +149,15 @@ def twenty() -> Target:
     return normals(locs, torch.tensor([1.0, 0.7, 1.3]), torch.tensor([0.2, 0.5, 0.3]))
 
 
+def log_ring(z: Tensor) -> Tensor:
+    angle = torch.atan2(z[..., 1], z[..., 0])
+    return -2.0 * (z.norm(dim=-1) - 4.0).square() + 0.3 * (3.0 * angle).cos()
+
+
+def ring() -> Target:
+    return Target(partial(free_vector, 2, log_ring))
+
+
 def log_bananas(z: Tensor) -> Tensor:
     parts = []
     for share, sign in ((0.2, -1.0), (0.8, 1.0)):
@@ -262,6 +272,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "sixteen": sixteen,
     "unlike": unlike,
     "twenty": twenty,
+    "ring": ring,
     "schools": schools,
 }
 
@@ -420,7 +431,7 @@ def main() -> None:
             range(options.seeds), options.targets or targets, options.guides or GUIDES
         )
         # Of one mode, and of four components, there is one kind of mixture.
-        if not (guide == "four" and target in ("nine", "labels", "sixteen", "schools", "kidiq"))
+        if not (guide == "four" and target in ("nine", "labels", "sixteen", "ring", "schools", "kidiq"))
     ]
     collect(keys, options.output, partial(fit_one, targets), say)
 

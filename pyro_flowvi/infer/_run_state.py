@@ -57,8 +57,8 @@ class Distance(NamedTuple):
     """By how much the weights move a latent: its mean in standard deviations, the logarithm of its standard
     deviation; the largest of all.  None where the draws are not known."""
     tells: bool = True
-    """Whether the weights tell that the scales of positive latents, which may have long tails, are right, and those of
-    each of several flows."""
+    """Whether the weights tell that the scales of positive latents, which may have long tails, are right, and
+    those of each of several flows."""
 
     @property
     def is_known(self) -> bool:
