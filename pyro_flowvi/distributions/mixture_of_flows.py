@@ -148,7 +148,10 @@ class MixtureOfFlows(TorchDistribution):
 
     def component_log_prob(self, value: Tensor) -> Tensor:
         """Log density of each component, shape ``(*, K)``, at ``value`` of shape ``(*, D)``."""
-        value = value.unsqueeze(-2)
+        return self.matched_log_prob(value.unsqueeze(-2))
+
+    def matched_log_prob(self, value: Tensor) -> Tensor:
+        """Log density of each component at a vector of its own, shape ``(*, K)``, of shape ``(*, K, D)``."""
         if not self.index_dim:
             return self.components.log_prob(value)
         return log_mean_exp(index_log_ratios(self.components, value.shape[-1], value, self.num_index_samples))

@@ -60,14 +60,18 @@ class Targets:
             raise ValueError("y: expected labels that can be sorted, got objects that cannot") from None
         return cls(classes, codes)
 
-    def match(self, classes: NDArray[Any]) -> bool:
-        """Whether there are no other classes than these; the codes are then theirs."""
-        if not set(self.classes.tolist()) <= set(classes.tolist()):
-            return False
+    def take_classes(self, classes: NDArray[Any]) -> None:
+        """Numbers the labels as these classes.
+
+        :raises ValueError: if there are others.
+        """
+        others = sorted(set(self.classes.tolist()) - set(classes.tolist()))
+        if others:
+            raise ValueError(f"y: expected labels among the classes {classes.tolist()}, got {others}")
         if len(self.classes):
             place = np.searchsorted(classes, self.classes)
             self.codes = np.where(self.codes >= 0, place[self.codes], UNLABELLED)
-        return True
+        self.classes = classes
 
     def component_labels(self, num: int) -> NDArray[Any]:
         """What the first ``num`` components are called: classes, and above them integers that are none."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["STARTS", "cluster_gaussians", "warm_starts"]
+__all__ = ["STARTS", "cluster_gaussians", "in_one_unit", "neighbour_graph", "warm_starts"]
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -25,6 +25,8 @@ FAR: Final = 2.5
 """Standard deviations from a column's mean beyond which rows are no further: rare values are no parts."""
 LEAST_WITHIN: Final = 0.25
 """Of a column's standard deviation, what it is taken to have within two parts at least."""
+SAME_ROW: Final = 1e-12
+"""Of the variance of all rows, that of rows which are one."""
 SAME_AGREEMENT: Final = 0.98
 """Partitions that agree on that share of the rows are one."""
 
@@ -37,6 +39,7 @@ def warm_starts(
     random_state: Any,
     *,
     num_neighbors: int = 10,
+    counts: Array | None = None,
 ) -> dict[str, Labels]:
     """Partitions of the rows into ``num`` parts by several methods, needs scikit-learn.
 
@@ -51,6 +54,7 @@ def warm_starts(
     :param num: the number K of parts.
     :param random_state: a ``numpy.random.RandomState``.
     :param num_neighbors: of the graphs of neighbours.
+    :param counts: how often each row counts, shape ``(N,)``, for the methods that are no graphs.
     :return: by name, the parts, shape ``(N,)``.
     :raises ValueError: if no method can be applied.
 
@@ -63,12 +67,12 @@ def warm_starts(
     """
     if (labels >= 0).all() and labels.max() + 1 == num:
         return {"labels": labels.copy()}
-    rows = np.arange(len(x))
+    rows, counts = np.arange(len(x)), np.ones(len(x)) if counts is None else counts
     if len(x) > MAX_ROWS:
         known = np.flatnonzero(labels >= 0)[:MAX_ROWS]
         rest = random_state.permutation(np.setdiff1d(rows, known))
         rows = np.sort(np.concatenate([known, rest[: max(MAX_ROWS - len(known), MAX_ROWS // 2)]]))
-    y, x = labels[rows], _in_one_unit(x, rows, num, random_state)
+    y, c, x = labels[rows], counts[rows], in_one_unit(x, rows, counts[rows], num, random_state)
     z = x[rows]
     if x.shape[1] > MAX_COLUMNS:
         from sklearn.decomposition import PCA
@@ -78,7 +82,7 @@ def warm_starts(
     num_neighbors = min(num_neighbors, max(MIN_NEIGHBORS, len(z) // (4 * num)))
     found: dict[str, Labels] = {}
     for name in names:
-        part = STARTS[name](z, y, num, random_state, num_neighbors)
+        part = STARTS[name](z, y, c, num, random_state, num_neighbors)
         if part is None:
             continue
         part = _with_labels(np.asarray(part, dtype=np.int64), y, num)
@@ -89,23 +93,36 @@ def warm_starts(
     return {name: _extended(x, labels, rows, part) for name, part in found.items()}
 
 
-def _in_one_unit(x: Array, rows: Labels, num: int, random_state: Any) -> Array:
+def in_one_unit(x: Array, rows: Labels, counts: Array, num: int, random_state: Any) -> Array:
     """The columns, each divided by the standard deviation that it has within the parts of its own k-means.
 
     In standard deviations of the whole column, one that tells parts apart would count for less than noise.
     Each column has a partition of its own, so that data alike in all directions stay so: a curve that is
     stretched loses its neighbours.
+
+    :param x: shape ``(N, D)``.
+    :param rows: those by which that is found, with ``counts``.
+    :param num: the number of parts.
+
+    Example::
+
+        >>> x, rows = np.random.randn(50, 2) * [1.0, 9.0], np.arange(50)
+        >>> in_one_unit(x, rows, np.ones(50), 1, np.random.RandomState(0)).std(0).round(1).tolist()
+        [1.0, 1.0]
     """
-    spread = x[rows].std(0)
-    z: Array = ((x - x[rows].mean(0)) / np.where(spread > 0, spread, np.inf)).clip(-FAR, FAR)
+    share = counts / counts.sum()
+    center = share @ x[rows]
+    spread = np.sqrt(share @ (x[rows] - center) ** 2)
+    z: Array = ((x - center) / np.where(spread > 0, spread, np.inf)).clip(-FAR, FAR)
     for column in z.T[:, :, None]:
         some = column[rows]
         if not some.any():
             continue
-        part = _clusters(some, num, random_state, 1)
-        size = np.maximum(np.bincount(part, minlength=num), 1.0)
-        within = (some[:, 0] - (np.bincount(part, some[:, 0], num) / size)[part]).std()
-        column /= max(within / some.std(), LEAST_WITHIN * 2.0 / max(num, 2))
+        part = _clusters(some, counts, num, random_state, 1)
+        size = np.maximum(np.bincount(part, share, num), np.finfo(float).tiny)
+        within = some[:, 0] - (np.bincount(part, share * some[:, 0], num) / size)[part]
+        ratio = np.sqrt(share @ within**2 / (share @ (some[:, 0] - share @ some[:, 0]) ** 2))
+        column /= max(ratio, LEAST_WITHIN * 2.0 / max(num, 2))
     return z
 
 
@@ -146,39 +163,50 @@ def _agreement(part: Labels, other: Labels, num: int) -> float:
 
 
 # -- methods -----------------------------------------------------------------------------------------
-def _clusters(x: Array, num: int, random_state: Any, n_init: int) -> Labels:
+def _clusters(x: Array, counts: Array, num: int, random_state: Any, n_init: int) -> Labels:
     from sklearn.cluster import KMeans
 
     with warnings.catch_warnings(action="ignore"):  # with fewer distinct rows than parts, some are empty
-        result: Labels = KMeans(num, n_init=n_init, random_state=random_state).fit_predict(x)
+        method = KMeans(num, n_init=n_init, random_state=random_state)
+        result: Labels = method.fit_predict(x, sample_weight=counts)
     return result
 
 
-def _kmeans(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
-    return _clusters(x, num, random_state, 10)
+def _kmeans(
+    x: Array, labels: Labels, counts: Array, num: int, random_state: Any, num_neighbors: int
+) -> Labels:
+    return _clusters(x, counts, num, random_state, 10)
 
 
-def _gmm(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+def _gmm(x: Array, labels: Labels, counts: Array, num: int, random_state: Any, num_neighbors: int) -> Labels:
     """From k-means, with covariances that stay away from singular."""
-    return _em(x, _kmeans(x, labels, num, random_state, num_neighbors), labels, num, None)
+    return _em(x, _kmeans(x, labels, counts, num, random_state, num_neighbors), labels, counts, num, None)
 
 
-def _graph(x: Array, num_neighbors: int) -> Any:
-    """Who is among the nearest of whom, either way, as a sparse matrix."""
+def neighbour_graph(x: Array, num_neighbors: int) -> Any:
+    """Who is among the nearest of whom, either way, as a sparse matrix.
+
+    Example::
+
+        >>> neighbour_graph(np.array([[0.0], [1.0], [5.0]]), 1).toarray().tolist()
+        [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    """
     from sklearn.neighbors import kneighbors_graph
 
     near = kneighbors_graph(x, min(num_neighbors, len(x) - 1))
     return near.maximum(near.T).tocsr()
 
 
-def _spectral(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels | None:
+def _spectral(
+    x: Array, labels: Labels, counts: Array, num: int, random_state: Any, num_neighbors: int
+) -> Labels | None:
     if len(x) <= num + 1 or num == 1:
         return None
     from scipy.sparse.csgraph import connected_components
     from scipy.sparse.linalg import ArpackNoConvergence
     from sklearn.cluster import SpectralClustering
 
-    near = _graph(x, num_neighbors)
+    near = neighbour_graph(x, num_neighbors)
     count, parts = connected_components(near, directed=False)
     if count == num:  # the eigenvectors of equal eigenvalues would be any mixture of the parts
         return np.asarray(parts, dtype=np.int64)
@@ -209,22 +237,24 @@ def _connected(x: Array, near: Any, count: int, parts: Labels) -> Any:
     return near.tocsr()
 
 
-def _neighbours(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+def _neighbours(
+    x: Array, labels: Labels, counts: Array, num: int, random_state: Any, num_neighbors: int
+) -> Labels:
     """Gaussians whose responsibilities are averaged over neighbours in every step of EM.
 
     Liu, Cai and He, *Gaussian Mixture Model with Local Consistency*, 2010: on data along manifolds, such as
     images, it finds other and better parts than EM from the same start.
     """
-    start = _label_spreading(x, labels, num, random_state, num_neighbors)
+    start = _label_spreading(x, labels, counts, num, random_state, num_neighbors)
     if start is None:
-        start = _kmeans(x, labels, num, random_state, num_neighbors)
-    near = _graph(x, num_neighbors)
+        start = _kmeans(x, labels, counts, num, random_state, num_neighbors)
+    near = neighbour_graph(x, num_neighbors)
     scale = 1.0 / np.maximum(np.asarray(near.sum(1)).ravel(), 1.0)
-    return _em(x, start, labels, num, near.multiply(scale[:, None]).tocsr())
+    return _em(x, start, labels, counts, num, near.multiply(scale[:, None]).tocsr())
 
 
 def _label_spreading(
-    x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int
+    x: Array, labels: Labels, counts: Array, num: int, random_state: Any, num_neighbors: int
 ) -> Labels | None:
     if labels.max() + 1 != num:
         return None
@@ -239,13 +269,15 @@ def _label_spreading(
     return result
 
 
-def _random(x: Array, labels: Labels, num: int, random_state: Any, num_neighbors: int) -> Labels:
+def _random(
+    x: Array, labels: Labels, counts: Array, num: int, random_state: Any, num_neighbors: int
+) -> Labels:
     """Rows go to the nearest of as many rows drawn at random."""
     centers = x[random_state.permutation(len(x))[:num]]
     return np.asarray(((x[:, None] - centers) ** 2).sum(-1).argmin(1), dtype=np.int64)
 
 
-STARTS: Final[dict[str, Callable[[Array, Labels, int, Any, int], Labels | None]]] = {
+STARTS: Final[dict[str, Callable[[Array, Labels, Array, int, Any, int], Labels | None]]] = {
     "label_spreading": _label_spreading,
     "kmeans": _kmeans,
     "gmm": _gmm,
@@ -253,7 +285,13 @@ STARTS: Final[dict[str, Callable[[Array, Labels, int, Any, int], Labels | None]]
     "neighbours": _neighbours,
     "random": _random,
 }
-"""Methods by name: ``(x, labels, num, random_state, num_neighbors)`` -> parts; None if it does not apply."""
+"""Methods by name: ``(x, labels, counts, num, random_state, num_neighbors)`` -> parts, or None."""
+
+
+def _moments(x: Array, r: Array) -> tuple[Array, Array]:
+    share = r / r.sum()
+    loc = share @ x
+    return loc, ((x - loc) * share[:, None]).T @ (x - loc)
 
 
 # -- Gaussians ---------------------------------------------------------------------------------------
@@ -272,25 +310,27 @@ def cluster_gaussians(x: Array, responsibilities: Array) -> tuple[Array, Array, 
         >>> loc.shape, scale_tril.shape, weights
         ((1, 2), (1, 2, 2), array([1.]))
     """
-    size, dim = x.shape
-    whole = x.var(0).mean() or 1.0
+    dim, total = x.shape[1], responsibilities.sum(1)
+    whole = _moments(x, total)
+    spread = float(np.trace(whole[1])) / dim or 1.0
     locs, factors, weights = [], [], []
     for r in responsibilities.T:
         mass = float(r.sum())
-        enough = mass >= 2.0 and np.count_nonzero(r > 1e-8) >= 2
-        r = r if enough else np.ones(size)
-        total = r.sum()
-        loc = r @ x / total
-        covariance = ((x - loc) * r[:, None]).T @ (x - loc) / total
+        loc, covariance = _moments(x, r) if mass >= 2.0 else whole
+        if np.trace(covariance) <= SAME_ROW * spread:
+            loc, covariance = whole
+        rows = mass if mass >= 2.0 else total.sum()
         mean = float(np.trace(covariance)) / dim
-        shrunk = covariance + (max(1e-3, 0.1 * dim / total) * mean + 1e-6 * whole) * np.eye(dim)
+        shrunk = covariance + (max(1e-3, 0.1 * dim / rows) * mean + 1e-6 * spread) * np.eye(dim)
         locs.append(loc)
         factors.append(np.linalg.cholesky(shrunk))
         weights.append(max(mass, 0.1))
     return np.array(locs), np.array(factors), np.array(weights) / sum(weights)
 
 
-def _em(x: Array, start: Labels, labels: Labels, num: int, smoother: Any, max_iter: int = 60) -> Labels:
+def _em(
+    x: Array, start: Labels, labels: Labels, counts: Array, num: int, smoother: Any, max_iter: int = 60
+) -> Labels:
     """EM for Gaussians from a partition; with ``smoother``, rows of weights that sum to one, LCGMM."""
     identity = np.eye(num)
     seen = labels >= 0
@@ -300,7 +340,7 @@ def _em(x: Array, start: Labels, labels: Labels, num: int, smoother: Any, max_it
         if smoother is not None:
             r = _smooth(r, seen, identity[labels[seen]], smoother)
         r[seen] = identity[labels[seen]]
-        loc, factors, weights = cluster_gaussians(x, r)
+        loc, factors, weights = cluster_gaussians(x, r * counts[:, None])
         log_prob = np.empty((len(x), num))
         for k in range(num):
             u = np.linalg.solve(factors[k], (x - loc[k]).T)

@@ -95,6 +95,7 @@ class MixtureSummary:
         facts = (
             ("model", type(mixture).__name__),
             ("columns", f"{mixture.n_features_in_}, of which {mixture.varying_.sum()} vary"),
+            *_counted(mixture),
             ("flow", flow_text(mixture.flow_)),
             ("start", mixture.start_),
             ("steps", str(mixture.n_iter_)),
@@ -110,6 +111,13 @@ class MixtureSummary:
                 for start in mixture.starts_
             ),
         )
+
+
+def _counted(mixture: Any) -> list[tuple[str, str]]:
+    if not mixture.counting_:
+        return []
+    tried = sorted(mixture.counting_)
+    return [("components", f"{mixture.n_components_}, the best of {tried[0]} to {tried[-1]}")]
 
 
 def flow_text(flow: Any) -> str:
