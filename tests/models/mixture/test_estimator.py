@@ -22,8 +22,6 @@ from pyro_flowvi.models import FlowMixture
 from pyro_flowvi.models.mixture import _search as mixture_search
 from pyro_flowvi.models.mixture._labels import Targets
 from pyro_flowvi.models.mixture._partitions import STARTS, cluster_gaussians, warm_starts
-from pyro_flowvi.models.mixture._training import MixtureTrainer, TrainingRows
-from pyro_flowvi.models.mixture.vmonf import VMoNF
 
 QUICK = {"flow": "realnvp", "init": "kmeans", "num_layers": 2, "hidden": (4,), "max_iter": 40}
 
@@ -239,37 +237,6 @@ def test_cluster_gaussians_are_those_of_the_parts():
     assert 0 < weights[2] < 1e-3
 
 
-def test_objective_is_the_exact_one():
-    """Traced or not: labelled rows count with their component, the others with the mixture."""
-    torch.manual_seed(0)
-    model = VMoNF(3, 2, num_layers=2, hidden=(4,))
-    x, y = torch.randn(10, 2), torch.tensor([0, 1, 2, -1, -1, -1, -1, -1, -1, -1])
-    allowed = (y[:, None] < 0) | (y[:, None] == torch.arange(3))
-    trainer = MixtureTrainer(model)
-    args = [x, allowed, torch.eye(3)[y.clamp(min=0)], torch.tensor(1.0)]
-    joint = model.joint_log_prob(x)
-    expected = -torch.where(y >= 0, joint.gather(1, y.clamp(min=0)[:, None])[:, 0], model.log_prob(x)).mean()
-    grads = torch.autograd.grad(expected, trainer.params)
-    for steps in (1, 10_000):
-        loss, *found = trainer._program(args, steps)(*args)
-        torch.testing.assert_close(loss, expected.detach())
-        torch.testing.assert_close(list(grads), found)
-    torch.testing.assert_close(trainer.nll(TrainingRows(x, allowed, y)), expected.item())
-
-
-def test_best_state_is_a_copy_that_was_scored():
-    x, _ = blobs()
-    torch.manual_seed(0)
-    trainer = MixtureTrainer(VMoNF(2, 2, num_layers=2, hidden=(4,)), lr=0.1)
-    free = torch.ones(60, 2, dtype=torch.bool)
-    train, held_out = (
-        TrainingRows(torch.as_tensor(part), free, torch.arange(60) % 2) for part in (x[::2], x[1::2])
-    )
-    outcome = trainer.run(train, 60, held_out)
-    assert outcome.nll == pytest.approx(min(outcome.checks))
-    assert trainer.nll(held_out) == outcome.nll
-
-
 # -- labels -----------------------------------------------------------------------------------------
 
 
@@ -421,7 +388,7 @@ def test_seed_and_other_settings_of_torch():
     scores = quick().fit(x).score_samples(x)
     assert torch.equal(torch.get_rng_state(), state)
     torch.set_default_dtype(torch.float32)
-    np.testing.assert_allclose(quick().fit(x).score_samples(x), scores, atol=0.2)
+    np.testing.assert_allclose(quick().fit(x).score_samples(x), scores, rtol=1e-12)
     assert abs(quick(random_state=1).fit(x).score_samples(x) - scores).max() > 1e-6
 
 
