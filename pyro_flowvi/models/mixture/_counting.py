@@ -187,8 +187,8 @@ class _Counter:
         found, component = np.unique(joint.argmax(-1).cpu().numpy(), return_inverse=True)
         num = len(found)
         z = in_one_unit(z, np.arange(len(z)), self.rows.counts, num, self.random_state)
-        distance = NearestNeighbors(n_neighbors=neighbors + 1).fit(z).kneighbors(z)[0][:, -1]
-        log_density = -z.shape[1] * np.log(np.maximum(distance, np.finfo(float).tiny))
+        near = NearestNeighbors(n_neighbors=neighbors + 1).fit(z).kneighbors(z)[0][:, 1:]
+        log_density = _log_density(near)
         typical = np.array([np.median(log_density[component == k]) for k in range(num)])
         dense = np.flatnonzero(log_density >= typical[component] + math.log(LEVEL))
         _, piece = connected_components(neighbour_graph(z, neighbors)[dense][:, dense], directed=False)
@@ -206,3 +206,14 @@ class _Counter:
 
         found: Labels = KNeighborsClassifier(1).fit(self.rows.z, parts).predict(self.all.z)
         return found
+
+
+def _log_density(distances: Array) -> Array:
+    """Up to a constant, by the distances of neighbours, nearest first, shape ``(N, k)``.
+
+    Of a curve it is one along the curve: the dimension is that of Levina and Bickel, *Maximum Likelihood
+    Estimation of Intrinsic Dimension*, 2004, with MacKay and Ghahramani's mean of its inverse.
+    """
+    log = np.log(np.maximum(distances, np.finfo(float).tiny))
+    dim = 1.0 / max(float((log[:, -1:] - log[:, :-1]).mean()), 1e-3)
+    return np.asarray(-dim * log[:, -1])

@@ -178,10 +178,9 @@ class StartSearch(MixtureTrials):
         self.train, self.held_out = np.arange(len(self.z)), np.empty(0, dtype=np.int64)
         trainer = self._trainer(model, lr=share**SHARE_POWER * self.settings.learning_rate, noise=0.0)
         before = model.mixture().weights.detach()
-        with torch.no_grad():
-            parts = model.joint_log_prob(self._tensor(self.z)).argmax(-1).cpu().numpy()
+        rows = self._rows(self.train, np.zeros(len(self.z), dtype=np.int64))
+        parts = trainer.responsibilities(rows.x, rows.allowed).argmax(-1).cpu().numpy()
         start = Start("partial_fit", flow, parts)
-        rows = self._rows(self.train, parts)
         nll = trainer.nll(rows)
         steps = math.ceil(PASSES * float(self.counts.sum()) / self.settings.batch_size)
         outcome = self._run(trainer, start, steps, "going on", from_start=False)

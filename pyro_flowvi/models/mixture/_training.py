@@ -1,7 +1,7 @@
 """Maximum likelihood for mixtures of flows: the training that the estimator and its warm starts share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,6 +43,8 @@ CERTAIN: Final = 0.99
 """A responsibility from which a row is that component's, whatever the noise."""
 NEGLIGIBLE: Final = 1e-12
 """A responsibility that draws nothing, unless a component has no others."""
+CHUNK: Final = 2**13
+"""Rows that are scored at once."""
 MAX_BAD: Final = 10
 """Steps in a row without a finite gradient that end a run."""
 
@@ -182,8 +184,11 @@ class MixtureTrainer:
     @torch.no_grad()
     def responsibilities(self, x: Tensor, allowed: Tensor) -> Tensor:
         """Those of the components that are allowed, shape ``(N, K)``."""
-        joint = torch.where(allowed, self.model.joint_log_prob(x), -math.inf)
-        return joint.softmax(-1)
+        return torch.cat([joint.softmax(-1) for joint in self._joint(x, allowed)])
+
+    def _joint(self, x: Tensor, allowed: Tensor) -> Iterator[Tensor]:
+        for part, own in zip(x.split(CHUNK), allowed.split(CHUNK), strict=True):
+            yield torch.where(own, self.model.joint_log_prob(part), -math.inf)
 
     def _program(self, args: list[Tensor], steps: int) -> Callable[..., Any]:
         """The loss and its gradients; traced where there are enough steps, and kept for later runs."""
@@ -203,11 +208,7 @@ class MixtureTrainer:
     @torch.no_grad()
     def log_prob(self, rows: TrainingRows) -> Tensor:
         """The log likelihood of each row, shape ``(N,)``."""
-        parts = []
-        for x, allowed in zip(rows.x.split(2**13), rows.allowed.split(2**13), strict=True):
-            joint = torch.where(allowed, self.model.joint_log_prob(x), -math.inf)
-            parts.append(joint.logsumexp(-1).double())
-        return torch.cat(parts)
+        return torch.cat([joint.logsumexp(-1).double() for joint in self._joint(rows.x, rows.allowed)])
 
     def nll(self, rows: TrainingRows) -> float:
         """The mean negative log likelihood."""
