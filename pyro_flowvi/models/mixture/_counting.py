@@ -40,8 +40,8 @@ LEAST_SHARE: Final = 0.02
 ERRORS_CONNECTED: Final = 2.0
 """Standard errors by which connected parts may be worse than more components."""
 COUNTED_BY: Final = (GAUSSIAN, "realnvp")
-"""The better one of these.  By the likelihood, one component of splines is often enough: they can describe
-several clusters at once."""
+"""The better one of these, unless one of them is asked for.  By the likelihood, one component of splines is
+often enough: they can describe several clusters at once."""
 
 
 @dataclass
@@ -106,6 +106,7 @@ class _Counter:
 
     def __init__(self, rows: Rows, settings: Settings, random_state: Any, device: torch.device) -> None:
         self.random_state, self.device = random_state, device
+        self.flows = (settings.flow,) if settings.flow in COUNTED_BY else COUNTED_BY
         self.full_steps = settings.max_iter
         self.settings = replace(settings, max_iter=min(STEPS, settings.max_iter))
         self.all, size = rows, len(rows.z)
@@ -127,7 +128,7 @@ class _Counter:
         most = max(least, min(MAX_COMPONENTS, len(self.rows.z) // ROWS_EACH))
         best = num = least
         while num <= min(most, best + FURTHER):
-            trials = [self._trial(num, flow) for flow in COUNTED_BY]
+            trials = [self._trial(num, flow) for flow in self.flows]
             self.tried[num] = min(trials, key=lambda each: float(each.scores.mean()))
             best = next(k for k in self.tried if not any(self._worse(k, m) for m in self.tried if m > k))
             num += 1

@@ -47,10 +47,10 @@ class FlowMixture(FittedMixture):
     apart count for more; of images, whose pixels have one unit, give principal components.
 
     ``n_components="auto"`` counts: mixtures of 1, 2, ... Gaussians and affine coupling flows are trained on
-    three folds of the rows, and the fewest components are taken that are not clearly worse in held-out
-    likelihood than up to three more.  A closed curve, which takes several of these, is one component if its
-    rows are connected and splines describe it as well as one.  It takes some times as long as a fit.  Parts
-    that overlap so much that the density between them hardly falls are one.
+    three folds of the rows, and the fewest components, 25 at most, are taken that are not clearly worse in
+    held-out likelihood than up to three more.  A closed curve, which takes several of these, is one component
+    if its rows are connected and splines describe it as well as one.  It takes some times as long as a fit.
+    Parts that overlap so much that the density between them hardly falls are one.
 
     A step of training runs each component on rows of its own, drawn by their responsibilities, so that more
     components hardly cost more.  For data that do not fit in memory there is :meth:`partial_fit`.
