@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.ops.indexing import Vindex
 
 from pyro_flowvi import AutoFlowMixture, AutoRealNVP, CompiledSVI, VMoNF, diagnose, fit
-from pyro_flowvi.datasets import hide_labels, pinwheel
+from pyro_flowvi.datasets import hide_labels, pinwheel, two_moons
 from pyro_flowvi.infer._training_loop import TrainingLoop
 from pyro_flowvi.models import FlowMixture
 
@@ -157,7 +157,7 @@ def test_rows_that_are_drawn():
 def conjugate(t, y, component):
     """Means and standard deviations of intercept, slope and variance, given the components: shape (K, 6)."""
     rows = []
-    for k in range(3):
+    for k in component.unique():
         one = component == k
         design = torch.stack([torch.ones_like(t[one]), t[one]], -1)
         precision = design.T @ design + torch.eye(2) / SPREAD
@@ -204,11 +204,11 @@ def regression(vmonf):
     """The model with conjugate priors, whose posterior given the components is closed."""
 
     def model(x, t, y, labels, size=None, rows=None):
-        shape = torch.full((3,), SHAPE)
+        shape = torch.full((vmonf.num_components,), SHAPE)
         variance = pyro.sample("variance", dist.InverseGamma(shape, RATE).to_event(1))
         spread = (SPREAD * variance).sqrt()
-        alpha = pyro.sample("alpha", dist.Normal(torch.zeros(3), spread).to_event(1))
-        beta = pyro.sample("beta", dist.Normal(torch.zeros(3), spread).to_event(1))
+        alpha = pyro.sample("alpha", dist.Normal(torch.zeros_like(spread), spread).to_event(1))
+        beta = pyro.sample("beta", dist.Normal(torch.zeros_like(spread), spread).to_event(1))
         rows = torch.arange(len(t)) if rows is None else rows
         with pyro.plate("data", size or len(t), subsample=rows):
             component = vmonf.sample_component(x, labels)
@@ -218,14 +218,17 @@ def regression(vmonf):
     return model
 
 
-def wings(num, seed=0, **options):
-    """Standardised rows, their wings, five labels of each, a covariate and an outcome."""
-    points, component = pinwheel(num, 3, seed=seed, **options)
+def wings(num, **options):
+    return with_outcomes(*pinwheel(num, 3, seed=0, **options), seed=0)
+
+
+def with_outcomes(points, component, seed):
+    """The components; standardised rows, a covariate, an outcome, and five labels of each component."""
     labels = torch.tensor(hide_labels(component, 5, seed=seed))
     x, component = torch.tensor((points - points.mean(0)) / points.std(0)), torch.tensor(component)
     t = torch.randn(len(x))
     alpha, beta = COEFFICIENTS[component].unbind(-1)
-    return points, component, (x, t, alpha + beta * t + NOISE[component] * torch.randn(len(x)), labels)
+    return component, (x, t, alpha + beta * t + NOISE[component] * torch.randn(len(x)), labels)
 
 
 def moments(guide):
@@ -244,7 +247,7 @@ def assert_near(found, truth, mean=0.1, sd=0.1):
 
 
 def labelled(joint, labels):
-    allowed = (labels.unsqueeze(-1) == torch.arange(3)) | (labels.unsqueeze(-1) == -1)
+    allowed = (labels.unsqueeze(-1) == torch.arange(joint.shape[-1])) | (labels.unsqueeze(-1) == -1)
     return torch.where(allowed, joint, -math.inf)
 
 
@@ -260,7 +263,7 @@ def component_probs(model, guide, rows, num=30):
 
 
 def test_conjugate_regression_is_what_gibbs_finds_with_all_labels():
-    _, component, (_, t, y, _) = wings(40)
+    component, (_, t, y, _) = wings(40)
     joint = torch.where(torch.nn.functional.one_hot(component).bool(), 0.0, -math.inf)
     assert_near(gibbs(t, y, joint)[0], conjugate(t, y, component), mean=0.03, sd=0.03)
 
@@ -268,7 +271,7 @@ def test_conjugate_regression_is_what_gibbs_finds_with_all_labels():
 def test_clear_components_give_the_posterior_of_known_ones():
     """Wings apart: the mixture is fitted to x first, with few labels, and then held."""
     pytest.importorskip("sklearn")
-    _, component, rows = wings(60, radial_std=0.15)
+    component, rows = wings(60, radial_std=0.15)
     mixture = FlowMixture(3, flow="realnvp", init="label_spreading", max_iter=150, random_state=0)
     vmonf = mixture.fit(rows[0], rows[3]).model_.requires_grad_(False)
     model = regression(vmonf)
@@ -283,12 +286,12 @@ def test_clear_components_give_the_posterior_of_known_ones():
 
 @pytest.fixture(scope="module")
 def overlapping():
-    """Wings that overlap: a start on x with labels, then all together, with the whole data and batches."""
+    """Moons that overlap: a start on x with labels, then all together, with the whole data and batches."""
     pytest.importorskip("sklearn")
     torch.set_default_dtype(torch.float64)
     pyro.set_rng_seed(0)
-    points, component, rows = wings(100, seed=3, tangential_std=0.15)
-    start = FlowMixture(3, flow="realnvp", random_state=0).fit(rows[0], rows[3]).model_
+    component, rows = with_outcomes(*two_moons(300, noise=0.2, seed=4), seed=4)
+    start = FlowMixture(2, flow="realnvp", random_state=0).fit(rows[0], rows[3]).model_
     fits = {}
     for kind in ("whole", "batches"):
         pyro.clear_param_store()
@@ -305,15 +308,15 @@ def overlapping():
         # The posterior given the mixture: the parameters stay, the guide goes on.
         vmonf.requires_grad_(False)
         final = AutoRealNVP(model)
-        result = fit(model, final, *rows, init=guide, seed=0, progress=False)
+        result = fit(model, final, *rows, init=guide, num_steps=1000, seed=0, progress=False)
         fits[kind] = model, final, vmonf, result
-    return points, component, rows, start, fits
+    return component, rows, start, fits
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "batches"])
 def test_overlapping_components(overlapping, kind):
-    _, component, rows, start, fits = overlapping
+    component, rows, start, fits = overlapping
     model, guide, vmonf, result = fits[kind]
     x, t, y, labels = rows
     assert result.converged
@@ -328,7 +331,7 @@ def test_overlapping_components(overlapping, kind):
 
 @pytest.mark.slow
 def test_minibatches_agree_with_the_whole_data(overlapping):
-    _, _, rows, _, fits = overlapping
+    _, rows, _, fits = overlapping
     found = [moments(fits[kind][1]) for kind in ("whole", "batches")]
     assert_near(*found, mean=0.3, sd=0.1)
     probs = [component_probs(*fits[kind][:2], rows) for kind in ("whole", "batches")]
