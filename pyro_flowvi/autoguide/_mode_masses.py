@@ -101,7 +101,7 @@ def masses_of(guide: Any, density: UnconstrainedModel | None) -> ModeMasses:
     if graph is not None:
         ratios = graph(z)[0] - joint.logsumexp(-1)
         if bool(ratios.isfinite().any()):
-            shares = torch.where(ratios.isfinite(), ratios, -torch.inf).softmax(0)
+            shares = torch.where(ratios.isfinite(), ratios, -torch.inf).softmax(0).to(joint)
         else:
             graph = None
     responsibilities = joint.softmax(-1)
