@@ -32,9 +32,8 @@ BRIEF_SHARE: Final = 0.1
 """The share of the steps that every start is trained for."""
 ENOUGH_STEPS: Final = 100
 """So many steps tell starts apart: with few rows, half of all steps at most."""
-BEHIND_NATS: Final = 0.01
-"""Nats a column by which a flow may be behind another one, from that share of the steps on."""
 BEHIND_AT: Final = 0.4
+"""The share of the steps from which a flow is given up that is behind another one after as many."""
 FOLDS: Final = 2
 ENOUGH_ROWS: Final = 1000
 """Starts are compared on as many splits of the rows, or until so many rows have been held out."""
@@ -205,7 +204,7 @@ class StartSearch(MixtureTrials):
         def hopeless(done: float, check: int, nll: float) -> bool:
             if rival is None or done < BEHIND_AT or check >= len(rival.checks):
                 return False
-            return bool(nll > rival.checks[check] + BEHIND_NATS * self.dim)
+            return nll > rival.checks[check]
 
         outcome = self._run(trainer, start, self.steps, "fitting", from_start=from_start, stop=hopeless)
         scores = np.empty(0)
