@@ -37,6 +37,8 @@ BEHIND_AT: Final = 0.4
 FOLDS: Final = 2
 ENOUGH_ROWS: Final = 1000
 """Starts are compared on as many splits of the rows, or until so many rows have been held out."""
+CLOSE_NATS: Final = 0.03
+"""Nats a row by which brief training cannot tell starts apart, however many rows there are."""
 FAR_ERRORS: Final = 3.0
 """Standard errors behind the best from which a start is given up."""
 PASSES, SHARE_POWER = 12, 0.7
@@ -141,7 +143,7 @@ class StartSearch(MixtureTrials):
         return _behind([one.scores, other.scores], {0, 1})[1] > 1.0
 
     def ranked(self, candidates: list[Start], flow: Any) -> list[Start]:
-        """Best first, by paired differences over held-out rows; within a standard error the preferred one."""
+        """Best first, by paired differences over held-out rows; of those that are close the preferred one."""
         candidates = [replace(each, flow=flow) for each in candidates]
         if len(candidates) == 1:
             return candidates
@@ -153,13 +155,15 @@ class StartSearch(MixtureTrials):
             for i in sorted(left):
                 scores[i].append(self.scores(trainer, candidates[i], steps, split))
             behind = _behind([np.concatenate(each) for each in scores], left)
-            left = {i for i in left if behind[i] < FAR_ERRORS}
+            best = min(_mean(scores[i]) for i in left)
+            close = {i for i in left if _mean(scores[i]) - best < CLOSE_NATS or behind[i] <= 1.0}
+            left = {i for i in left if behind[i] < FAR_ERRORS} | close
             rows += len(split[1])
             if len(left) == 1 or rows >= ENOUGH_ROWS:
                 break
             split = self._split()
         ranked = [each.scored(_mean(score)) for each, score in zip(candidates, scores, strict=True)]
-        winner = min(i for i in left if behind[i] <= 1.0)
+        winner = min(close)
         order = sorted(range(len(ranked)), key=lambda i: (i != winner, i not in left, ranked[i].nll))
         return [ranked[i] for i in order]
 

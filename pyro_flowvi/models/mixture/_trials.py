@@ -38,6 +38,8 @@ WIDE_LAYERS: Final = 4
 """So many columns and more are mixed by fewer affine couplings: their linear map does more."""
 FULL_FROM: Final = 512
 """Rows from which all steps are taken."""
+MANY_ROWS, MOST_STEPS = 20_000, 2.0
+"""Rows from which more steps are taken, and up to what multiple: there is more to be learnt."""
 MIN_STEPS: Final = 20
 BRIEF_SPLINES: Final = 2
 """Layers of splines that tell starts apart."""
@@ -157,7 +159,8 @@ class MixtureTrials:
         self.dim = self.z.shape[1]
         self.seed = int(random_state.randint(2**31 - 1))
         self.train, self.held_out = self._split()
-        share = min(1.0, float(self.counts[self.train].sum()) / FULL_FROM)
+        size = float(self.counts[self.train].sum())
+        share = min(size / FULL_FROM, 1.0) * min(max(size / MANY_ROWS, 1.0), MOST_STEPS)
         self.steps = max(min(MIN_STEPS, settings.max_iter), round(settings.max_iter * share))
         self.floor = self._floor()
         self._trainers: dict[Any, MixtureTrainer] = {}

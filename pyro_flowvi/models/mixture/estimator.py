@@ -80,7 +80,7 @@ class FlowMixture(FittedMixture):
     :param n_init: how often each start is tried, with other random numbers.
     :param num_layers: layers of a named flow; by default 6 affine couplings (4 above 4 columns) or 4 splines.
     :param hidden: widths of its networks; by default (16,) or (32, 32).
-    :param max_iter: gradient steps of the full training, for 512 rows and more.
+    :param max_iter: gradient steps of the full training, for 512 to 20,000 rows; above, up to twice as many.
     :param batch_size: rows of a step, shared among the components.
     :param learning_rate: Adam's, at the start; it falls along a cosine.
     :param weight_decay: of the weights of networks, decoupled.
