@@ -2,16 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.optimize import linear_sum_assignment
 
 from pyro_flowvi.datasets import pinwheel, two_circles, two_moons
 from pyro_flowvi.models import FlowMixture
-
-
-def accuracy(y, clusters):
-    counts = np.zeros((y.max() + 1, clusters.max() + 1))
-    np.add.at(counts, (y, clusters), 1)
-    return counts[linear_sum_assignment(-counts)].sum() / len(y)
+from tests.models.mixture.matching import accuracy
 
 
 def grid(num, distance, seed, dim=2, size=200):

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -22,6 +21,7 @@ from pyro_flowvi.models import FlowMixture
 from pyro_flowvi.models.mixture import _search as mixture_search
 from pyro_flowvi.models.mixture._labels import Targets
 from pyro_flowvi.models.mixture._partitions import STARTS, cluster_gaussians, warm_starts
+from tests.models.mixture.matching import accuracy
 
 QUICK = {"flow": "realnvp", "init": "kmeans", "num_layers": 2, "hidden": (4,), "max_iter": 40}
 
@@ -34,12 +34,6 @@ def blobs(num=60, distance=4.0, dim=2, classes=2, seed=0):
     y = np.repeat(np.arange(classes), num)
     centers = distance * np.arange(classes)[:, None] * np.ones(dim)
     return centers[y] + np.random.default_rng(seed).standard_normal((len(y), dim)), y
-
-
-def accuracy(y, clusters):
-    counts = np.zeros((y.max() + 1, clusters.max() + 1))
-    np.add.at(counts, (y, clusters), 1)
-    return counts[linear_sum_assignment(-counts)].sum() / len(y)
 
 
 # -- scikit-learn's conventions --------------------------------------------------------------------

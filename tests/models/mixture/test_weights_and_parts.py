@@ -4,13 +4,13 @@ import pickle
 
 import numpy as np
 import pytest
-from scipy.optimize import linear_sum_assignment
 from sklearn.exceptions import NotFittedError
 
 from pyro_flowvi.datasets import pinwheel
 from pyro_flowvi.models import FlowMixture
 from pyro_flowvi.models.mixture._columns import Columns, Rows, counts_of
 from pyro_flowvi.models.mixture._partitions import STARTS, cluster_gaussians, warm_starts
+from tests.models.mixture.matching import accuracy
 
 QUICK = {"flow": "realnvp", "init": "kmeans", "num_layers": 2, "hidden": (4,), "max_iter": 40}
 
@@ -22,12 +22,6 @@ def quick(num=2, **options):
 def two_blobs(num=60, distance=8.0, seed=0):
     y = np.repeat([0, 1], num)
     return distance * y[:, None] + np.random.default_rng(seed).standard_normal((2 * num, 2)), y
-
-
-def accuracy(y, clusters):
-    counts = np.zeros((y.max() + 1, clusters.max() + 1))
-    np.add.at(counts, (y, clusters), 1)
-    return counts[linear_sum_assignment(-counts)].sum() / len(y)
 
 
 # -- weights ----------------------------------------------------------------------------------------
