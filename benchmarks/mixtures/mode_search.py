@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.results import Clock, Row, collect, results_of
-from benchmarks.mixtures.multimodal import free_vector
+from benchmarks.mixtures.targets import free_vector
 from pyro_flowvi._compile.log_density import traced
 from pyro_flowvi._program.log_density import UnconstrainedModel
 from pyro_flowvi.init import find_all_modes

@@ -6,7 +6,7 @@ By closed forms, symmetry or quadrature: those of the benchmark of several modes
 import pytest
 import torch
 
-from benchmarks.mixtures.multimodal import TARGETS
+from benchmarks.mixtures.targets import TARGETS
 from pyro_flowvi import AutoFlowMixture, AutoRealNVP, diagnose, fit
 
 pytestmark = [
