@@ -1,6 +1,7 @@
 """Test settings: float64, a fixed seed, an empty param store; --device, --dtype, --run-long, --run-slow."""
 
 import gc
+import importlib
 import io
 import math
 
@@ -86,3 +87,24 @@ def _fresh_state(request, doctest_namespace):
         yield
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def double():
+    """A float64 default dtype, whatever --dtype is."""
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """Tells of every fit whether its steps were taken outside Pyro."""
+    fitting, told = importlib.import_module("pyro_flowvi.infer._fit"), []
+    original = fitting.steps_outside
+
+    def noted(*args):
+        steps = original(*args)
+        told.append(steps is not None)
+        return steps
+
+    monkeypatch.setattr(fitting, "steps_outside", noted)
+    return told

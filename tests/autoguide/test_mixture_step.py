@@ -138,21 +138,6 @@ def test_components_that_are_lost_altogether_are_no_step():
     step.leave()
 
 
-@pytest.fixture
-def outside(monkeypatch):
-    """Tells of every fit whether its steps were taken outside Pyro."""
-    told = []
-    original = fitting.steps_outside
-
-    def noted(*args):
-        steps = original(*args)
-        told.append(steps is not None)
-        return steps
-
-    monkeypatch.setattr(fitting, "steps_outside", noted)
-    return told
-
-
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_model_that_does_not_broadcast_is_fitted_as_one_that_does(name, outside):
     losses = []

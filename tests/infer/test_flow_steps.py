@@ -42,21 +42,6 @@ plain = regression(lambda a, group: a[group])
 broadcasting = regression(lambda a, group: a[..., group])
 
 
-@pytest.fixture
-def outside(monkeypatch):
-    """Tells of every fit whether its steps were taken outside Pyro."""
-    told = []
-    original = fitting.steps_outside
-
-    def noted(*args):
-        step = original(*args)
-        told.append(step is not None)
-        return step
-
-    monkeypatch.setattr(fitting, "steps_outside", noted)
-    return told
-
-
 def test_a_model_that_does_not_broadcast_is_fitted_as_one_that_does(outside):
     """The same steps on the same noise: losses agree to rounding, and so do the verdict's figures."""
     torch.set_default_dtype(torch.float64)

@@ -19,13 +19,7 @@ NUM = 3
 SITES = ("alpha", "beta", "sigma")
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def elbo(**options):

@@ -25,13 +25,7 @@ SHAPE, RATE, SPREAD = 2.0, 1.0, 25.0
 """Of the priors: variances are inverse gamma, coefficients normal with that multiple of their variance."""
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 # -- training -------------------------------------------------------------------------------------

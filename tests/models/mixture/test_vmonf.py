@@ -19,14 +19,7 @@ from pyro_flowvi.infer import CompiledSVI
 from pyro_flowvi.models import VMoNF
 from pyro_flowvi.transforms import Compose, ElementwiseAffine
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def elbo(**options):
