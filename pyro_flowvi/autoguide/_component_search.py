@@ -96,6 +96,11 @@ class ComponentSearch(AutoFlow):
             effort = Effort.small()
         return find_all_modes(value_and_grad, density.start, effort, density.prior_draws(PRIOR_DRAWS))
 
+    def _adopt(self, found: Modes) -> None:
+        """Has a component for each mode, which is to be placed there."""
+        self._resize(len(found.weights))
+        self._modes = found
+
     def _place_found(self) -> None:
         """Starts the components at what a search has found."""
         found, self._modes = self._modes, None
@@ -106,9 +111,7 @@ class ComponentSearch(AutoFlow):
         """Searches for the number of components where this is "auto"; all ranks take that of rank 0."""
         super().choose(density, num_steps, ranks)
         if self._auto and self.can_move():
-            found = self._find_all(density)
-            self._resize(len(ranks.same(found).weights))
-            self._modes = ranks.same(found)
+            self._adopt(ranks.same(self._find_all(density)))
 
     def take_over(self, previous: Any, density: UnconstrainedModel | None, all_data: bool) -> Taken:
         """As of any guide; with "auto" with the other's number of components."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._compile.log_density import traced
 from .._program.log_density import UnconstrainedModel
 from ..distributions.mixture_of_flows import pick_component
-from ..init._all_modes import MOST_OVERLAP
+from ..init._all_modes import MOST_OVERLAP, shared_mass
 from ..init._bent_paths import connected
 from ..init.gaussians import MAX_DENSE_DIM, Gaussian
 
@@ -107,8 +107,7 @@ def masses_of(guide: Any, density: UnconstrainedModel | None) -> ModeMasses:
     responsibilities = joint.softmax(-1)
     each = shares @ responsibilities
     alive = [i for i, mass in enumerate(each.tolist()) if mass > LEAST_MASS]
-    common = (shares.unsqueeze(-1) * responsibilities).mT @ responsibilities
-    overlap = common / torch.minimum(each.unsqueeze(0), each.unsqueeze(1)).clamp(min=1e-12)
+    overlap = shared_mass(shares, responsibilities)
     if graph is not None and graph.batched and places is not None:
         for group in connected(graph, places.select(alive)):
             for i in group:

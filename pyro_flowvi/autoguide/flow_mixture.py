@@ -224,9 +224,7 @@ class AutoFlowMixture(ComponentSearch):
         with self._apart():
             density = self.density(*args, **kwargs)
             if self._auto:
-                found = self._find_all(density)
-                self._resize(len(found.weights))
-                self._modes = found
+                self._adopt(self._find_all(density))
                 self._place_found()
                 return self
             value_and_grad = traced(density, 2 * Effort().starts)

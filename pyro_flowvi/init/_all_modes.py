@@ -22,6 +22,17 @@ MOST_OVERLAP = 0.1
 """Share of the lighter component's mass that belongs to both, above which two are one."""
 
 
+def shared_mass(shares: Tensor, responsibilities: Tensor) -> Tensor:
+    """Of the lighter one of each two components, the share of its mass that belongs to both, ``(K, K)``.
+
+    :param shares: of weighted draws, shape ``(S,)``.
+    :param responsibilities: of the components for them, ``(S, K)``.
+    """
+    masses = shares @ responsibilities
+    common = (shares.unsqueeze(-1) * responsibilities).mT @ responsibilities
+    return common / torch.minimum(masses.unsqueeze(0), masses.unsqueeze(1)).clamp(min=1e-12)
+
+
 def _without_overlap(
     value_and_grad: ValueAndGrad, gaussian: Gaussian, bounds: Tensor
 ) -> tuple[Gaussian, Tensor]:
@@ -31,10 +42,7 @@ def _without_overlap(
         size = len(weights)
         if size == 1:
             return gaussian, weights
-        responsibilities = (log_densities(gaussian, z) + weights.log()).softmax(-1)
-        masses = shares @ responsibilities
-        common = (shares.unsqueeze(-1) * responsibilities).mT @ responsibilities
-        overlap = common / torch.minimum(masses.unsqueeze(0), masses.unsqueeze(1)).clamp(min=1e-12)
+        overlap = shared_mass(shares, (log_densities(gaussian, z) + weights.log()).softmax(-1))
         overlap.fill_diagonal_(0.0)
         kept = list(range(size))
         if bool(weights.min() < LEAST_MASS):

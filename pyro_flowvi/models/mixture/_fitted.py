@@ -1,6 +1,6 @@
 """What a fitted mixture of flows answers, in the units of the data: predictions, density, draws, moments."""
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +12,12 @@ from ..._noise import own_noise
 from ._columns import Columns, counts_of
 from ._moments import Moments, component_moments
 from ._printed import MixtureSummary
+from ._training import CHUNK
 from .vmonf import VMoNF
 
 __all__ = ["FittedMixture"]
 
 Array = NDArray[Any]
-CHUNK: Final = 2**13
-"""Rows that are scored at once."""
 
 
 def _base() -> Any:

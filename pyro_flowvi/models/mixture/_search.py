@@ -155,8 +155,9 @@ class StartSearch(MixtureTrials):
             for i in sorted(left):
                 scores[i].append(self.scores(trainer, candidates[i], steps, split))
             behind = _behind([np.concatenate(each) for each in scores], left)
-            best = min(_mean(scores[i]) for i in left)
-            close = {i for i in left if _mean(scores[i]) - best < CLOSE_NATS or behind[i] <= 1.0}
+            means = {i: _mean(scores[i]) for i in left}
+            best = min(means.values())
+            close = {i for i in left if means[i] - best < CLOSE_NATS or behind[i] <= 1.0}
             left = {i for i in left if behind[i] < FAR_ERRORS} | close
             rows += len(split[1])
             if len(left) == 1 or rows >= ENOUGH_ROWS:
@@ -212,15 +213,15 @@ class StartSearch(MixtureTrials):
 
         outcome = self._run(trainer, start, self.steps, "fitting", from_start=from_start, stop=hopeless)
         scores = np.empty(0)
-        if len(self.held_out):
-            scores = self._held_out_scores(trainer, start, (self.train, self.held_out))
-        trainer.release()
         if not len(self.held_out):
             tried = [replace(each, reason="no rows were held out") for each in tried]
             outcome = replace(outcome, nll=math.inf)
-        elif len(tried) == 1:  # nothing to choose from: it was not scored after brief training
-            tried = [start.scored(outcome.nll)]
-        return self._result(model, start, tried, outcome, scores)
+        else:
+            scores = self._held_out_scores(trainer, start, (self.train, self.held_out))
+            if len(tried) == 1:  # nothing to choose from: it was not scored after brief training
+                tried = [start.scored(outcome.nll)]
+        trainer.release()
+        return replace(self._result(model, start, tried, outcome), scores=scores)
 
     def _result(
         self,
@@ -228,7 +229,6 @@ class StartSearch(MixtureTrials):
         start: Start,
         tried: list[Start],
         outcome: TrainingResult,
-        scores: Array | None = None,
     ) -> SearchResult:
         # Double precision, so that a row's score does not depend on the rows beside it.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -242,7 +242,6 @@ class StartSearch(MixtureTrials):
             outcome.losses,
             outcome.checks,
             outcome.diverged,
-            np.empty(0) if scores is None else scores,
         )
 
 

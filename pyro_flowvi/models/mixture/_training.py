@@ -16,7 +16,7 @@ from ...infer._averaging import WeightAverage, put_back, snapshot
 from ...infer._schedule import CosineSchedule
 from .vmonf import VMoNF
 
-__all__ = ["MixtureTrainer", "TrainingResult", "TrainingRows", "noise_share"]
+__all__ = ["CHUNK", "MixtureTrainer", "TrainingResult", "TrainingRows", "noise_share"]
 
 TRACED_FROM: Final = 150
 """Steps, of all runs of a trainer, from which tracing one, half a second, pays."""
