@@ -81,7 +81,7 @@ class AutoFlowMixture(ComponentSearch):
     eight where there are several modes, bring no new one.  Modes with a path between them on which the
     density falls by less than a factor of e, or whose Gaussians share mass, are one; what has less than .5 %
     of the mass is left out, and all but the heaviest 32; above 200 latents one component is all.
-    :attr:`num_components` is the number from set-up on.  ``fit`` searches anew in its data, unless ``init``
+    ``num_components`` is the number from set-up on.  ``fit`` searches anew in its data, unless ``init``
     gives a guide to go on from, and ``modes`` of its result says what the guide has in the end.  A state that
     is loaded brings its own number.
 
