@@ -7,19 +7,18 @@ in a folder, of which a seed makes parts of 8,000, 1,000 and 1,000.  Pixels are 
 
 from pathlib import Path
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_flowvi.datasets import digits, read_idx
+from benchmarks.common import mnist
+from pyro_flowvi.datasets import digits
 from pyro_flowvi.models import binarize
 
 RATE, BATCH = 1e-3, 100
 SIZES = {"digits": (8, 128), "MNIST": (50, 400)}
 """Latents and hidden units."""
-MNIST_SPLIT = (8000, 9000)
 
 
 def images(name: str, folder: Path | None, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -27,11 +26,8 @@ def images(name: str, folder: Path | None, seed: int = 0) -> tuple[Tensor, Tenso
     if name == "digits":
         train, _, test = (torch.from_numpy(part.images / 16).float().flatten(1) for part in digits())
     else:
-        if folder is None:
-            raise ValueError("expected --data to name a folder with MNIST's test images, got nothing")
-        means = torch.from_numpy(read_idx(folder / "t10k-images-idx3-ubyte.gz") / 255.0).float().flatten(1)
-        order = np.random.default_rng(seed).permutation(len(means))
-        train, _, test = (means[rows] for rows in np.split(order, MNIST_SPLIT))
+        parts = mnist.parts(folder, seed)
+        train, _, test = (torch.from_numpy(part.images / 255.0).float().flatten(1) for part in parts)
     return binarize(train, 12345), binarize(test, 54321)
 
 
