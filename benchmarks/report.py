@@ -13,13 +13,14 @@ from pathlib import Path
 
 from benchmarks.common.results import RESULTS, read
 from benchmarks.common.tables import markdown
-from benchmarks.measured import costs, hierarchies, mixtures, posteriors
+from benchmarks.measured import costs, hierarchies, images, mixtures, posteriors
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
     "Posteriors that are known": posteriors.SECTIONS,
     "Hierarchical models, many rows, refits": hierarchies.SECTIONS,
     "Several modes, mixtures of flows": mixtures.SECTIONS,
+    "Images": images.SECTIONS,
     "Costs": costs.SECTIONS,
 }
 HEAD = """\

@@ -1,118 +1,153 @@
 """The bound of a flow VAE against the number of flow layers, as in figure 4 of Rezende and Mohamed.
 
-    python -m benchmarks.fits.flow_vae [--flows planar radial planar_radial] [--layers 0 2 5 10 20 40]
+    python -m benchmarks.fits.flow_vae [--flows planar radial planar_radial nice] [--layers 0 2 5 10 20 40]
         [--seeds 2] [--steps 2000] [--output FILE] [--figure docs/flow_vae_bound.png]
+    python -m benchmarks.fits.flow_vae --data DIR [--layers 0 10 40] [--seeds 3] [--steps 4000]
+        [--checkpoints DIR]
     python -m benchmarks.fits.flow_vae --report rows.jsonl [--figure docs/flow_vae_bound.png]
 
-Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015, section 6.2, on the digits of
-scikit-learn, 8 x 8 pixels with pixel / 16 as the mean, binarised anew for each batch: a fully connected
-encoder 64-128-64 and decoder back, 8 latents, planar, radial or alternating layers, all of whose parameters
-are outputs of the encoder ("hypernetwork").  Batches of 100, Adam, one particle, path gradients.  For one
-seed the initial encoder and decoder and the minibatches are the same for all.
+Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015, section 6.2.  Images are binarised
+anew for each batch of 100.  Planar, radial or alternating layers, all of whose parameters are outputs of
+the encoder ("hypernetwork"); the couplings of NICE have networks of their own, the same for all images.
+Adam, one particle, the usual gradient: path gradients of planar layers whose parameters depend on the image
+have spikes.  For one seed the initial encoder and decoder and the minibatches are the same for all.
 
-``bound`` is the mean of -ELBO over 400 test images, binarised once, in nats, ``nll`` the same with 100
-importance weights.  Rows are lines of JSON, and those that the file has are not run again.
+- without ``--data``: the digits of scikit-learn, 8 x 8 pixels with pixel / 16 as the mean; a fully connected
+  encoder 64-128-64 and decoder back, 8 latents;
+- ``--data DIR``: MNIST's files, or its 10,000 test images alone in parts of 8,000, 1,000 and 1,000; one
+  convolution of 8 channels and a linear layer, and back, 20 latents.  The paper has 60,000 images, larger
+  networks, 40 latents and 500,000 updates.
+
+``bound`` is the mean of -ELBO over the test images, binarised once, in nats, ``nll`` the same with 100
+importance weights; ``train_bound`` that of 1,000 training images.  ``groups`` are means of ``bound`` over the
+test images by fifties, for paired differences over images.  Rows are lines of JSON, and those that the file
+has are not run again; with ``--checkpoints`` a run that was stopped goes on where it was.
 """
 
 import argparse
 import functools
-import itertools
-import time
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.common import mnist
+from benchmarks.common.pairs import differences, standard_error
 from benchmarks.common.pictures import save
-from benchmarks.common.results import Row, collect, read, results_of
-from benchmarks.common.tables import markdown
+from benchmarks.common.results import Clock, Row, collect, read, results_of
+from benchmarks.measured.images import flow_vae as table
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits
 from pyro_flowvi.infer import TraceAnnealed_ELBO
-from pyro_flowvi.models import FlowVAE, Minibatches, MLPDecoder, MLPEncoder, binarize
+from pyro_flowvi.models import (
+    ConvDecoder,
+    ConvEncoder,
+    FlowVAE,
+    Minibatches,
+    MLPDecoder,
+    MLPEncoder,
+    binarize,
+)
 
-FLOWS = ("planar", "radial", "planar_radial")
-TITLES = {"planar": "planar", "radial": "radial", "planar_radial": "both in turn"}
-LAYERS = (0, 2, 5, 10, 20, 40)
-SHAPE, LATENTS = (1, 8, 8), 8
-RATE, BATCH, DRAWS = 5e-3, 100, 100
+FLOWS = ("planar", "radial", "planar_radial", "nice")
+TITLES = {"planar": "planar", "radial": "radial", "planar_radial": "both in turn", "nice": "NICE"}
+BATCH, DRAWS, GROUP = 100, 100, 50
+TRAIN_IMAGES, TRAIN_DRAWS = 1000, 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on one set of images.
+
+    :param latents: their number.
+    :param convolutions: whether the networks are convolutions, or else fully connected.
+    :param rate: of Adam, from which it falls along a cosine.
+    :param validation: images on which states are compared.
+    :param layers: numbers of layers to compare.
+    """
+
+    latents: int
+    convolutions: bool
+    rate: float
+    validation: int
+    layers: tuple[int, ...]
+    steps: int
+    seeds: int
+
+    def networks(self, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+        if self.convolutions:
+            return ConvEncoder(shape, 2 * self.latents), ConvDecoder(self.latents, shape)
+        return MLPEncoder(shape, (128, 64)), MLPDecoder(self.latents, shape, (64, 128))
+
+
+DIGITS = Setting(8, False, 5e-3, 100, (0, 2, 5, 10, 20, 40), 2000, 2)
+MNIST = Setting(20, True, 6e-3, 250, (0, 10, 40), 4000, 3)
 
 
 @functools.cache
-def digit_sets() -> tuple[Tensor, Tensor, Tensor]:
-    train, validation, test = (torch.from_numpy(part.images / 16).float() for part in digits())
-    return train, binarize(validation, 12345), binarize(test, 12345)
+def image_sets(folder: Path | None) -> tuple[str, Tensor, Tensor, Tensor]:
+    """A name, means to train with, and the binarised validation and test set."""
+    parts = digits() if folder is None else mnist.parts(folder)
+    name = "digits" if folder is None else mnist.name_of(parts)
+    train, validation, test = (
+        torch.from_numpy(part.images / (part.num_levels - 1)).float() for part in parts
+    )
+    return name, train, binarize(validation, 12345), binarize(test, 12345)
 
 
-def run(key: Row) -> Row:
-    means, validation, test = digit_sets()
+def run(key: Row, folder: Path | None, checkpoints: Path | None) -> Row:
+    name, means, validation, test = image_sets(folder)
+    setting = DIGITS if folder is None else MNIST
     pyro.set_rng_seed(key["seed"])
-    encoder, decoder = MLPEncoder(SHAPE, (128, 64)), MLPDecoder(LATENTS, SHAPE, (64, 128))
+    encoder, decoder = setting.networks(tuple(means.shape[1:]))
     if key["layers"]:
-        vae = FlowVAE(encoder, decoder, key["flow"], num_layers=key["layers"], amortize="hypernetwork")
+        amortize: Any = "base" if key["flow"] == "nice" else "hypernetwork"
+        vae = FlowVAE(encoder, decoder, key["flow"], num_layers=key["layers"], amortize=amortize)
     else:
         vae = FlowVAE(encoder, decoder)
-    started = time.perf_counter()
+    checkpoint = None
+    if checkpoints is not None:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoint = checkpoints / f"{name}_{key['flow']}_{key['layers']}_{key['seed']}_{key['steps']}.pt"
+    clock = Clock()
     result = fit(
         vae.model,
         vae.guide,
         batches=Minibatches(means, BATCH, seed=key["seed"]),
-        validation=validation,
+        validation=validation[: setting.validation],
         num_steps=key["steps"],
-        lr=RATE,
+        lr=setting.rate,
         # With a schedule, also a constant one, all steps are taken.
-        loss=TraceAnnealed_ELBO(lambda step: 1.0, max_plate_nesting=1),
+        loss=TraceAnnealed_ELBO(lambda step: 1.0, path=False, max_plate_nesting=1),
         seed=key["seed"],
+        checkpoint=checkpoint,
+        compile=key["layers"] > 0,
         progress=False,
     )
-    seconds = time.perf_counter() - started
+    taken = clock.read()
     pyro.set_rng_seed(1000 + key["seed"])
     weights = vae.log_weights(test, DRAWS)
+    bounds = -weights.mean(0)
+    seen = vae.elbo(binarize(means[:TRAIN_IMAGES], 12345), TRAIN_DRAWS)
     return {
-        "bound": -float(weights.mean()),
-        "nll": -float((weights.logsumexp(0) - np.log(DRAWS)).mean()),
+        "bound": float(bounds.mean()),
+        "nll": -float((weights.logsumexp(0) - math.log(DRAWS)).mean()),
+        "train_bound": -float(seen.mean()),
+        "groups": [round(float(group.mean()), 3) for group in bounds.split(GROUP)],
         "parameters": sum(param.numel() for param in vae.parameters()),
-        "seconds": seconds,
         "skipped": result.num_skipped,
         "restarts": result.num_restarts,
+        **taken,
     }
 
 
-def table(rows: list[Row], score: str) -> dict[str, dict[int, Any]]:
-    """By flow and number of layers, the values of all seeds; without layers all flows are one."""
-    found: dict[str, dict[int, Any]] = {}
-    for flow in FLOWS:
-        own = [row for row in rows if row["flow"] == flow or row["layers"] == 0]
-        own.sort(key=lambda row: row["layers"])
-        if any(row["layers"] for row in own):
-            found[flow] = {
-                layers: np.array([row[score] for row in group])
-                for layers, group in itertools.groupby(own, key=lambda row: row["layers"])
-            }
-    return found
-
-
-def report(path: Path, figure: Path | None) -> None:
-    rows = [row for row in read(path) if "error" not in row]
-    for score in ("bound", "nll"):
-        lines = []
-        for flow, values in table(rows, score).items():
-            cells = []
-            for layers in LAYERS:
-                found = values.get(layers, np.array([]))
-                spread = f" ± {found.std(ddof=1) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""
-                cells.append(f"{found.mean():.2f}{spread}" if len(found) else "–")
-            lines.append([TITLES[flow], *cells])
-        print(f"\n{score}\n")
-        print(markdown(["flow", *(f"K = {layers}" for layers in LAYERS)], lines))
-    if figure is not None:
-        draw(rows, figure, path)
-
-
 def draw(rows: list[Row], path: Path, results: Path) -> None:
+    """Bounds by the number of layers, and paired differences from those without, with two standard errors."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,19 +156,26 @@ def draw(rows: list[Row], path: Path, results: Path) -> None:
     from pyro_flowvi.plotting import COLOURS
 
     picture, axes = pyplot.subplots(1, 2, figsize=(8.4, 3.4))
-    titles = {"bound": "bound, -ELBO (nats)", "nll": f"-log p(x), {DRAWS} weights (nats)"}
-    for axis, (score, title) in zip(axes, titles.items(), strict=True):
-        for colour, (flow, values) in zip(COLOURS, table(rows, score).items(), strict=False):
-            layers = sorted(values)
-            means = np.array([values[k].mean() for k in layers])
-            places = np.arange(len(layers))
-            axis.plot(places, means, "o-", color=colour, markersize=4, label=TITLES[flow])
-            low = np.array([values[k].min() for k in layers])
-            high = np.array([values[k].max() for k in layers])
-            axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.set_xticks(places, [str(k) for k in layers])
+    plain = [row for row in rows if row["layers"] == 0]
+    flows = [flow for flow in FLOWS if any(row["flow"] == flow for row in rows)]
+    layers = sorted({row["layers"] for row in rows})
+    for place, (colour, flow) in enumerate(zip(COLOURS, flows, strict=False)):
+        groups = [
+            [row for row in rows if row["layers"] == k and (not k or row["flow"] == flow)] for k in layers
+        ]
+        # Beside one another, so that bars do not hide each other.
+        across = np.arange(len(layers)) + 0.06 * (place - (len(flows) - 1) / 2)
+        bounds = [np.array([row["bound"] for row in group]) for group in groups]
+        fallen = [differences(group, plain, "bound") for group in groups]
+        for axis, values in zip(axes, (bounds, fallen), strict=True):
+            errors = [2.0 * standard_error(each) for each in values]
+            look: Row = {"color": colour, "markersize": 4, "capsize": 2, "label": TITLES[flow]}
+            axis.errorbar(across, [each.mean() for each in values], errors, fmt="o-", **look)
+    axes[0].set_ylabel("bound, -ELBO (nats)")
+    axes[1].set_ylabel("less the bound without layers")
+    for axis in axes:
+        axis.set_xticks(range(len(layers)), [str(k) for k in layers])
         axis.set_xlabel("layers K")
-        axis.set_ylabel(title)
     axes[0].legend(fontsize=9)
     picture.tight_layout()
     save(picture, path, results, dpi=110)
@@ -148,24 +190,37 @@ def say(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, metavar="DIR", help="of MNIST's files")
     parser.add_argument("--flows", nargs="+", choices=FLOWS, default=list(FLOWS))
-    parser.add_argument("--layers", nargs="+", type=int, default=list(LAYERS))
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--layers", nargs="+", type=int)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="to go on from")
     parser.add_argument("--output", type=Path, default=results_of("flow_vae"))
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     if arguments.report is None:
-        keys: list[Row] = []
-        for seed in range(arguments.seeds):
-            for layers in arguments.layers:
-                flows = arguments.flows if layers else ["none"]
-                keys += [
-                    {"flow": flow, "layers": layers, "seed": seed, "steps": arguments.steps} for flow in flows
-                ]
-        collect(keys, arguments.output, run, say)
-    report(arguments.report or arguments.output, arguments.figure)
+        setting = DIGITS if arguments.data is None else MNIST
+        common = {"data": image_sets(arguments.data)[0], "steps": arguments.steps or setting.steps}
+        keys: list[Row] = [
+            {**common, "flow": flow if layers else "none", "layers": layers, "seed": seed}
+            for seed in range(arguments.seeds or setting.seeds)
+            for layers in arguments.layers or setting.layers
+            for flow in (arguments.flows if layers else FLOWS[:1])
+        ]
+        fitted = functools.partial(run, folder=arguments.data, checkpoints=arguments.checkpoints)
+        collect(keys, arguments.output, fitted, say)
+    results = arguments.report or arguments.output
+    rows = [row for row in read(results) if "error" not in row]
+    print(table(rows))
+    if arguments.figure is not None:
+        setting = MNIST if any(row["data"] != "digits" for row in rows) else DIGITS
+        draw(
+            [row for row in rows if (row["data"] == "digits") == (setting is DIGITS)],
+            arguments.figure,
+            results,
+        )
 
 
 if __name__ == "__main__":

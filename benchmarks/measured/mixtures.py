@@ -1,6 +1,5 @@
-"""Sections on posteriors with several modes, mixtures of flows, and variational autoencoders."""
+"""Sections on posteriors with several modes, and on mixtures of flows."""
 
-import math
 from statistics import median as middle
 
 from benchmarks.common.results import Row
@@ -196,28 +195,4 @@ CIF_MIXTURE = Section(
 )
 
 
-def flow_vae(rows: list[Row]) -> str:
-    lines = []
-    for (flow, layers, steps), group in grouped(rows, "flow", "layers", "steps").items():
-        bounds = [row["bound"] for row in group if row.get("bound") is not None]
-        likelihoods = [row["nll"] for row in group if row.get("nll") is not None]
-        if bounds and all(map(math.isfinite, bounds)):
-            figures = [number(middle(bounds)), number(middle(likelihoods))]
-            lines.append([str(flow), str(layers), f"{steps:,}", str(len(group)), *figures])
-    return (
-        markdown(["flow", "layers", "steps", "seeds", "bound, nats", "−log p(x), nats"], lines)
-        if lines
-        else ""
-    )
-
-
-FLOW_VAE = Section(
-    "How does the bound of a flow VAE fall with its layers?",
-    "benchmarks.fits.flow_vae",
-    "Figure 4 of Rezende and Mohamed on 8 × 8 digits: the bound on −log p(x) of test images, parameters of "
-    "the flow from the encoder.",
-    flow_vae,
-    picture=("flow_vae_bound.png", "Bound on −log p(x) against the number of layers"),
-)
-
-SECTIONS = (MULTIMODAL, MODE_SEARCH, VMONF, COMPLEXITY, TOPOLOGY, CIF_MIXTURE, FLOW_VAE)
+SECTIONS = (MULTIMODAL, MODE_SEARCH, VMONF, COMPLEXITY, TOPOLOGY, CIF_MIXTURE)

@@ -1,0 +1,37 @@
+"""Differences between methods that saw the same seeds, with their standard errors."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.common.results import Row
+
+Array = NDArray[np.float64]
+
+
+def by_seed(rows: Iterable[Row], score: str) -> dict[int, Any]:
+    """A score of every seed that has it."""
+    return {row["seed"]: row[score] for row in rows if row.get(score) is not None}
+
+
+def differences(rows: Iterable[Row], others: Iterable[Row], score: str) -> Array:
+    """A score less that of the others, for each seed that both have, in the order of the seeds."""
+    first, second = by_seed(rows, score), by_seed(others, score)
+    shared = sorted(first.keys() & second.keys())
+    return np.array([np.subtract(first[seed], second[seed]) for seed in shared])
+
+
+def standard_error(values: Array) -> float:
+    """Of the mean; NaN for a single value."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def with_error(values: Array, digits: int = 2) -> str:
+    """Mean ± standard error."""
+    if len(values) == 0:
+        return "–"
+    error = standard_error(values)
+    return f"{values.mean():.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
