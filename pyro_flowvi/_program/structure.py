@@ -119,14 +119,14 @@ class ProgramStructure:
         return bool(self.enumerated_by_model or self.enumerated_by_guide)
 
     @property
-    def summed_by_guide(self) -> bool:
-        """Whether the guide has a site that is summed out and cannot be drawn instead."""
-        return bool(self.enumerated_by_guide - self.marginal)
+    def summed_by_guide(self) -> frozenset[str]:
+        """Sites of the guide that are summed out and cannot be drawn instead."""
+        return self.enumerated_by_guide - self.marginal
 
     @property
     def sums_out(self) -> bool:
         """Whether a site is summed out that draws of the latents do not tell."""
-        return bool(self.enumerated_by_model) or self.summed_by_guide
+        return bool(self.enumerated_by_model or self.summed_by_guide)
 
 
 def _params(*traces: Trace) -> Iterator[tuple[str, tuple[int, ...]]]:

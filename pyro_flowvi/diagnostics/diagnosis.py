@@ -146,6 +146,9 @@ def diagnose(
     * "poor": all else, and where resampling changes an sd by more than 20 %, fewer than a tenth of the draws
       are effective or the training had not converged, unless chains (the last also: weights) confirm the fit.
 
+    Discrete sites that the guide enumerates itself are summed out by its probabilities, which are not judged:
+    such a fit is usable at best.  Those that it leaves to the model's enumeration are summed out exactly.
+
     Where a guide draws groups of latents that are independent of each other given the *roots*, the weights
     are those of the roots, log p(x, u) - log q(u), with p(x, u) estimated without bias from several draws of
     each group: they stay informative however many groups there are.
@@ -262,6 +265,12 @@ def diagnose(
             f"the guide is a point mass at {fixed}: it has no density there to weigh by",
             0,
             "take a guide with a density there, AutoRealNVP",
+        )
+    if summed := sorted(draws.particles.structure.summed_by_guide):
+        judgement.add(
+            f"the guide sums out the sites {summed} by probabilities of its own, which the weights do not judge",
+            1,
+            f"leave the sites {summed} out of the guide: the model's enumeration of them is exact",
         )
     flat = [] if draws.density is None else flat_sites(draws.density)
     if flat:

@@ -172,6 +172,30 @@ class TestDiagnose:
         assert batched.mean() == pytest.approx(single.mean().item(), abs=4 * single.std().item() / 20)
         assert batched.std() == pytest.approx(single.std().item(), rel=0.3)
 
+    def test_sites_that_the_guide_sums_out_itself_are_not_called_good(self):
+        """The rows lie 6 sd apart by their labels, of which the second guide knows nothing."""
+        y = torch.cat([torch.full((20,), -3.2), torch.full((20,), 2.8)])
+
+        def model():
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            with pyro.plate("rows", len(y)):
+                c = pyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+                pyro.sample("y", dist.Normal(m + 6.0 * c - 3.0, 1.0), obs=y)
+
+        def exact():
+            pyro.sample("m", dist.Normal(-0.2 * 40 / 41, 41**-0.5))
+
+        def ignorant():
+            exact()
+            with pyro.plate("rows", len(y)):
+                pyro.sample("c", dist.Bernoulli(torch.full((len(y),), 0.5)), infer={"enumerate": "parallel"})
+
+        assert diagnose(model, exact, seed=0, probes=False).verdict == "good"
+        found = diagnose(model, ignorant, num_samples=1000, seed=0, probes=False)
+        assert found.verdict == "usable"
+        assert any("sums out the sites ['c']" in reason for reason in found.reasons)
+        assert "leave the sites ['c'] out of the guide" in found.advice[-1]
+
     def test_says_that_weights_are_noisy_under_subsampling(self):
         model, args = zoo.make_zoo()["subsampled_globals"]
         found = diagnose(model, AutoPlanar(model), *args)
