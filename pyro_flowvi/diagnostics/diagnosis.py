@@ -268,7 +268,7 @@ def diagnose(
         )
     if summed := sorted(draws.particles.structure.summed_by_guide):
         judgement.add(
-            f"the guide sums out the sites {summed} by probabilities of its own, which the weights do not judge",
+            f"the guide sums out the sites {summed} by its own probabilities, which the weights do not judge",
             1,
             f"leave the sites {summed} out of the guide: the model's enumeration of them is exact",
         )
