@@ -27,5 +27,6 @@ def own_noise(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Random numbers that are no part of the user's stream: those of a seed, or a copy of the stream's."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:
-            torch.manual_seed(seed)
+            # torch.manual_seed would seed every GPU as well, which no one restores.
+            (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
         yield
