@@ -13,9 +13,9 @@ from torch.distributions import HalfNormal, Normal, Poisson
 
 from benchmarks.common import digits_vae, structured_truths
 from benchmarks.common import minibatch_models as models
+from benchmarks.common import minibatch_report as told
 from benchmarks.common import minibatch_truths as truths
 from benchmarks.fits import minibatches as bench
-from benchmarks.fits.minibatches import Target
 from tests.benchmarks.test_structured import latents
 
 
@@ -77,7 +77,7 @@ def test_an_epoch_has_each_row_once(name):
 def test_the_truth_has_the_roots_of_all_tasks():
     known = truths.read_truths()
     for name, task in models.TASKS.items():
-        if name in bench.TARGETS and "1,000,000" not in name and "regression" not in name:
+        if name in told.TARGETS and "1,000,000" not in name and "regression" not in name:
             problem = task().full
             pyro.set_rng_seed(0)
             trace = poutine.trace(problem.model).get_trace(*problem.args)
@@ -194,10 +194,10 @@ def row(method, seed, **more):
 
 def test_targets(monkeypatch):
     monkeypatch.setitem(
-        bench.TARGETS, "2,000 Poisson groups", Target(0.1, (0.98, 1.07), 2.0, 50.0, below=0.1)
+        told.TARGETS, "2,000 Poisson groups", told.Target(0.1, (0.98, 1.07), 2.0, 50.0, below=0.1)
     )
     rows = {"ours": [row("ours", seed, seconds=seconds) for seed, seconds in enumerate((1.0, 9.0, 3.0))]}
-    found = [tuple(line[1:3]) + (line[4],) for line in bench.check("2,000 Poisson groups", rows, -6.95)]
+    found = [tuple(line[1:3]) + (line[4],) for line in told.check("2,000 Poisson groups", rows, -6.95)]
     assert found == [
         ("worst mean of the roots, sd", "0.050", "+"),
         ("lowest sd ratio", "0.970", "-"),
@@ -207,9 +207,7 @@ def test_targets(monkeypatch):
         ("log p(y) - ELBO", "0.050", "+"),
     ]
     vaes = {name: [{"bound": bound}] for name, bound in (("ours", -20.0), ("by hand", -21.0))}
-    assert [line[2:] for line in bench.check("VAE on digits", vaes, None)] == [
-        ["-20.00", "at least -21", "+"]
-    ]
+    assert [line[2:] for line in told.check("VAE on digits", vaes, None)] == [["-20.00", "at least -21", "+"]]
 
 
 def test_report_and_figure(capsys, tmp_path):
@@ -217,14 +215,14 @@ def test_report_and_figure(capsys, tmp_path):
     rows = [row("ours", 0), row("list", 0, worst_mean=30.0), failed]
     rows += [row("ours", 0, steps=steps, passes=steps / 10, worst_mean=1.0 / steps) for steps in (1, 30, 100)]
     rows = [json.loads(json.dumps(line)) for line in rows]
-    bench.report(rows)
+    told.report(rows)
     text = capsys.readouterr().out
     assert (
         "| 2,000 Poisson groups | ours | 2.00 | 100 | 30 | 3.00 | 0.050 (mu) | 0.97 to 1.04 | -7.00 |" in text
     )
     assert "- ours on 20,000 slopes: stopped" in text
     pytest.importorskip("matplotlib")
-    bench.draw(rows, tmp_path / "curves.png")
+    told.draw(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
