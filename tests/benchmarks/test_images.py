@@ -1,25 +1,21 @@
 """The parts of MNIST, and what is said of variational autoencoders on images."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 
 from benchmarks.common import mnist, pairs
 from benchmarks.measured import images
-
-
-def write_idx(path, array):
-    head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
+from tests.idx_files import write_idx
 
 
 def write_part(folder, split, count, side=2):
     """Images of which each pixel says the place, modulo 256."""
     places = np.arange(count) % 256
-    write_idx(folder / f"{split}-images-idx3-ubyte.gz", np.tile(places[:, None, None], (1, side, side)))
-    write_idx(folder / f"{split}-labels-idx1-ubyte.gz", places % 10)
+    write_idx(
+        folder / f"{split}-images-idx3-ubyte.gz",
+        np.tile(places[:, None, None], (1, side, side)).astype(np.uint8),
+    )
+    write_idx(folder / f"{split}-labels-idx1-ubyte.gz", (places % 10).astype(np.uint8))
 
 
 def row(flow, layers, seed, bound, groups):

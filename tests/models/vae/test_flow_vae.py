@@ -1,14 +1,11 @@
 """FlowVAE against quadrature, Pyro's own ELBO, and its parts."""
 
 import copy
-import gzip
 import importlib
 import math
 import pickle
-import struct
 from functools import partial
 
-import numpy as np
 import pyro
 import pytest
 import torch
@@ -16,7 +13,6 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_flowvi import FLOWS, fit
-from pyro_flowvi.datasets import idx_images, read_idx
 from pyro_flowvi.distributions import FlowDistribution, IndexedFlow
 from pyro_flowvi.flows import indexed_layers
 from pyro_flowvi.infer import TraceAnnealed_ELBO, TraceIW_ELBO, TraceSTL_ELBO
@@ -375,70 +371,6 @@ def test_pictures():
         plot_images(torch.rand(3, 8))
 
 
-# -- parts and data ---------------------------------------------------------------------------------
-
-
-def test_published_sizes():
-    """Parameters of the authors' autoencoder for 28 x 28 images: 95,953, with heads for mean and scale."""
-    encoder, decoder = ConvEncoder((1, 28, 28), 40), ConvDecoder(20, (1, 28, 28))
-    count = sum(p.numel() for module in (encoder, decoder) for p in module.parameters())
-    assert count == 95_953
-    assert decoder(torch.zeros(2, 3, 20)).shape == (2, 3, 1, 28, 28)
-    assert encoder(torch.zeros(2, 1, 28, 28)).shape == (2, 40)
-
-
-def test_minibatches():
-    values = torch.arange(250.0).div(250).reshape(250, 1)
-    plain = Minibatches(values, 100, binarize=False, seed=4)
-    epoch = torch.cat([plain(0), plain(1)]).flatten()
-    assert len(epoch.unique()) == 200
-    assert not torch.equal(torch.cat([plain(2), plain(3)]).flatten(), epoch)
-    again = Minibatches(values, 100, binarize=False, seed=4)
-    assert all(torch.equal(again(step), plain(step)) for step in (5, 1, 3))
-    assert not torch.equal(Minibatches(values, 100, binarize=False, seed=5)(0), plain(0))
-    state = torch.get_rng_state()
-    drawn = Minibatches(torch.full((4000, 8), 0.3), 4000)
-    assert abs(float(drawn(0).mean()) - 0.3) < 0.01
-    assert not torch.equal(drawn(0), drawn(1))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert set(drawn(0).unique().tolist()) == {0.0, 1.0}
-
-
-def write_idx(path, array, code=8):
-    data = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wb") as file:
-        file.write(data + array.astype(array.dtype.newbyteorder(">")).tobytes())
-
-
-def test_read_idx(tmp_path):
-    array = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
-    for name in ("a-ubyte", "a-ubyte.gz"):
-        write_idx(tmp_path / name, array)
-        assert np.array_equal(read_idx(tmp_path / name), array)
-    numbers = np.array([1, -2, 70_000], dtype=np.int32)
-    write_idx(tmp_path / "b", numbers, code=12)
-    assert read_idx(tmp_path / "b").tolist() == [1, -2, 70_000]
-    (tmp_path / "cut").write_bytes((tmp_path / "a-ubyte").read_bytes()[:-1])
-    (tmp_path / "text").write_text("no such file")
-    for name in ("cut", "text"):
-        with pytest.raises(ValueError, match="path: expected an IDX file"):
-            read_idx(tmp_path / name)
-
-
-def test_idx_images(tmp_path):
-    rng = np.random.default_rng(0)
-    for split, dots, count in (("train", "-", 6), ("t10k", ".", 3)):
-        pixels = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
-        write_idx(tmp_path / f"{split}-images{dots}idx3-ubyte.gz", pixels)
-        write_idx(tmp_path / f"{split}-labels{dots}idx1-ubyte", np.arange(count, dtype=np.uint8))
-    train, test = idx_images(tmp_path)
-    assert (train.images.shape, train.num_levels) == ((6, 1, 28, 28), 256)
-    assert test.labels.tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match="directory: expected"):
-        idx_images(tmp_path / "missing")
-
-
 # -- bad input --------------------------------------------------------------------------------------
 
 
@@ -492,15 +424,3 @@ def test_bad_calls():
         FlowVAE(nn.Linear(9, 4), nn.Linear(2, 16)).elbo(torch.ones(3, 9))
     with pytest.raises(ValueError, match="encoder: expected shape"):
         FlowVAE(nn.Linear(9, 4), nn.Linear(2, 9), feature_dim=3).elbo(torch.ones(3, 9))
-    with pytest.raises(ValueError, match="images: expected means from 0 to 1"):
-        binarize(torch.full((2, 3), 2.0))
-    with pytest.raises(ValueError, match="images: expected a floating-point tensor"):
-        Minibatches(torch.ones(3, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="batch_size: expected at most the 3 images"):
-        Minibatches(torch.ones(3, 3), 4)
-    with pytest.raises(ValueError, match="seed: expected an integer"):
-        binarize(torch.ones(3, 3), -1)
-    with pytest.raises(ValueError, match="shape: expected an even height"):
-        ConvEncoder((1, 7, 8), 4)
-    with pytest.raises(ValueError, match="hidden: expected at least one"):
-        MLPEncoder(SHAPE, ())
