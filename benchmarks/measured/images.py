@@ -23,6 +23,7 @@ PUBLISHED = {
 """Bounds on -log p(x) of MNIST, nats: Rezende and Mohamed 2015, table 2, from 60,000 images."""
 
 
+GRADIENTS = {"usual": "the gradient of `Trace_ELBO`", "path": "path gradients"}
 SCORES = ("bound", "nll", "train_bound")
 HEAD = (
     "flow",
@@ -48,7 +49,7 @@ def over_seeds_and_images(rows: list[Row], others: list[Row]) -> str:
 def flow_vae(rows: list[Row]) -> str:
     parts = []
     good = [row for row in rows if "error" not in row]
-    for (data, steps), group in grouped(good, "data", "steps").items():
+    for (data, gradient, steps), group in grouped(good, "data", "gradient", "steps").items():
         posteriors = grouped(group, "flow", "layers")
         plain = posteriors.get(("none", 0), [])
         lines = []
@@ -59,7 +60,9 @@ def flow_vae(rows: list[Row]) -> str:
             lines.append(
                 [FLOW_TITLES[str(flow)], str(layers), str(len(ones)), *scores, fallen, nats(published, 1)]
             )
-        parts.append(f"{data}, {steps:,} steps:\n\n{markdown([*HEAD, 'published'], lines)}")
+        parts.append(
+            f"{data}, {steps:,} steps with {GRADIENTS[str(gradient)]}:\n\n{markdown([*HEAD, 'published'], lines)}"
+        )
     return "\n\n".join(parts)
 
 

@@ -20,7 +20,15 @@ def write_part(folder, split, count, side=2):
 
 def row(flow, layers, seed, bound, groups):
     scores = {"bound": bound, "nll": bound - 4.0, "train_bound": bound - 2.0, "groups": groups}
-    return {"data": "MNIST", "steps": 10, "flow": flow, "layers": layers, "seed": seed, **scores}
+    return {
+        "data": "MNIST",
+        "gradient": "usual",
+        "steps": 10,
+        "flow": flow,
+        "layers": layers,
+        "seed": seed,
+        **scores,
+    }
 
 
 class TestParts:
@@ -72,7 +80,7 @@ class TestFlowVAETable:
             row("none", 0, 1, 101.0, [99.0, 103.0]),
         ]
         lines = images.flow_vae(rows).splitlines()
-        assert lines[0] == "MNIST, 10 steps:"
+        assert lines[0] == "MNIST, 10 steps with the gradient of `Trace_ELBO`:"
         # Pairs: -2 and -4 by the seed; -2.5 and -3.5 by the groups of images.
         assert lines[4].startswith("| none | 0 | 2 | 100.50 ± 0.50 |")
         assert lines[4].endswith("| – | 89.9 |")
