@@ -60,9 +60,8 @@ def flow_vae(rows: list[Row]) -> str:
             lines.append(
                 [FLOW_TITLES[str(flow)], str(layers), str(len(ones)), *scores, fallen, nats(published, 1)]
             )
-        parts.append(
-            f"{data}, {steps:,} steps with {GRADIENTS[str(gradient)]}:\n\n{markdown([*HEAD, 'published'], lines)}"
-        )
+        title = f"{data}, {steps:,} steps with {GRADIENTS[str(gradient)]}:"
+        parts.append(f"{title}\n\n{markdown([*HEAD, 'published'], lines)}")
     return "\n\n".join(parts)
 
 
