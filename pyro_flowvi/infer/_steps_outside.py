@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._compile.errors import CannotCompile
 from .._compile.flow_step import FlowStep
+from .._compile.indexed_step import IndexedStep
 from .._compile.log_density import TracedDensity
 from .._compile.mixture_step import MixtureStep, SingleStep
 from .._compile.policy import MACHINE_CODE_FROM
@@ -17,6 +18,7 @@ from .._types import Program
 from ..autoguide._protocol import FitGuide
 from ..autoguide._sweep import Sweep
 from ..autoguide.flow_mixture import WeightedStack
+from ..transforms import IndexedCompose
 from ._flow_steps import FlowSteps, objects_in, steady_graph, trains_flow
 from ._minibatches import AllData
 from ._row_steps import RowStep, RowSteps
@@ -73,6 +75,8 @@ def steps_outside(
 
 def _kind_of(flow: Any) -> type[FlowStep]:
     """The kind of step that a flow takes, or several."""
+    if isinstance(flow, IndexedCompose):
+        return IndexedStep
     if not isinstance(flow, WeightedStack):
         return FlowStep
     return MixtureStep if len(flow.logits) > 1 else SingleStep

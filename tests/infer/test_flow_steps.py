@@ -1,5 +1,6 @@
 """Fits of flows outside Pyro: on which programs, and that all is as it would be inside."""
 
+import copy
 import importlib
 import random
 import shutil
@@ -13,6 +14,9 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_flowvi import AutoCIF, AutoNICE, AutoRealNVP, diagnose, fit
+from pyro_flowvi._compile.indexed_step import IndexedStep
+from pyro_flowvi._compile.log_density import traced
+from pyro_flowvi.distributions import FlowDistribution
 from pyro_flowvi.infer import CompileWarning
 from pyro_flowvi.infer._checkpoint import Checkpoint
 
@@ -75,10 +79,60 @@ def test_what_the_user_chooses_is_left_to_pyro(outside, call):
     assert outside == [False]
 
 
-@pytest.mark.parametrize("make", [AutoNormal, AutoCIF])
+def one_extra(model):
+    return AutoCIF(model, num_layers=2, num_extra=1)
+
+
+class OwnDraws(AutoCIF):
+    def sample_latent(self, *args, **kwargs):
+        return super().sample_latent(*args, **kwargs)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, one_extra, OwnDraws])
 def test_other_guides_are_left_to_pyro(outside, make):
     fit(broadcasting, make(broadcasting), *data(), num_steps=60, **OPTIONS)
     assert outside == [False]
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_a_continuously_indexed_flow(outside, order):
+    """A step's loss and gradient, against autograd's of the auxiliary ELBO with the density's own
+    parameters held."""
+
+    def model():
+        y = torch.tensor([0.3, -0.2, 1.4])
+        a, b = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("b", dist.HalfNormal(1.0))
+        pyro.sample("y", dist.Normal(a.unsqueeze(-1), b.unsqueeze(-1)).expand([3]).to_event(1), obs=y)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        pyro.set_rng_seed(0)
+        guide = AutoCIF(model, num_layers=2, hidden=(6,), order=order).materialize()
+        flow, density = guide.trained_map(model), guide.density()
+        with torch.no_grad():
+            for param in flow.parameters():
+                param += 0.1 * torch.randn_like(param)
+        params = list(flow.parameters())
+        step = IndexedStep(flow, params, traced(density, 32))
+        torch.manual_seed(1)
+        found = step._gradient().clone()
+        torch.manual_seed(1)
+        noise = torch.randn(32, 4)
+        copied = copy.deepcopy(flow).requires_grad_(False)
+        drawn = flow(noise)
+        z, e = drawn[:, :2], drawn[:, 2:]
+        log_q = FlowDistribution(None, copied).log_prob(drawn)
+        standard = dist.Normal(0.0, 1.0)
+        loss = (log_q - standard.log_prob(e).sum(-1) - density.log_density(z)).mean()
+        expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, params)])
+        step.leave()
+        result = fit(model, AutoCIF(model, num_layers=2, order=order), num_steps=60, **OPTIONS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert step._loss == pytest.approx(float(loss.detach()), rel=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert outside == [True]
+    assert result.losses[-10:].mean() < result.losses[:10].mean() + 0.1
 
 
 class TestProgramsThatChange:

@@ -9,6 +9,7 @@ import torch
 
 from pyro_flowvi import FLOWS
 from pyro_flowvi.autoguide._affine import FramedElementwise, FramedLower
+from pyro_flowvi.flows import indexed_layers
 from pyro_flowvi.nn import MLP
 from pyro_flowvi.transforms import (
     AffineAutoregressive,
@@ -18,6 +19,8 @@ from pyro_flowvi.transforms import (
     Coupling,
     ElementwiseAffine,
     HeavyTails,
+    IndexedCompose,
+    IndexedLayer,
     Inverse,
     LowerAffine,
     LowRankAffine,
@@ -48,6 +51,13 @@ def framed(affine, scale):
 def with_frozen(layer, *names):
     for name in names:
         getattr(layer, name).requires_grad_(False)
+    return layer
+
+
+def frozen_index(dim):
+    layer = IndexedLayer(Radial(dim), index_dim=1)
+    layer.mover.network.activation = "relu"
+    layer.index.requires_grad_(False)
     return layer
 
 
@@ -86,6 +96,17 @@ WRITTEN_OUT = {
     "radial_8": lambda dim: Radial(dim, num_layers=8),
 }
 OTHERS = {
+    **{
+        f"indexed_{flow}_{order}": lambda dim, flow=flow, order=order: IndexedCompose(
+            [
+                *indexed_layers(flow, dim, num_layers=2, hidden=(5,), index_dim=2, order=order),
+                LowerAffine(dim),
+            ]
+        )
+        for flow in ("neural_spline_ar", "realnvp")
+        for order in ("after", "before")
+    },
+    "indexed_relu_and_frozen": lambda dim: IndexedCompose([frozen_index(dim), ElementwiseAffine(dim)]),
     "heavy_tails": lambda dim: HeavyTails(dim),
     "without_form": lambda dim: Compose([Planar(dim), HeavyTails(dim), LowerAffine(dim)]),
     "twice": twice,

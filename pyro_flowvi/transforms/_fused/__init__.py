@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..base import forward_with_score, vector_jacobian
 from ..compose import Chain
+from ..indexed import IndexedCompose
 from . import affine, autoregressive, planar, radial, sylvester  # noqa: F401 - each enters its forms
 from ._pass import EXACT, Form, Gradients, Pass, accumulate, form_of
 from .coupling import pass_coupling
+from .indexed import pass_indexed
 from .spline import pass_spline
 
 __all__ = ["Form", "Pass", "form_of", "has_form", "pass_through"]
@@ -62,9 +64,13 @@ def pass_through(layer: Any, x: Tensor, score: Tensor) -> Pass:
     :param x: shape ``(P, D)``.
     :param score: ∇ log q at ``x``, same shape.
     """
-    if isinstance(layer, Chain):
+    if isinstance(layer, IndexedCompose):
+        with torch.no_grad():
+            found = pass_indexed(layer, x, score, pass_through)
+    elif isinstance(layer, Chain):
         return _through_chain(layer, x, score)
-    found = _written_out(layer, x, score)
+    else:
+        found = _written_out(layer, x, score)
     if found is not None:
         return found
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
