@@ -1,8 +1,8 @@
 """Continuously-indexed flows on targets with islands and holes, beside the flows that they are made from.
 
-    python -m benchmarks.mixtures.cif_mixture [--targets nine ...] [--seeds 3] [--output cif.jsonl]
-        [--shard 0/2]
-    python -m benchmarks.mixtures.cif_mixture --elsewhere      # rings, four dimensions, few layers
+    python -m benchmarks.mixtures.cif_mixture [--targets nine ...] [--layers 5 ...] [--bases 0.1 ...]
+        [--seeds 3] [--steps 5000] [--particles 1000] [--output cif.jsonl] [--shard 0/2]
+    python -m benchmarks.mixtures.cif_mixture --defaults       # fit with nothing set
     python -m benchmarks.mixtures.cif_mixture --speed          # milliseconds a step
     python -m benchmarks.mixtures.cif_mixture --report cif.jsonl [--figure docs/cif_mixture.png]
 
@@ -17,12 +17,13 @@ The guides have five layers (or as many as the row says) and *equal numbers of p
 - *cif*: the same made continuously indexed, one index a layer.
 
 The base of these is normal with standard deviation σ0, fixed, or trained from 1, and the guide's own affine
-map is off: with it, in *cif, default* and *nsf, default*, any flow rescales itself.  "Tempered": the weight
-of the target rises from .1 to 1 over the first 30 % of the steps.  All are trained alike, with the gradient
-of ``Trace_ELBO``; the defaults by ``fit`` with nothing set.
+map is off: with it, in *cif, default*, *nsf, default* and *realnvp, default*, any flow rescales itself.
+"Tempered": the weight of the target rises from .1 to 1 over the first 30 % of the steps.  All are trained
+alike, with the gradient of ``Trace_ELBO``; the defaults by ``fit`` with nothing set.
 
-Of a fit the table says the ELBO (of a CIF, the auxiliary ELBO, a lower bound on it), the mass of the lightest
-mode, counted within 3 standard deviations, and the share of all draws that lie within 3 of a mode.
+Of a fit the table says the ELBO (of a CIF, the auxiliary ELBO, a lower bound on it), the masses of the
+lightest and the heaviest mode, counted within 3 standard deviations, also of draws resampled by their
+weights, and the share of all draws that lie within 3 of a mode.
 """
 
 import argparse
@@ -45,7 +46,7 @@ import pyro_flowvi
 from benchmarks.common.pictures import save
 from benchmarks.common.results import Clock, Row, collect, read, results_of
 from benchmarks.common.tables import markdown, median, number
-from pyro_flowvi import AutoCIF, AutoFlow, CompiledSVI
+from pyro_flowvi import AutoCIF, AutoFlow, AutoRealNVP, CompiledSVI
 from pyro_flowvi.datasets import NINE_MODES, NormalLattice
 from pyro_flowvi.flows import FLOWS
 from pyro_flowvi.infer import TraceAnnealed_ELBO
@@ -58,6 +59,7 @@ HIDDEN = 32
 FIRST_WEIGHT, TEMPERED = 0.1, 0.3
 BINS = 100
 FLOW_NAMES = ("nsf", "nsf + affine", "cif")
+DEFAULT_NAMES = ("cif, default", "nsf, default", "realnvp, default")
 BASES = ("0.1", "1", "10", "trained")
 
 
@@ -146,6 +148,8 @@ def make_guide(key: Row, width: int = HIDDEN) -> AutoFlow:
     program, base, layers = partial(model, target), key["base"], key["layers"]
     if flow == "cif, default":
         return AutoCIF(program).materialize()
+    if flow == "realnvp, default":
+        return AutoRealNVP(program).materialize()
     if flow == "nsf, default":
         return AutoFlow(program, "neural_spline_ar").materialize()
     if flow == "cif":
@@ -173,7 +177,7 @@ def matched_guide(key: Row) -> AutoFlow:
 # -- training ----------------------------------------------------------------------------------------
 
 
-def objective(tempered: bool, num_steps: int) -> TraceAnnealed_ELBO:
+def objective(tempered: bool, num_steps: int, particles: int = PARTICLES) -> TraceAnnealed_ELBO:
     """The ELBO, with the weight of the target rising at first if it is tempered."""
 
     def schedule(step: int) -> float:
@@ -181,7 +185,7 @@ def objective(tempered: bool, num_steps: int) -> TraceAnnealed_ELBO:
         return min(1.0, FIRST_WEIGHT + (1.0 - FIRST_WEIGHT) * risen) if tempered else 1.0
 
     return TraceAnnealed_ELBO(
-        schedule, path=False, num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=0
+        schedule, path=False, num_particles=particles, vectorize_particles=True, max_plate_nesting=0
     )
 
 
@@ -193,7 +197,7 @@ def fit_one(key: Row) -> Row:
     program = partial(model, target)
     clock = Clock()
     if key["flow"] in FLOW_NAMES:
-        loss = objective(key["tempered"], key["steps"])
+        loss = objective(key["tempered"], key["steps"], key["particles"])
         options: dict[str, Any] = {"loss": loss, "lr": LR, "num_steps": key["steps"], "compile": True}
     else:
         options = {}
@@ -203,12 +207,16 @@ def fit_one(key: Row) -> Row:
         z, bound = guide.get_posterior().rsample_and_log_prob((NUM_DRAWS,))
         weights = target.log_prob(z) - bound
         masses = target.masses(z)
+        again = target.masses(z[torch.multinomial(weights.softmax(0), NUM_DRAWS, replacement=True)])
     edges = np.linspace(-target.reach, target.reach, BINS + 1)
     counts = np.histogram2d(z[:, 0].numpy(), z[:, 1].numpy(), bins=[edges, edges])[0]
     return {
         "elbo": float(weights.mean()),
         "elbo_se": float(weights.std()) / math.sqrt(NUM_DRAWS),
         "least": float(masses.min()),
+        "most": float(masses.max()),
+        "least_resampled": float(again.min()),
+        "most_resampled": float(again.max()),
         "within": float(masses.sum()),
         "params": count(guide),
         "steps_taken": len(result.losses),
@@ -253,10 +261,10 @@ def outcome(group: list[Row]) -> list[str]:
     return [
         number(median([row["elbo"] for row in group]), 3),
         each,
-        number(median([row["least"] for row in group]), 3),
+        *(number(median([row[name] for row in group]), 3) for name in ("least", "most")),
         number(median([row["within"] for row in group]), 3),
         f"{group[0]['params']:,}",
-        number(median([row["seconds"] for row in group]), 0),
+        number(median([row["cpu_seconds"] for row in group]), 0),
     ]
 
 
@@ -270,9 +278,9 @@ def grouped(rows: list[Row], names: tuple[str, ...]) -> dict[tuple[Any, ...], li
 def report(rows: list[Row]) -> None:
     """The seeds of every setting together, best ELBO 0."""
     head = ["target", "layers", "σ0", "flow", "tempered", "ELBO, median", "each seed", "lightest mode"]
-    head += ["within 3 sd", "parameters", "seconds"]
+    head += ["heaviest", "within 3 sd", "parameters", "CPU seconds"]
     lines = []
-    order = [*TARGETS], [*BASES, "–"], [*FLOW_NAMES, "cif, default", "nsf, default"]
+    order = [*TARGETS], [*BASES, "–"], [*FLOW_NAMES, *DEFAULT_NAMES]
     groups = grouped(rows, ("target", "layers", "base", "flow", "tempered"))
     for names in sorted(
         groups,
@@ -321,23 +329,19 @@ def plot(rows: list[Row], path: Path, results: Path, target: str = "nine") -> No
 
 
 def tasks(options: argparse.Namespace) -> list[Row]:
-    """All that is to be fitted, what matters most first."""
-    seeds = range(options.seeds)
-    if options.elsewhere:
-        settings = [("rings", 5), ("cube", 5), ("nine", 2), ("nine", 1)]
+    """All that is to be fitted, seed by seed."""
+    if options.defaults:
         return [
-            {"target": t, "layers": n, "base": "trained", "flow": f, "tempered": w, "seed": s}
-            for s, (t, n), w, f in itertools.product(seeds, settings, (False, True), FLOW_NAMES)
+            {"target": t, "layers": 5, "base": "–", "flow": f, "tempered": False, "seed": s, "steps": 3000}
+            for s, t, f in itertools.product(range(options.seeds), options.targets, DEFAULT_NAMES)
         ]
-    keys: list[Row] = [
-        {"target": t, "layers": 5, "base": b, "flow": f, "tempered": w, "seed": s}
-        for t, s, w, b, f in itertools.product(
-            options.targets, seeds, (True, False), options.bases, FLOW_NAMES
+    size = {"steps": options.steps, "particles": options.particles}
+    return [
+        {"target": t, "layers": n, "base": b, "flow": f, "tempered": w, "seed": s, **size}
+        for s, t, n, w, b, f in itertools.product(
+            range(options.seeds), options.targets, options.layers, (False, True), options.bases, FLOW_NAMES
         )
-    ]
-    return keys + [
-        {"target": t, "layers": 5, "base": "–", "flow": f, "tempered": False, "seed": s}
-        for t, s, f in itertools.product(options.targets, seeds, ("cif, default", "nsf, default"))
+        if ("yes" if w else "no") in options.tempered
     ]
 
 
@@ -345,7 +349,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=["nine", "sixteen"], choices=TARGETS)
     parser.add_argument("--bases", nargs="+", default=BASES, choices=BASES)
-    parser.add_argument("--elsewhere", action="store_true", help="other targets, and fewer layers")
+    parser.add_argument("--layers", nargs="+", type=int, default=[5])
+    parser.add_argument("--tempered", nargs="+", default=["no", "yes"], choices=("no", "yes"))
+    parser.add_argument("--particles", type=int, default=PARTICLES)
+    parser.add_argument("--defaults", action="store_true", help="guides by fit with nothing set")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=1)
@@ -367,8 +374,7 @@ def main() -> None:
             print(f"{flow}: {measure_speed(flow):.1f} ms a step of {PARTICLES} draws", flush=True)
         return
     place, number_of = map(int, options.shard.split("/"))
-    keys = [{**key, "steps": options.steps} for key in tasks(options)[place::number_of]]
-    collect(keys, options.output, fit_one, say)
+    collect(tasks(options)[place::number_of], options.output, fit_one, say)
 
 
 if __name__ == "__main__":
