@@ -29,7 +29,7 @@ their initial values and their minibatches are the same for all three, seed by s
 Rows are lines of JSON, and those that the file has are not run again.  The log-likelihood is the log of the
 mean of 100 (auxiliary) importance weights for each image of one binarised test set; rows of ``published``
 have it for every image.  ``--report`` prints means, and the paired differences between posteriors with their
-standard errors over the seeds.
+standard errors over the seeds and, of ``published``, over the images.
 """
 
 import argparse
@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import mnist
+from benchmarks.common.paired import by_image, by_seed, with_error
 from benchmarks.common.results import Clock, Row, collect, read, results_of
 from benchmarks.common.tables import markdown
 from pyro_flowvi import fit
@@ -249,21 +250,6 @@ def run_published(key: Row, whole: mnist.Parts, arguments: argparse.Namespace) -
 # -- report ----------------------------------------------------------------------------------------
 
 
-def differences(rows: list[Row], first: str, second: str, score: str) -> np.ndarray[Any, Any]:
-    """Paired by seed."""
-    values = [
-        {row["seed"]: row[score] for row in rows if row["posterior"] == kind} for kind in (first, second)
-    ]
-    return np.array(
-        [values[0][seed] - values[1][seed] for seed in sorted(values[0].keys() & values[1].keys())]
-    )
-
-
-def with_error(values: np.ndarray[Any, Any]) -> str:
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{values.mean():.4f} ± {error:.4f}"
-
-
 def report(path: Path) -> None:
     good = [row for row in read(path) if "error" not in row]
     fields = ("data", "test", "steps", "rate", "warm_up", "layers")
@@ -285,14 +271,14 @@ def report(path: Path) -> None:
         for first, second in PAIRS:
             cells = []
             for name in names:
-                found = differences(rows, first, second, name)
+                found = by_seed(rows, first, second, name)
                 if len(found) < 2:
                     cells.append("–")
                     continue
                 ratio = abs(found.mean()) / (found.std(ddof=1) / math.sqrt(len(found)))
                 cells.append(f"{with_error(found)} ({ratio:.1f} s.e.)")
-            lines.append([f"{first} less {second}", *cells])
-        print(markdown(["paired difference", *names], lines))
+            lines.append([f"{first} less {second}", *cells, with_error(by_image(rows, first, second))])
+        print(markdown(["paired difference", *names, "test_ll over images"], lines))
 
 
 def say(row: Row) -> str:
