@@ -183,11 +183,11 @@ CIF_MIXTURE = Section(
     "What do continuous indices gain on islands?",
     "benchmarks.mixtures.cif_mixture",
     "*nine*: normals of standard deviation .25 on a lattice of step 2, each of mass 1/9 = .111 (.110 within "
-    "3 standard deviations), from a base N(0, σ0²), as many parameters each; the best ELBO is 0. *Default*: "
-    "`fit` with nothing set. Medians of the seeds with ranges; masses of the lightest and the heaviest mode "
-    "of all seeds, of draws as they are and resampled by their weights.",
+    "3 standard deviations), from a base N(0, σ0²), as many parameters each, 250 draws a step; the best ELBO "
+    "is 0. *Default*: `fit` with nothing set. Medians of the seeds with ranges; masses of the lightest and "
+    "the heaviest mode of all seeds, of draws as they are and resampled by their weights.",
     cif_mixture,
-    options="--targets nine --particles 250 --steps 2000 --seeds 2",
+    options="--chosen",
     picture=("cif_mixture.png", "Densities of the target and of the fits"),
 )
 
