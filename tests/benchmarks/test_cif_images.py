@@ -48,6 +48,7 @@ def test_the_parts_share_no_image(folder):
 
 
 def test_a_run_scores_every_image(folder, tmp_path):
+    torch.set_default_dtype(torch.float32)  # that of the images
     whole = mnist.parts(folder, 0)
     few = tuple(mnist.taken(part, np.arange(n)) for part, n in zip(whole, (200, 10, 7), strict=True))
     key = {"layers": 1, "posterior": "VAE", "seed": 0, "steps": 3, "rate": 1e-3, "warm_up": 0}
