@@ -61,8 +61,15 @@ BINS = 100
 FLOW_NAMES = ("nsf", "nsf + affine", "cif")
 DEFAULT_NAMES = ("cif, default", "nsf, default", "realnvp, default")
 BASES = ("0.1", "1", "10", "trained")
-CHOSEN = ((1, "trained", False), (2, "trained", False), (5, "0.1", False), (5, "10", False), (5, "1", True))
-"""Layers, base and tempering of what the page of results has, with fewer steps of fewer draws."""
+CHOSEN = (
+    ("nine", 1, "trained", False),
+    ("nine", 2, "trained", False),
+    ("nine", 5, "0.1", False),
+    ("nine", 5, "10", False),
+    ("nine", 5, "1", True),
+    ("rings", 2, "trained", False),
+)
+"""Target, layers, base and tempering of what the page of results has, with fewer steps of fewer draws."""
 
 
 # -- targets -----------------------------------------------------------------------------------------
@@ -333,13 +340,12 @@ def plot(rows: list[Row], path: Path, results: Path, target: str = "nine") -> No
 def tasks(options: argparse.Namespace) -> list[Row]:
     """All that is to be fitted, seed by seed."""
     if options.chosen:
-        size, pairs = {"steps": 2000, "particles": 250}, itertools.product(CHOSEN, FLOW_NAMES)
-        settings = [
-            {"layers": n, "base": b, "tempered": w, "flow": flow, **size} for (n, b, w), flow in pairs
-        ]
-        default = {"layers": 5, "base": "–", "tempered": False, "steps": 3000}
+        names, size = ("target", "layers", "base", "tempered"), {"steps": 2000, "particles": 250}
+        pairs = itertools.product(CHOSEN, FLOW_NAMES)
+        settings = [dict(zip(names, one, strict=True)) | {"flow": flow} | size for one, flow in pairs]
+        default = {"target": "nine", "layers": 5, "base": "–", "tempered": False, "steps": 3000}
         settings += [{"flow": flow, **default} for flow in DEFAULT_NAMES]
-        return [{"target": "nine", **each, "seed": s} for s in range(options.seeds) for each in settings]
+        return [{**each, "seed": s} for s in range(options.seeds) for each in settings]
     size = {"steps": options.steps, "particles": options.particles}
     return [
         {"target": t, "layers": n, "base": b, "flow": f, "tempered": w, "seed": s, **size}
