@@ -3,11 +3,15 @@
 So an old picture does not stand by new figures.
 """
 
+import base64
 import hashlib
 import io
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 KEY = "Results"
 COLOURS = 128
@@ -17,6 +21,16 @@ COLOURS = 128
 def digest(results: Path) -> str:
     """Of a file of results."""
     return hashlib.sha256(results.read_bytes()).hexdigest()[:16]
+
+
+def packed(counts: np.ndarray) -> str:
+    """Counts of a histogram, below 65,536 each, as short text for a line of results."""
+    return base64.b85encode(zlib.compress(counts.astype(np.uint16).tobytes(), 9)).decode()
+
+
+def unpacked(text: str, bins: int) -> np.ndarray:
+    """The counts, shape ``(bins, bins)``."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint16).reshape(bins, bins)
 
 
 def with_palette(image: Any, colours: int = COLOURS) -> Any:

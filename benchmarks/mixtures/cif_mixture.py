@@ -43,7 +43,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 import pyro_flowvi
-from benchmarks.common.pictures import save
+from benchmarks.common.pictures import packed, save, unpacked
 from benchmarks.common.results import Clock, Row, collect, read, results_of
 from benchmarks.common.tables import markdown, median, number
 from pyro_flowvi import AutoCIF, AutoFlow, AutoRealNVP, CompiledSVI
@@ -219,6 +219,7 @@ def fit_one(key: Row) -> Row:
         again = target.masses(z[torch.multinomial(weights.softmax(0), NUM_DRAWS, replacement=True)])
     edges = np.linspace(-target.reach, target.reach, BINS + 1)
     counts = np.histogram2d(z[:, 0].numpy(), z[:, 1].numpy(), bins=[edges, edges])[0]
+    shown = key["layers"] == 5 and key["flow"] in FLOW_NAMES  # by the picture
     return {
         "elbo": float(weights.mean()),
         "elbo_se": float(weights.std()) / math.sqrt(NUM_DRAWS),
@@ -231,7 +232,7 @@ def fit_one(key: Row) -> Row:
         "steps_taken": len(result.losses),
         "restarts": result.num_restarts,
         **taken,
-        "counts": counts.astype(int).tolist(),
+        "counts": packed(counts) if shown else None,
     }
 
 
@@ -302,34 +303,33 @@ def report(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path, results: Path, target: str = "nine") -> None:
-    """Densities of the middle seed of every untempered fit, by base and flow."""
+    """Densities of the middle seed of every fit, by base, tempering and flow."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = grouped([r for r in rows if r["target"] == target and r["layers"] == 5], ("base", "flow"))
-    bases = [base for base in BASES if (base, "cif") in groups]
-    columns = [(flow, tempered) for tempered in (False, True) for flow in FLOW_NAMES]
-    size = (2.1 * (1 + len(columns)), 2.2 * len(bases) + 0.5)
-    figure, axes = plt.subplots(len(bases), 1 + len(columns), figsize=size, squeeze=False)
+    shown = [row for row in rows if row["target"] == target and row.get("counts")]
+    groups = grouped(shown, ("base", "tempered", "flow"))
+    kinds = [(base, tempered) for base in BASES for tempered in (False, True)]
+    kinds = [kind for kind in kinds if (*kind, "cif") in groups]
+    size = (2.1 * (1 + len(FLOW_NAMES)), 2.2 * len(kinds) + 0.5)
+    figure, axes = plt.subplots(len(kinds), 1 + len(FLOW_NAMES), figsize=size, squeeze=False)
     reach = TARGETS[target].reach
     grid = torch.linspace(-reach, reach, BINS)
     truth = TARGETS[target].log_prob(torch.cartesian_prod(grid, grid)).exp().reshape(BINS, BINS).numpy()
     look: dict[str, Any] = {"cmap": "Blues", "extent": [-reach, reach] * 2, "origin": "lower"}
-    for line, base in zip(axes, bases, strict=True):
+    for line, kind in zip(axes, kinds, strict=True):
         line[0].imshow(truth.T, **look)
-        line[0].set_ylabel(f"$\\sigma_0$ = {base}" if base != "trained" else "$\\sigma_0$ trained")
-        for axis, (flow, tempered) in zip(line[1:], columns, strict=True):
-            group = [row for row in groups.get((base, flow), []) if row["tempered"] == tempered]
-            group = sorted((row for row in group if "elbo" in row), key=lambda row: row["elbo"])
+        line[0].set_ylabel(f"$\\sigma_0$: {kind[0]}" + (", tempered" if kind[1] else ""))
+        for axis, flow in zip(line[1:], FLOW_NAMES, strict=True):
+            group = sorted(groups.get((*kind, flow), []), key=lambda row: row["elbo"])
             if group:
                 row = group[len(group) // 2]
-                axis.imshow(np.array(row["counts"]).T, **look)
+                axis.imshow(unpacked(row["counts"], BINS).T, **look)
                 axis.set_xlabel(f"ELBO {row['elbo']:.3f}")
-    axes[0, 0].set_title("target")
-    for axis, (flow, tempered) in zip(axes[0, 1:], columns, strict=True):
-        axis.set_title(flow + (", tempered" if tempered else ""), fontsize=10)
+    for axis, title in zip(axes[0], ("target", *FLOW_NAMES), strict=True):
+        axis.set_title(title, fontsize=10)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.common.pictures import digest, drawn_from, save
+from benchmarks.common.pictures import digest, drawn_from, packed, save, unpacked
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 
@@ -23,3 +23,11 @@ def test_a_palette_changes_little(tmp_path):
     assert np.abs(full - small).max() < 20
     assert drawn_from(tmp_path / "small.png") == digest(results)
     assert (tmp_path / "small.png").stat().st_size < 0.6 * (tmp_path / "full.png").stat().st_size
+
+
+def test_counts_survive_their_line():
+    counts = np.zeros((50, 50))
+    counts[3:9, 20:30] = np.random.default_rng(0).integers(0, 60_000, (6, 10))
+    text = packed(counts)
+    assert len(text) < 500
+    assert (unpacked(text, 50) == counts).all()
