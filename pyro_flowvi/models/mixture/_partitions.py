@@ -11,8 +11,12 @@ __all__ = ["STARTS", "cluster_gaussians", "in_one_unit", "neighbour_graph", "war
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
-MAX_ROWS: Final = 5000
-"""Rows that are clustered; the others follow the nearest of these."""
+MAX_ROWS: Final = 20_000
+"""Rows that are clustered; the others follow the nearest of these.  What follows neighbours is the better the
+more of them there are: ten digits of MNIST, 8,000 rows with 5 labels a class, are .91 right by all rows, .87
+by 5,000."""
+MAX_SPECTRAL_ROWS: Final = 5000
+"""The same of spectral clustering, which in 32 columns takes a minute for twice as many."""
 MAX_COLUMNS: Final = 32
 """Of wider data the first principal components are clustered."""
 SPREADING: Final = 0.99
@@ -202,6 +206,10 @@ def _spectral(
 ) -> Labels | None:
     if len(x) <= num + 1 or num == 1:
         return None
+    if len(x) > MAX_SPECTRAL_ROWS:
+        rows = np.sort(random_state.permutation(len(x))[:MAX_SPECTRAL_ROWS])
+        part = _spectral(x[rows], labels[rows], counts[rows], num, random_state, num_neighbors)
+        return None if part is None else _extended(x, np.full(len(x), -1), rows, part)
     from scipy.sparse.csgraph import connected_components
     from scipy.sparse.linalg import ArpackNoConvergence
     from sklearn.cluster import SpectralClustering

@@ -205,10 +205,12 @@ def test_starts_follow_labels():
     np.testing.assert_array_equal(parts, y)
 
 
-def test_start_of_many_rows_and_columns():
+@pytest.mark.parametrize(("name", "limit"), [("kmeans", "MAX_ROWS"), ("spectral", "MAX_SPECTRAL_ROWS")])
+def test_start_of_many_rows_and_columns(name, limit, monkeypatch):
     """Part of the rows is clustered, in some principal components; the others follow the nearest."""
-    x, y = blobs(3000, distance=3.0, dim=40)
-    parts = warm_starts(["kmeans"], x, np.full(len(y), -1), 2, np.random.RandomState(0))["kmeans"]
+    monkeypatch.setattr(f"pyro_flowvi.models.mixture._partitions.{limit}", 400)
+    x, y = blobs(1000, distance=3.0, dim=40)
+    parts = warm_starts([name], x, np.full(len(y), -1), 2, np.random.RandomState(0))[name]
     assert accuracy(y, parts) == 1.0
 
 

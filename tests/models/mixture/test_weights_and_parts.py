@@ -5,11 +5,12 @@ import pickle
 import numpy as np
 import pytest
 from sklearn.exceptions import NotFittedError
+from sklearn.semi_supervised import LabelSpreading
 
-from pyro_flowvi.datasets import pinwheel
+from pyro_flowvi.datasets import hide_labels, pinwheel
 from pyro_flowvi.models import FlowMixture
 from pyro_flowvi.models.mixture._columns import Columns, Rows, counts_of
-from pyro_flowvi.models.mixture._partitions import STARTS, cluster_gaussians, warm_starts
+from pyro_flowvi.models.mixture._partitions import STARTS, cluster_gaussians, in_one_unit, warm_starts
 from tests.models.mixture.matching import accuracy
 
 QUICK = {"flow": "realnvp", "init": "kmeans", "num_layers": 2, "hidden": (4,), "max_iter": 40}
@@ -106,6 +107,16 @@ def test_starts_with_weights(name):
     assert name in STARTS
     parts = warm_starts([name], x, np.full(101, -1), 2, np.random.RandomState(0), counts=counts)[name]
     assert accuracy(y, parts[:100]) == 1.0
+
+
+def test_label_spreading_sees_every_row_of_some_thousand():
+    """By part of them, the rest following the nearest, its classes have other borders."""
+    x, y = pinwheel(1300, 5, seed=0)
+    labels = hide_labels(y, 3)
+    parts = warm_starts(["label_spreading"], x, labels, 5, np.random.RandomState(0))["label_spreading"]
+    z = in_one_unit(x, np.arange(len(x)), np.ones(len(x)), 5, np.random.RandomState(0))
+    whole = LabelSpreading(kernel="knn", n_neighbors=10, alpha=0.99, max_iter=1000).fit(z, labels)
+    np.testing.assert_array_equal(parts, whole.transduction_)
 
 
 def test_gaussians_of_rows_that_are_one_are_those_of_all():
