@@ -3,7 +3,6 @@
     python -m benchmarks.mixtures.vmonf [--tests pinwheel5 ...] [--seeds 5] [--output vmonf.jsonl]
     python -m benchmarks.mixtures.vmonf --report vmonf.jsonl
     python -m benchmarks.mixtures.vmonf --tests digits5 --picture digits.png
-    python -m benchmarks.mixtures.vmonf --data DIR [--device cuda] [--steps 30000] [--picture mnist.png]
 
 - ``pinwheel5``, ``pinwheel3``: 512 points of each wing, no labels.
 - ``circles``: 512 points of each of two thin circles, no labels; ``circles32``: 1024 points without and 32
@@ -22,9 +21,7 @@ start that it chose, before any flow was trained; a Gaussian mixture by EM from 
 scikit-learn's estimators by themselves, with ten restarts where they restart.  "LabelSpreading" is
 scikit-learn's with its kNN kernel at alpha = .2, its default, and .99.
 
-With ``--data``, the published experiment of Pires and Figueiredo, *Variational Mixture of Normalizing
-Flows*, 2020: MNIST's digits 0 to 4, no labels, MAF of 5 layers of width 200, q(c | x) of one layer of 512,
-the amortised ELBO from random components.  It has a checkpoint and goes on from it.
+MNIST, with the published experiment, is in ``benchmarks.mixtures.vmonf_mnist``.
 """
 
 import argparse
@@ -33,38 +30,32 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyro
 import torch
-from numpy.typing import NDArray
-from pyro.infer import TraceEnum_ELBO
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
-from sklearn.metrics import normalized_mutual_info_score
-from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
-from sklearn.semi_supervised import LabelSpreading
 
+from benchmarks.common.clusterings import (
+    Array,
+    Labels,
+    component_images,
+    gaussian_from,
+    matched_accuracy,
+    peers,
+    spreadings,
+)
 from benchmarks.common.results import Clock, Row, collect, read, results_of
 from benchmarks.common.tables import markdown, median
-from pyro_flowvi import fit
 from pyro_flowvi.datasets import (
     hide_labels,
-    idx_images,
     pinwheel,
     pinwheel_log_prob,
     two_circles,
     two_circles_log_prob,
 )
-from pyro_flowvi.models import FlowMixture, VMoNF
-from pyro_flowvi.models.mixture._partitions import cluster_gaussians
+from pyro_flowvi.models import FlowMixture
 from pyro_flowvi.plotting import plot_images
-
-Array = NDArray[np.float64]
-Labels = NDArray[np.int64]
 
 TESTS = (
     "pinwheel5",
@@ -89,7 +80,6 @@ TARGETS = {
     "digits5_labels": (0.965, None),
     "digits10_labels": (0.93, None),
 }
-PUBLISHED = {"accuracy": 0.757, "nmi": 0.660}
 SAMPLES_EACH = 10
 
 
@@ -138,22 +128,7 @@ class Data:
         return matched_accuracy(self.test_y, predicted)
 
 
-def matched_accuracy(y: Labels, clusters: Labels) -> float:
-    """The share that is right under the best one-to-one matching of clusters and classes."""
-    counts = np.zeros((y.max() + 1, int(clusters.max()) + 1))
-    np.add.at(counts, (y, clusters), 1.0)
-    return float(counts[linear_sum_assignment(-counts)].sum() / len(y))
-
-
 # -- methods -------------------------------------------------------------------------------------------
-
-
-def gaussian_from(z: Array, parts: Labels, num: int, seed: int) -> GaussianMixture:
-    """EM from a partition."""
-    loc, factors, weights = cluster_gaussians(z, np.eye(num)[parts])
-    precisions = np.linalg.inv(factors @ factors.swapaxes(-1, -2))
-    start: Row = {"means_init": loc, "precisions_init": precisions, "weights_init": weights}
-    return GaussianMixture(num, random_state=seed, max_iter=500, **start).fit(z)
 
 
 def flow_rows(data: Data, seed: int, picture: Path | None) -> list[Row]:
@@ -207,13 +182,7 @@ def peer_rows(data: Data, seed: int) -> list[Row]:
     """scikit-learn's estimators by themselves."""
     rows = []
     z, test = data.z, data.test_z
-    options: Row = {"random_state": seed, "n_init": 10, "max_iter": 500}
-    peers = {
-        "KMeans": KMeans(data.num, n_init=10, random_state=seed),
-        "GaussianMixture": GaussianMixture(data.num, **options),
-        "BayesianGaussianMixture": BayesianGaussianMixture(n_components=data.num, **options),
-    }
-    for name, peer in peers.items():
+    for name, peer in peers(data.num, seed).items():
         clock = Clock()
         peer.fit(z)
         taken = clock.read()
@@ -225,12 +194,11 @@ def peer_rows(data: Data, seed: int) -> list[Row]:
             accuracy = data.accuracy(clusters)
         nll = -float(peer.score(test)) if name != "KMeans" and not data.digits else None
         rows.append({"method": name, "accuracy": accuracy, "nll": nll, **taken})
-    for alpha in (0.2, 0.99) if data.semi else ():
+    for name, spreading in spreadings().items() if data.semi else ():
         clock = Clock()
-        spreading = LabelSpreading(kernel="knn", n_neighbors=10, alpha=alpha, max_iter=1000)
         spreading.fit(data.z, data.labels)
         predicted = spreading.transduction_ if data.digits else spreading.predict(data.test_z)
-        name, accuracy = f"LabelSpreading, alpha {alpha}", data.accuracy(predicted)
+        accuracy = data.accuracy(predicted)
         taken = clock.read()
         rows.append({"method": name, "accuracy": accuracy, "nll": None, **taken})
     if data.oracle is not None:
@@ -246,82 +214,13 @@ def run(key: Row, picture: Path | None) -> Row:
 
 def draw_digits(flows: FlowMixture, data: Data, path: Path) -> None:
     """A row of draws of each component, in the order of the class that most of its images have."""
-    with torch.no_grad():
-        z = flows.model_.mixture().rsample_components((SAMPLES_EACH,)).cpu().numpy()
-    flat = (z * flows.scale_ + flows.mean_).swapaxes(0, 1).reshape(-1, COLUMNS)
-    images = data.pca.inverse_transform(flat).reshape(data.num, -1, 8, 8)
+    images = component_images(flows, data.pca, SAMPLES_EACH, 8).reshape(data.num, SAMPLES_EACH, 8, 8)
     components = flows.predict(data.z)
     classes = [int(np.bincount(data.y[components == k], minlength=1).argmax()) for k in range(data.num)]
     order = np.argsort(classes, kind="stable")
-    page = images[order].reshape(-1, 8, 8).clip(0.0, 1.0)
-    save(page, [str(classes[k]) for k in order], path)
-
-
-def save(page: Any, names: list[str], path: Path) -> None:
-    plot_images(page, SAMPLES_EACH, names).figure.savefig(path, dpi=150)
+    names = [str(classes[k]) for k in order]
+    plot_images(images[order].reshape(-1, 8, 8), SAMPLES_EACH, names).figure.savefig(path, dpi=150)
     print(f"wrote {path}")
-
-
-# -- MNIST ---------------------------------------------------------------------------------------------
-
-
-class Batches:
-    """Minibatches by the step, so that a run that is resumed sees the same ones."""
-
-    def __init__(self, x: torch.Tensor, size: int, seed: int) -> None:
-        self.x, self.size, self.seed = x, min(size, len(x)), seed
-
-    def __call__(self, step: int) -> torch.Tensor:
-        generator = np.random.default_rng([self.seed, step])
-        index = generator.choice(len(self.x), self.size, replace=False)
-        return self.x[torch.from_numpy(index).to(self.x.device)]
-
-
-def published(arguments: argparse.Namespace) -> None:
-    """The published configuration on the digits 0 to 4 of IDX files."""
-    seed, device = arguments.first_seed, arguments.device
-    parts = idx_images(arguments.data)
-    generator = np.random.default_rng(seed)
-    flat, labels = [], []
-    for part in parts:
-        chosen = part.labels < 5
-        pixels = part.images[chosen].reshape(int(chosen.sum()), -1)
-        # Uniform noise and a logit, as the flow needs; 0.05 keeps the logit from its poles.
-        share = 0.05 + 0.9 * (pixels + generator.random(pixels.shape)) / 256.0
-        flat.append(np.log(share / (1.0 - share)))
-        labels.append(part.labels[chosen])
-    mean, scale = flat[0].mean(0), flat[0].std(0).clip(1e-3)
-    train, test = (torch.tensor((x - mean) / scale, dtype=torch.float32, device=device) for x in flat)
-    pyro.set_rng_seed(seed)
-    options: Row = {"num_layers": 5, "hidden": (200,), "classifier": (512,)}
-    model = VMoNF(5, train.shape[1], "maf", "amortized", **options).to(device)
-    checkpoint = arguments.output.with_suffix(f".mnist{seed}.pt")
-    result = fit(
-        model.model,
-        model.guide,
-        batches=Batches(train, 512, seed),
-        num_steps=arguments.steps,
-        lr=1e-3,
-        loss=TraceEnum_ELBO(max_plate_nesting=1),
-        seed=seed,
-        checkpoint=checkpoint,
-    )
-    with torch.no_grad():
-        predicted = torch.cat([model.classify(rows).argmax(-1) for rows in test.split(2000)]).cpu().numpy()
-        exact = torch.cat([model.responsibilities(rows).argmax(-1) for rows in test.split(500)]).cpu().numpy()
-        draws = model.mixture().rsample_components((SAMPLES_EACH,)).cpu().numpy()
-    lines = []
-    for name, found in (("q(c, given x)", predicted), ("p(c, given x)", exact)):
-        accuracy = matched_accuracy(labels[1], found)
-        nmi = normalized_mutual_info_score(labels[1], found)
-        lines.append([name, f"{accuracy:.3f}", f"{nmi:.3f}"])
-    lines.append(["published", f"{PUBLISHED['accuracy']:.3f}", f"{PUBLISHED['nmi']:.3f}"])
-    print(f"\nsteps {len(result.losses)}, {result.stop_reason}, {result.wall_time:.0f} s\n")
-    print(markdown(["digits 0 to 4 by", "accuracy", "NMI"], lines))
-    share = 1.0 / (1.0 + np.exp(-(draws * scale + mean)))
-    side = math.isqrt(train.shape[1])
-    page = ((share.swapaxes(0, 1).reshape(-1, side, side) - 0.05) / 0.9).clip(0.0, 1.0)
-    save(page, [f"component {k}" for k in range(5)], arguments.picture or Path("mnist.png"))
 
 
 # -- report --------------------------------------------------------------------------------------------
@@ -408,19 +307,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=results_of("vmonf"))
-    parser.add_argument("--picture", type=Path, help="draws of each component of the digits, or of MNIST")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="of the four IDX files of MNIST")
-    parser.add_argument("--steps", type=int, default=30_000, help="with --data")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="with --data"
-    )
+    parser.add_argument("--picture", type=Path, help="draws of each component of the digits 0 to 4")
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     if arguments.report is not None:
         report(arguments.report)
-        return
-    if arguments.data is not None:
-        published(arguments)
         return
     first = arguments.first_seed
     keys = [
