@@ -182,7 +182,7 @@ def amortised(
     train, test = (torch.as_tensor((x - mean) / scale, **settings) for x in parts)
     clock = Clock()
     pyro.set_rng_seed(task.seed)
-    model = VMoNF(task.num, train.shape[1], "maf", "amortized", **AMORTISED).to(options.device)
+    model = VMoNF(task.num, train.shape[1], "maf", "amortized", **AMORTISED).to(**settings)
     svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-3}), TraceEnum_ELBO(max_plate_nesting=1))
     generator = np.random.default_rng(task.seed)
     for _ in range(steps):
