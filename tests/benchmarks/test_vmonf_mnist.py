@@ -92,10 +92,11 @@ def test_a_run_of_all_methods(labels, whole, monkeypatch):
     options = argparse.Namespace(data=Path(), published_steps=2, batch=16, device="cpu")
     keys = [key for key in vmonf_mnist.keys([0], [0]) if (key["digits"], key["labels"]) == (5, labels)]
     rows = [{**key, **vmonf_mnist.run(key, options)} for key in keys]
-    assert len(rows) == (2 if labels else 4)
+    assert len(rows) == (3 if labels else 5)
     found = {one["method"]: one for row in rows for one in row["rows"]}
     assert found["FlowMixture"]["accuracy"] > 0.95
     assert found["FlowMixture"]["nmi"] > 0.9
+    assert found["FlowMixture, half of its start held"]["accuracy"] > 0.95
     peer = "LabelSpreading, alpha 0.2" if labels else "KMeans"
     assert found[peer]["accuracy"] > 0.95
     if not labels:
