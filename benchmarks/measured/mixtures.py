@@ -115,6 +115,10 @@ VMONF = Section(
 )
 
 
+OURS = ("FlowMixture", "FlowMixture, half of its start held")
+PEERS = ("KMeans", "GaussianMixture", "BayesianGaussianMixture", "LabelSpreading")
+
+
 def vmonf_mnist(rows: list[Row]) -> str:
     good = [row for row in rows if "error" not in row]
     lines, pairs = [], []
@@ -127,24 +131,32 @@ def vmonf_mnist(rows: list[Row]) -> str:
             seconds = [one["cpu_seconds"] for one in ones if "cpu_seconds" in one]
             figures = [number(middle(nlls)) if nlls else "–", number(middle(seconds), 1) if seconds else "–"]
             lines.append([*test, str(method), str(len(ones)), *scores, *figures])
-        ours = {one["seed"]: one for one in methods.get(("FlowMixture",), [])}
         for (method,), ones in methods.items():
-            both = [(ours[one["seed"]], one) for one in ones if one["seed"] in ours]
-            if ours and str(method).startswith(PEERS):
-                told = [paired([a[name] - b[name] for a, b in both]) for name in ("accuracy", "nmi")]
+            if str(method).startswith(PEERS) and ("FlowMixture",) in methods:
+                ours = [methods.get((name,), []) for name in OURS]
+                told = [paired(each, ones, name) for each in ours for name in ("accuracy", "nmi")]
                 pairs.append([*test, str(method), *told])
     if not lines:
         return ""
     head = ["digits", "labels a class", "method", "seeds", "accuracy", "NMI", "NLL", "seconds"]
-    less = ["digits", "labels a class", "`FlowMixture` less", "accuracy", "NMI"]
+    less = [
+        "digits",
+        "labels a class",
+        "less",
+        "`FlowMixture`: accuracy",
+        "NMI",
+        "half held: accuracy",
+        "NMI",
+    ]
     return f"{markdown(head, lines)}\n\n{markdown(less, pairs)}"
 
 
-PEERS = ("KMeans", "GaussianMixture", "BayesianGaussianMixture", "LabelSpreading")
-
-
-def paired(differences: list[float]) -> str:
-    """Their mean, and how many are above zero."""
+def paired(ours: list[Row], theirs: list[Row], name: str) -> str:
+    """The mean difference of a score over like seeds, and how many of them are above zero."""
+    scores = {one["seed"]: one[name] for one in ours}
+    differences = [scores[one["seed"]] - one[name] for one in theirs if one["seed"] in scores]
+    if not differences:
+        return "–"
     better = sum(difference > 0.0 for difference in differences)
     return f"{fmean(differences):+.3f} ({better} of {len(differences)} above 0)"
 
@@ -161,7 +173,8 @@ VMONF_MNIST = Section(
     "1 and noise .5; *wider and longer* are networks 64 wide and 3,000 steps, which the validation images "
     "find more likely. *Its start* is the partition that it chose to begin with, by a vote of ten "
     "neighbours; *half of its start held* is a second fit, to which the parts of a random half of the rows "
-    "are given as labels (half: by the classes of validation images of the first seed).\n\n"
+    "are given as labels (half: by the classes of validation images of the first seed). The second table has "
+    "mean differences over like seeds.\n\n"
     "Pires and Figueiredo (2020) report an accuracy of .757 and an NMI of .660 for the digits 0 to 4 without "
     "labels, trained on the 60,000 images that are not used here. *VMoNF, amortised* is their model (MAF of "
     "5 layers of width 200, q(c | x) of 512, the amortised ELBO, random components) on so few images and "
