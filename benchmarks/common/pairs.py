@@ -24,6 +24,12 @@ def differences(rows: Iterable[Row], others: Iterable[Row], score: str) -> Array
     return np.array([np.subtract(first[seed], second[seed]) for seed in shared])
 
 
+def over_images(rows: Iterable[Row], others: Iterable[Row], scores: str) -> Array:
+    """The differences of scores at each image, or group of images, averaged over the seeds that both have."""
+    found = differences(rows, others, scores)
+    return found.mean(0) if len(found) else found
+
+
 def standard_error(values: Array) -> float:
     """Of the mean; NaN for a single value."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -34,21 +34,18 @@ standard errors over the seeds and, of ``published``, over the images.
 
 import argparse
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import mnist
-from benchmarks.common.paired import by_image, by_seed, with_error
 from benchmarks.common.results import Clock, Row, collect, read, results_of
-from benchmarks.common.tables import markdown
+from benchmarks.measured.images import cif_images as table
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits
 from pyro_flowvi.distributions.indexed_flow import log_mean_exp
@@ -247,40 +244,6 @@ def run_published(key: Row, whole: mnist.Parts, arguments: argparse.Namespace) -
     return {**found, **scores(vae, binarize(test, FIXED_SET).to(device), seed, each=True)}
 
 
-# -- report ----------------------------------------------------------------------------------------
-
-
-def report(path: Path) -> None:
-    good = [row for row in read(path) if "error" not in row]
-    fields = ("data", "test", "steps", "rate", "warm_up", "layers")
-    good.sort(key=lambda row: [str(row.get(name)) for name in fields])
-    for setting, group in itertools.groupby(good, key=lambda row: [row.get(name) for name in fields]):
-        rows = list(group)
-        names = [name for name in ("test_ll", "test_elbo", "gap", "train_gap") if name in rows[0]]
-        print(f"\n{setting[0]}, {setting[1]}: {setting[2]} steps at {setting[3]:g}, warm-up {setting[4]}\n")
-        lines = []
-        for kind in KINDS:
-            own = [row for row in rows if row["posterior"] == kind]
-            if own:
-                cells = [with_error(np.array([row[name] for row in own])) for name in names]
-                seconds = f"{np.mean([row['cpu_seconds'] for row in own]):.0f}"
-                lines.append([kind, str(own[0]["parameters"]), str(len(own)), *cells, seconds])
-        print(markdown(["posterior", "parameters", "seeds", *names, "CPU s"], lines))
-        print()
-        lines = []
-        for first, second in PAIRS:
-            cells = []
-            for name in names:
-                found = by_seed(rows, first, second, name)
-                if len(found) < 2:
-                    cells.append("–")
-                    continue
-                ratio = abs(found.mean()) / (found.std(ddof=1) / math.sqrt(len(found)))
-                cells.append(f"{with_error(found)} ({ratio:.1f} s.e.)")
-            lines.append([f"{first} less {second}", *cells, with_error(by_image(rows, first, second))])
-        print(markdown(["paired difference", *names, "test_ll over images"], lines))
-
-
 def say(row: Row) -> str:
     if "error" in row:
         return f"{row['test']} {row['posterior']} {row['seed']}: {row['error']}"
@@ -308,7 +271,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     if arguments.report is not None:
-        report(arguments.report)
+        print(table(read(arguments.report)))
         return
     on_mnist = arguments.data is not None
     common = {"steps": arguments.steps or (8000 if on_mnist else 3000)}
@@ -327,7 +290,7 @@ def main() -> None:
         for kind in arguments.posteriors
     ]
     collect(keys, arguments.output, lambda key: runs[key["test"]](key), say)
-    report(arguments.output)
+    print(table(read(arguments.output)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
 """Sections on posteriors with several modes, and on mixtures of flows."""
 
-import math
 from statistics import fmean
 from statistics import median as middle
 
-import numpy as np
-
-from benchmarks.common.paired import by_image, by_seed, with_error
 from benchmarks.common.results import Row
 from benchmarks.common.tables import markdown, median, number
 from benchmarks.measured.posteriors import grouped, spread
@@ -263,58 +259,4 @@ CIF_MIXTURE = Section(
     picture=("cif_mixture.png", "Densities of the target and of the fits"),
 )
 
-
-# -- posteriors of images ------------------------------------------------------------------------
-
-PUBLISHED = {"VAE": (-87.37, 0.15), "NSF": (-82.95, 0.11), "CIF-NSF": (-82.22, 0.13)}
-"""Log-likelihoods of Caterini et al. 2020 on MNIST, after training on 54,000 images, and standard errors."""
-PAIRS = (("NSF", "VAE"), ("CIF-NSF", "NSF"))
-
-
-def published_difference(first: str, second: str) -> str:
-    (one, its_error), (other, error) = PUBLISHED[first], PUBLISHED[second]
-    return f"{one - other:.2f} ± {math.hypot(its_error, error):.2f}"
-
-
-def cif_images(rows: list[Row]) -> str:
-    parts = []
-    good = [row for row in rows if "error" not in row]
-    for group in grouped(good, "data", "test", "steps", "rate").values():
-        first, published = group[0], group[0]["test"] == "published"
-        lines = []
-        for (kind,), own in grouped(group, "posterior").items():
-            scores = [
-                with_error(np.array([row[name] for row in own]), 2) for name in ("test_ll", "test_elbo")
-            ]
-            told = [str(kind), f"{own[0]['parameters']:,}", str(len(own)), *scores]
-            told.append(number(middle([row["cpu_seconds"] for row in own]), 0))
-            lines.append(told + (["{:.2f} ± {:.2f}".format(*PUBLISHED[str(kind)])] if published else []))
-        head = ["posterior", "parameters", "seeds", "log p(x)", "ELBO", "seconds"]
-        layers = f", {first['layers']} layers" if "layers" in first else ""
-        title = f"*{first['data']}, {first['test']}*{layers}, {first['steps']:,} steps at {first['rate']:g}:"
-        parts += [title, markdown(head + ["published log p(x)"] * published, lines)]
-        lines = []
-        for pair in PAIRS:
-            scores = [with_error(by_seed(group, *pair, name), 2) for name in ("test_ll", "test_elbo")]
-            told = [f"{pair[0]} less {pair[1]}", scores[0], with_error(by_image(group, *pair), 2), scores[1]]
-            lines.append(told + ([published_difference(*pair)] if published else []))
-        head = ["paired difference", "log p(x), over seeds", "over images", "ELBO, over seeds"]
-        parts.append(markdown(head + ["published"] * published, lines))
-    return "\n\n".join(parts)
-
-
-CIF_IMAGES = Section(
-    "Do indices help the posterior of images?",
-    "benchmarks.fits.cif_images",
-    "The experiment of Caterini et al. 2020: a convolutional VAE with 20 latents whose posterior is a "
-    "normal, autoregressive splines behind it, or these splines continuously indexed, and narrower by so "
-    "much that the parameters match to a percent. MNIST's 10,000 test images are cut into 8,000 to train, "
-    "1,000 to validate and 1,000 to test; log p(x) is by 100 importance weights for each image. The "
-    "published figures are of 54,000 images, 10 layers and up to 1,000 epochs: compare the rows of a table, "
-    "not a row with its published figure. Means ± standard errors, over the seeds or over the 1,000 images "
-    "of the difference that is averaged over the seeds.",
-    cif_images,
-    options="--data DIR --layers 5 --steps 5000 --rate 5e-3 --seeds 3",
-)
-
-SECTIONS = (MULTIMODAL, MODE_SEARCH, VMONF, VMONF_MNIST, COMPLEXITY, TOPOLOGY, CIF_MIXTURE, CIF_IMAGES)
+SECTIONS = (MULTIMODAL, MODE_SEARCH, VMONF, VMONF_MNIST, COMPLEXITY, TOPOLOGY, CIF_MIXTURE)

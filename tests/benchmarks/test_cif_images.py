@@ -1,50 +1,26 @@
 """The benchmark of posteriors of images: the split, the sizes, and paired differences."""
 
 import argparse
-import gzip
 import math
-import struct
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.common import mnist
-from benchmarks.common.paired import by_image, by_seed, with_error
+from benchmarks.common.pairs import differences, over_images
 from benchmarks.fits import cif_images
-from benchmarks.measured import mixtures
-
-
-def write_idx(path, array):
-    head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
+from benchmarks.measured import images, mixtures
+from tests.idx_files import write_idx
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """As many images as MNIST tests with, of 4 x 4 pixels, each with its place in its first three pixels."""
-    places = np.arange(10_000)
-    images = np.random.default_rng(0).integers(0, 256, (10_000, 4, 4))
-    images[:, 0, 0], images[:, 0, 1] = places // 256, places % 256
-    write_idx(tmp_path / mnist.TEST_IMAGES, images)
-    write_idx(tmp_path / mnist.TEST_LABELS, places % 10)
+    """As many images as MNIST tests with, of 4 x 4 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10_000, 4, 4)).astype(np.uint8)
+    write_idx(tmp_path / mnist.TEST_IMAGES, pixels)
+    write_idx(tmp_path / mnist.TEST_LABELS, (np.arange(10_000) % 10).astype(np.uint8))
     return tmp_path
-
-
-def places(part):
-    return part.images[:, 0, 0, 0] * 256 + part.images[:, 0, 0, 1]
-
-
-def test_the_parts_share_no_image(folder):
-    parts = mnist.parts(folder, 0)
-    assert [len(part.images) for part in parts] == [8000, 1000, 1000]
-    found = np.concatenate([places(part) for part in parts])
-    assert sorted(found) == list(range(10_000))
-    for part in parts:
-        assert (part.labels == places(part) % 10).all()
-    assert mnist.name_of(parts) == "MNIST, 8,000 images"
-    assert (places(mnist.parts(folder, 0)[2]) == places(parts[2])).all()
-    assert (places(mnist.parts(folder, 1)[2]) != places(parts[2])).any()
 
 
 def test_a_run_scores_every_image(folder, tmp_path):
@@ -93,6 +69,7 @@ def rows():
             row = {"posterior": kind, "seed": seed, "image_ll": values.tolist(), "test_ll": values.mean()}
             row |= {"test_elbo": values.mean() - 3.0, "parameters": 1000, "cpu_seconds": 10.0}
             row |= {"data": "MNIST, 8,000 images", "test": "published", "steps": 50, "rate": 0.1, "layers": 2}
+            row["warm_up"] = 0
             found.append(row)
     return found
 
@@ -100,30 +77,19 @@ def rows():
 def test_differences_are_paired():
     whole = rows()
     for first, second, gain in (("NSF", "VAE", 2.0), ("CIF-NSF", "NSF", 0.5)):
-        seeds = by_seed(whole, first, second, "test_ll")
+        both = [[row for row in whole if row["posterior"] == kind] for kind in (first, second)]
+        seeds = differences(*both, "test_ll")
         assert seeds.shape == (4,)
         # Of one seed the noise is .5 √2 / √1000; what all posteriors share, of 5 and 20, is not in it.
         assert np.abs(seeds - gain).max() < 5 * 0.5 * math.sqrt(2.0 / 1000)
-        images = by_image(whole, first, second)
-        assert images.mean() == pytest.approx(seeds.mean())
-        assert images.std() == pytest.approx(0.5 * math.sqrt(2.0 / 4), rel=0.15)
-
-
-def test_only_seeds_of_both_are_paired():
-    whole = [row for row in rows() if not (row["posterior"] == "NSF" and row["seed"] == 2)]
-    assert len(by_seed(whole, "NSF", "VAE", "test_ll")) == 3
-    assert len(by_seed(whole[:1], "NSF", "VAE", "test_ll")) == 0
-    assert by_image(whole[:1], "NSF", "VAE").size == 0
-
-
-def test_a_mean_has_its_standard_error():
-    assert with_error(np.array([1.0, 3.0]), 2) == "2.00 ± 1.00"
-    assert with_error(np.array([1.5]), 1) == "1.5 ± nan"
-    assert with_error(np.array([])) == "–"
+        at_images = over_images(*both, "image_ll")
+        assert at_images.mean() == pytest.approx(seeds.mean())
+        assert at_images.std() == pytest.approx(0.5 * math.sqrt(2.0 / 4), rel=0.15)
+    assert over_images(whole, [], "image_ll").size == 0
 
 
 def test_the_page_has_differences_beside_published_ones():
-    text = mixtures.cif_images(rows())
+    text = images.cif_images(rows())
     assert "| CIF-NSF less NSF | 0.5" in text
     assert text.count("0.73 ± 0.17 |") == 1
     assert "-82.95 ± 0.11" in text

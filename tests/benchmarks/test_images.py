@@ -78,10 +78,12 @@ class TestFlowVAETable:
             row("none", 0, 0, 100.0, [99.0, 101.0]),
             row("planar", 10, 1, 97.0, [96.0, 98.0]),
             row("none", 0, 1, 101.0, [99.0, 103.0]),
+            row("planar", 40, 1, 96.5, [96.0, 97.0]),
         ]
         lines = images.flow_vae(rows).splitlines()
         assert lines[0] == "MNIST, 10 steps with the gradient of `Trace_ELBO`:"
         # Pairs: -2 and -4 by the seed; -2.5 and -3.5 by the groups of images.
         assert lines[4].startswith("| none | 0 | 2 | 100.50 ± 0.50 |")
-        assert lines[4].endswith("| – | 89.9 |")
-        assert lines[5].endswith("| 93.50 ± 0.50 | 95.50 ± 0.50 | -3.00 ± 1.00 (images: ± 0.50) | 87.5 |")
+        assert lines[4].endswith("| – | – | 89.9 |")
+        assert lines[5].endswith("| 93.50 ± 0.50 | 95.50 ± 0.50 | -3.00 ± 1.00 (images: ± 0.50) | – | 87.5 |")
+        assert lines[6].endswith("| -4.50 (images: ± 1.50) | -0.50 (images: ± 0.50) | 85.7 |")
