@@ -67,7 +67,7 @@ def flow_vae(rows: list[Row]) -> str:
                 [FLOW_TITLES[str(flow)], str(layers), str(len(ones)), *scores, *fallen, nats(published, 1)]
             )
         title = f"{data}, {steps:,} steps with {GRADIENTS[str(gradient)]}:"
-        parts.append(f"{title}\n\n{markdown([*HEAD, 'published'], lines)}")
+        parts.append(f"{title}\n\n{markdown(HEAD, lines)}")
     return "\n\n".join(parts)
 
 
