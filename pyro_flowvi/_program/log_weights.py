@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -217,7 +217,11 @@ class LogWeights:
             if not self.vectorized or self.structure.summed_by_guide:
                 kind: Any = TraceEnum_ELBO if self.structure.sums_out else Trace_ELBO
                 loss = kind(max_plate_nesting=self._nesting)
-                losses = [loss.loss(self.model, guide, *self.args, **self.kwargs) for _ in range(num_samples)]
+                run = partial(loss.loss, self.model, guide, *self.args, **self.kwargs)
+                losses = [run() for _ in range(min(2, num_samples))]
+                left = num_samples - len(losses)
+                same = self.structure.draws_nothing and losses[0] == losses[-1]
+                losses += losses[:1] * left if same else [run() for _ in range(left)]
                 return -torch.tensor(losses, dtype=torch.float64)
             parts = []
             for size in even_sizes(num_samples, max_batch):

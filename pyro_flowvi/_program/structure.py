@@ -128,6 +128,12 @@ class ProgramStructure:
         """Whether a site is summed out that draws of the latents do not tell."""
         return bool(self.enumerated_by_model or self.summed_by_guide)
 
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether all latents are summed out: then runs differ only where a density is itself an estimate."""
+        drawn = self.latents.keys() - self.enumerated_by_guide
+        return not drawn and self.discrete <= self.latents.keys() | self.enumerated_by_model
+
 
 def _params(*traces: Trace) -> Iterator[tuple[str, tuple[int, ...]]]:
     for trace in traces:

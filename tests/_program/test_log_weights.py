@@ -1,5 +1,7 @@
 """Vectorisation is found out site by site, and weights are those of Pyro's own objectives."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -75,6 +77,35 @@ def test_a_discrete_site_enumerated_in_the_guide():
         model, guide
     )
     assert weights.mean().item() == pytest.approx(truth, abs=4 * weights.std().item() / 20)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_what_is_summed_out_is_run_no_oftener_than_it_must(drawn):
+    runs, y = [], torch.tensor([0.3, -1.2, 2.0])
+
+    def model():
+        runs.append(None)
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0)) if drawn else torch.tensor(1.0)
+        with pyro.plate("rows", len(y)):
+            side = pyro.sample("side", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(2.0 * side, scale), obs=y)
+
+    def guide():
+        if drawn:
+            pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("side", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+
+    weights = LogWeights(model, guide)
+    runs.clear()
+    found = weights.log_weights(50)
+    assert len(runs) == (50 if drawn else 2)
+    assert len(found.unique()) == (50 if drawn else 1)
+    if not drawn:
+        terms = [
+            math.log(2.0 * p) + dist.Normal(2.0 * side, 1.0).log_prob(y) for side, p in ((0, 0.7), (1, 0.3))
+        ]
+        torch.testing.assert_close(found[0], torch.stack(terms).mean(0).sum())
 
 
 def test_batches_of_any_length():
