@@ -43,6 +43,7 @@ def taken(part: LabelledImages, rows: np.ndarray) -> LabelledImages:
     return LabelledImages(part.images[rows], part.labels[rows], part.num_levels)
 
 
-def name_of(whole: Parts) -> str:
-    """A name that tells the published split from that of the test images."""
-    return f"MNIST, {len(whole[0].images):,} images"
+def name_of(folder: Path, whole: Parts) -> str:
+    """What a folder has, and how many images of it train: so the published split has another name."""
+    name = "Fashion-MNIST" if "fashion" in folder.name.lower() else "MNIST"
+    return f"{name}, {len(whole[0].images):,} images"

@@ -280,7 +280,7 @@ def main() -> None:
     runs: dict[str, Callable[[Row], Row]] = {"joint": run_joint, "frozen": run_frozen}
     if on_mnist:
         whole, tests = mnist.parts(arguments.data), ["published"]
-        data, common["layers"] = mnist.name_of(whole), arguments.layers
+        data, common["layers"] = mnist.name_of(arguments.data, whole), arguments.layers
         runs = {"published": functools.partial(run_published, whole=whole, arguments=arguments)}
         print("parameters:", check_sizes(published(arguments.layers), whole[0].images.shape[1:]))
     keys = [

@@ -95,7 +95,7 @@ MNIST = Setting(20, True, 6e-3, 250, (0, 10, 40), 4000, 3)
 def image_sets(folder: Path | None) -> tuple[str, Tensor, Tensor, Tensor]:
     """A name, means to train with, and the binarised validation and test set."""
     parts = digits() if folder is None else mnist.parts(folder)
-    name = "digits" if folder is None else mnist.name_of(parts)
+    name = "digits" if folder is None else mnist.name_of(folder, parts)
     train, validation, test = (
         torch.from_numpy(part.images / (part.num_levels - 1)).float() for part in parts
     )

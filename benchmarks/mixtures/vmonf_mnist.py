@@ -221,7 +221,7 @@ def parts_of(folder: Path, seed: int) -> mnist.Parts:
 def run(key: Row, options: argparse.Namespace) -> Row:
     whole = parts_of(options.data, key["seed"])
     task = Task(whole, key["digits"], key["labels"], key["seed"])
-    told: Row = {"data": mnist.name_of(whole), "columns": task.columns, "pixel_nll": task.tried}
+    told: Row = {"data": mnist.name_of(options.data, whole), "columns": task.columns, "pixel_nll": task.tried}
     if key["methods"] == "flows":
         return {**told, "rows": flow_rows(task)}
     if key["methods"] == "peers":

@@ -52,7 +52,8 @@ class TestParts:
         np.testing.assert_array_equal(np.sort(places), np.arange(50))
         assert len(validation.images) == 5
         np.testing.assert_array_equal(test.images[:, 0, 0, 0], np.arange(7))
-        assert mnist.name_of((train, validation, test)) == "MNIST, 45 images"
+        assert mnist.name_of(tmp_path / "mnist", (train, validation, test)) == "MNIST, 45 images"
+        assert mnist.name_of(tmp_path / "Fashion", (train, validation, test)) == "Fashion-MNIST, 45 images"
 
     def test_without_a_folder_there_is_an_error(self):
         with pytest.raises(ValueError, match="--data"):
