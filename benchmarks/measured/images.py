@@ -124,7 +124,8 @@ def cif_images(rows: list[Row]) -> str:
         titles = [LIKELIHOOD_TITLES[name] for name in scores]
         head = ["posterior", "parameters", "seeds", *titles, "seconds"]
         layers = f", {first['layers']} layers" if "layers" in first else ""
-        title = f"*{first['data']}, {first['test']}*{layers}, {first['steps']:,} steps at {first['rate']:g}:"
+        name = first["data"] if published else f"{first['data']}, {first['test']}"
+        title = f"*{name}*{layers}, {first['steps']:,} steps at {first['rate']:g}:"
         parts += [title, markdown(head + ["published log p(x)"] * published, lines)]
         lines = []
         for pair in PAIRS:
