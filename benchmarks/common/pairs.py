@@ -13,8 +13,15 @@ Array = NDArray[np.float64]
 
 
 def by_seed(rows: Iterable[Row], score: str) -> dict[int, Any]:
-    """A score of every seed that has it."""
-    return {row["seed"]: row[score] for row in rows if row.get(score) is not None}
+    """A score of every seed that has it.
+
+    :raises ValueError: if a seed has several, as where rows of two settings are mixed.
+    """
+    scored = [row for row in rows if row.get(score) is not None]
+    found = {row["seed"]: row[score] for row in scored}
+    if len(found) < len(scored):
+        raise ValueError(f"rows: expected one of each seed, got seeds {[row['seed'] for row in scored]}")
+    return found
 
 
 def differences(rows: Iterable[Row], others: Iterable[Row], score: str) -> Array:

@@ -162,9 +162,8 @@ def draw(rows: list[Row], path: Path, results: Path) -> None:
     flows = [flow for flow in FLOWS if any(row["flow"] == flow for row in rows)]
     layers = sorted({row["layers"] for row in rows})
     for place, (colour, flow) in enumerate(zip(COLOURS, flows, strict=False)):
-        groups = [
-            [row for row in rows if row["layers"] == k and (not k or row["flow"] == flow)] for k in layers
-        ]
+        own = [row for row in rows if row["flow"] in ("none", flow)]
+        groups = [[row for row in own if row["layers"] == k] for k in layers]
         # Beside one another, so that bars do not hide each other.
         across = np.arange(len(layers)) + 0.06 * (place - (len(flows) - 1) / 2)
         bounds = [np.array([row["bound"] for row in group]) for group in groups]
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--gradient", choices=("path", "usual"), default="usual")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="to go on from")
     parser.add_argument("--output", type=Path, default=results_of("flow_vae"))
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--figure", type=Path, help="of the last data set of the results")
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     if arguments.report is None:
@@ -219,12 +218,10 @@ def main() -> None:
     rows = [row for row in read(results) if "error" not in row]
     print(table(rows))
     if arguments.figure is not None:
-        setting = MNIST if any(row["data"] != "digits" for row in rows) else DIGITS
-        draw(
-            [row for row in rows if (row["data"] == "digits") == (setting is DIGITS)],
-            arguments.figure,
-            results,
-        )
+        shown = [
+            row for row in rows if (row["data"], row["gradient"]) == (rows[-1]["data"], arguments.gradient)
+        ]
+        draw(shown, arguments.figure, results)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_differences_are_paired():
         at_images = over_images(*both, "image_ll")
         assert at_images.mean() == pytest.approx(seeds.mean())
         assert at_images.std() == pytest.approx(0.5 * math.sqrt(2.0 / 4), rel=0.15)
-    assert over_images(whole, [], "image_ll").size == 0
+    assert over_images(both[0], [], "image_ll").size == 0
 
 
 def test_the_page_has_differences_beside_published_ones():

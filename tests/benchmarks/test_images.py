@@ -66,6 +66,10 @@ class TestPairs:
         theirs = [{"seed": 0, "a": 0.5}, {"seed": 2, "a": 7.0}, {"seed": 1, "a": 1.0}]
         np.testing.assert_allclose(pairs.differences(ours, theirs, "a"), [0.5, -2.0])
 
+    def test_rows_of_two_settings_are_not_mixed(self):
+        with pytest.raises(ValueError, match=r"rows: expected one of each seed, got seeds \[0, 0\]"):
+            pairs.differences([{"seed": 0, "a": 1.0}, {"seed": 0, "a": 2.0}], [{"seed": 0, "a": 1.0}], "a")
+
     def test_standard_error(self):
         assert pairs.with_error(np.array([1.0, 2.0, 3.0])) == "2.00 ± 0.58"
         assert pairs.with_error(np.array([1.25])) == "1.25"
