@@ -68,6 +68,8 @@ CHOSEN = (
     ("nine", 5, "10", False),
     ("nine", 5, "1", True),
     ("rings", 2, "trained", False),
+    ("cube", 5, "trained", False),
+    ("cube", 5, "trained", True),
 )
 """Target, layers, base and tempering of what the page of results has, with fewer steps of fewer draws."""
 
