@@ -252,9 +252,10 @@ CIF_MIXTURE = Section(
     "*nine*: normals of standard deviation .25 on a lattice of step 2, each of mass 1/9 = .111 (.110 within "
     "3 standard deviations), of which one alone has an ELBO of -2.20; *rings*: two circles around the "
     "origin, one alone -.69; *cube*: sixteen normals of standard deviation .5 at the corners of a cube "
-    "of side 4 in four dimensions, each of mass .0625. The best ELBO is 0. From a base N(0, σ0²), as many parameters "
-    "each, 250 draws a step; *default*: `fit` with nothing set. Medians of the seeds with ranges; masses of "
-    "the lightest and the heaviest mode of all seeds, of draws as they are and resampled by their weights.",
+    "of side 4 in four dimensions, each of mass .0625. The best ELBO is 0. From a base N(0, σ0²), as many "
+    "parameters each, 250 draws a step; *default*: `fit` with nothing set. Medians of the seeds with ranges; "
+    "masses of the lightest and the heaviest mode of all seeds, of draws as they are and resampled by their "
+    "weights.",
     cif_mixture,
     options="--chosen",
     picture=("cif_mixture.png", "Densities of the target and of the fits"),
