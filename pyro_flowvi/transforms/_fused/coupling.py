@@ -10,8 +10,9 @@ from ...nn import MLP
 from ..coupling import Coupling
 from ..univariate import Additive, Affine, Multiplicative
 from ._pass import Gradients, Pass, trained
+from .affine import log_scale_gradient
 
-__all__ = ["Network", "pass_coupling"]
+__all__ = ["Network", "bounded_log_scale", "pass_coupling"]
 
 
 class Network:
@@ -56,6 +57,18 @@ class Network:
         return grads
 
 
+def free_log_scale(offset: Tensor) -> Tensor:
+    """The log-scale that a transformer has of its own, as far as its exponential is finite."""
+    largest = 0.3 * math.log(torch.finfo(offset.dtype).max)
+    return offset[0].clamp(-largest, largest)
+
+
+def bounded_log_scale(offset: Tensor, raw: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """s = b + k tanh(h / k) of a network's output h, and the sigmoid that its gradient needs."""
+    squashed = torch.sigmoid(raw * (2.0 / limit))
+    return torch.add(free_log_scale(offset) - limit, squashed, alpha=2.0 * limit), squashed
+
+
 def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     """The pass of an affine, additive or multiplicative coupling; None of anything else.
 
@@ -75,7 +88,6 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     limit = transformer.limit
     scales, shifts = kind is not Additive, kind is not Multiplicative
     offset = layer.offset
-    largest = 0.3 * math.log(torch.finfo(offset.dtype).max)
     moved, moved_score = x[:, layer._moved], score[:, layer._moved]
     kept = kept_score = network = None
     size = moved.shape[-1]
@@ -85,11 +97,10 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
     raw = list(network.output.split(size, -1)) if network is not None else []
     log_scale = scale = squashed = shift = None
     if scales:
-        free = offset[0].clamp(-largest, largest)
-        log_scale = free.expand_as(moved)
         if raw:
-            squashed = torch.sigmoid(raw[0] * (2.0 / limit))
-            log_scale = torch.add(free - limit, squashed, alpha=2.0 * limit)
+            log_scale, squashed = bounded_log_scale(offset, raw[0], limit)
+        else:
+            log_scale = free_log_scale(offset).expand_as(moved)
         scale = log_scale.exp()
     if shifts:
         shift = offset[-1] + raw[-1] if raw else offset[-1]
@@ -129,7 +140,7 @@ def pass_coupling(layer: Any, x: Tensor, score: Tensor) -> Pass | None:
             v_kept = torch.addmm(v_kept, pulled[-1], network.layers[0].weight)
         rows = []
         if bend is not None:
-            rows.append(torch.ops.aten.hardtanh_backward(bend.sum(0), offset[0], -largest, largest))
+            rows.append(log_scale_gradient(bend.sum(0), offset[0]))
         if shifts:
             rows.append(v_moved.sum(0))
         grads[offset] = torch.stack(rows)

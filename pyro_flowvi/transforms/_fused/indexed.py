@@ -1,6 +1,5 @@
 """The pass of continuously-indexed layers: three couplings around the pass of the layer that they index."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from ...nn import MLP
 from ..indexed import IndexedCompose, IndexedLayer, _AffineGiven
 from ._pass import Gradients, Pass, accumulate, trained
 from .affine import log_scale_gradient
-from .coupling import Network
+from .coupling import Network, bounded_log_scale
 
 __all__ = ["pass_indexed"]
 
@@ -40,9 +39,8 @@ def _couple(
     network, limit, offset = Network(mlp, given), layer.transformer.limit, layer.offset
     size, sign = x.shape[-1], -1.0 if back else 1.0
     raw_scale, raw_shift = network.output.split(size, -1)
-    largest = 0.3 * math.log(torch.finfo(offset.dtype).max)
-    squashed = torch.sigmoid(raw_scale * (2.0 / limit))
-    log_scale = torch.add(offset[0].clamp(-largest, largest) - limit, squashed, alpha=2.0 * limit) * sign
+    log_scale, squashed = bounded_log_scale(offset, raw_scale, limit)
+    log_scale = log_scale * sign
     slope, shift = log_scale.exp(), offset[1] + raw_shift
     moved = (x - shift) * slope if back else x * slope  # without what is added last
     image = moved if back else moved + shift
