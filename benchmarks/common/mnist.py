@@ -7,11 +7,16 @@ with MNIST's 10,000 test images alone, a seed makes parts of 8,000, 1,000 and 1,
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pyro_flowvi.datasets import LabelledImages, idx_images, read_idx
+from pyro_flowvi.models import binarize
 
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
 SPLIT = (8000, 9000)
+FIXED_SET = 12345
+"""Seed of the binarised validation and test sets."""
 Parts = tuple[LabelledImages, LabelledImages, LabelledImages]
 
 
@@ -41,6 +46,14 @@ def parts(folder: Path | None, seed: int = 0) -> Parts:
 def taken(part: LabelledImages, rows: np.ndarray) -> LabelledImages:
     """The images of these rows."""
     return LabelledImages(part.images[rows], part.labels[rows], part.num_levels)
+
+
+def binarized(whole: Parts) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of pixels to train with, and the validation and test images, binarised once; float32."""
+    train, validation, test = (
+        torch.from_numpy(part.images / (part.num_levels - 1)).float() for part in whole
+    )
+    return train, binarize(validation, FIXED_SET), binarize(test, FIXED_SET)
 
 
 def name_of(folder: Path, whole: Parts) -> str:

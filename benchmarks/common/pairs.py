@@ -42,9 +42,12 @@ def standard_error(values: Array) -> float:
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def with_error(values: Array, digits: int = 2) -> str:
-    """Mean ± standard error."""
+def with_error(values: Array, digits: int = 2, sign: str = "-") -> str:
+    """Mean ± standard error.
+
+    :param sign: "+" for one at every mean.
+    """
     if len(values) == 0:
         return "–"
     error = standard_error(values)
-    return f"{values.mean():.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+    return f"{values.mean():{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")

@@ -48,6 +48,14 @@ def results_of(name: str) -> Path:
     return RESULTS / f"{name}.jsonl"
 
 
+def checkpoint_of(folder: Path | None, key: Row) -> Path | None:
+    """The file of a task's checkpoint, in a folder that is made if there is none; None without a folder."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{'_'.join(map(str, key.values()))}.pt"
+
+
 def finite(row: Row) -> Row:
     """JSON has no infinities."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

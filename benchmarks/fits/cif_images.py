@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import mnist
-from benchmarks.common.results import Clock, Row, collect, read, results_of
+from benchmarks.common.results import Clock, Row, checkpoint_of, collect, read, results_of
 from benchmarks.measured.images import cif_images as table
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits
@@ -54,11 +54,8 @@ from pyro_flowvi.models import ConvDecoder, ConvEncoder, FlowVAE, Minibatches, b
 from pyro_flowvi.transforms import IndexedLayer, LULinear, SplineAutoregressive
 
 KINDS = ("VAE", "NSF", "CIF-NSF")
-PAIRS = (("NSF", "VAE"), ("CIF-NSF", "NSF"))
 BATCH = 100
 WEIGHTS = 100
-FIXED_SET = 12345
-"""Seed of the binarised validation and test sets."""
 COMPARED = 250
 """Validation images of MNIST on which states are compared: with all, that would take as long as the steps."""
 
@@ -127,8 +124,7 @@ def check_sizes(setting: Setting, shape: tuple[int, ...]) -> dict[str, int]:
 @functools.cache
 def digit_sets() -> tuple[Tensor, Tensor, Tensor]:
     """Means to train with, and the fixed validation and test sets."""
-    train, validation, test = (torch.from_numpy(part.images / 16).float() for part in digits())
-    return train, binarize(validation, FIXED_SET), binarize(test, FIXED_SET)
+    return mnist.binarized(digits())
 
 
 def scores(vae: FlowVAE, test: Tensor, seed: int, *, each: bool = False) -> Row:
@@ -212,7 +208,7 @@ def run_frozen(key: Row) -> Row:
     found = train(vae, Minibatches(means, BATCH, seed=key["seed"]), validation, key)
     truth = float(log_evidence(decoder, test).mean())
     rows = {**found, **scores(vae, test, key["seed"]), "log_evidence": truth}
-    train_set = binarize(means, FIXED_SET)
+    train_set = binarize(means, mnist.FIXED_SET)
     exact = float(log_evidence(decoder, train_set).mean())
     return {
         **rows,
@@ -227,21 +223,16 @@ def run_frozen(key: Row) -> Row:
 
 def run_published(key: Row, whole: mnist.Parts, arguments: argparse.Namespace) -> Row:
     device, kind, seed = arguments.device, key["posterior"], key["seed"]
-    means, validation, test = (torch.from_numpy(part.images / 255).float() for part in whole)
+    means, validation, test = mnist.binarized(whole)
     vae = published(key["layers"]).build(kind, tuple(means.shape[1:]), seed, device)
-    checkpoint = None
-    if arguments.checkpoints is not None:
-        arguments.checkpoints.mkdir(parents=True, exist_ok=True)
-        name = f"{len(means)}_{key['layers']}_{key['steps']}_{kind}_{seed}.pt"
-        checkpoint = arguments.checkpoints / name
     found = train(
         vae,
         Minibatches(means.to(device), BATCH, seed=seed),
-        binarize(validation[:COMPARED], FIXED_SET).to(device),
+        validation[:COMPARED].to(device),
         key,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint_of(arguments.checkpoints, key),
     )
-    return {**found, **scores(vae, binarize(test, FIXED_SET).to(device), seed, each=True)}
+    return {**found, **scores(vae, test.to(device), seed, each=True)}
 
 
 def say(row: Row) -> str:

@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from benchmarks.common import mnist
 from benchmarks.common.pairs import differences, standard_error
 from benchmarks.common.pictures import save
-from benchmarks.common.results import Clock, Row, collect, read, results_of
+from benchmarks.common.results import Clock, Row, checkpoint_of, collect, read, results_of
+from benchmarks.measured.images import FLOW_TITLES
 from benchmarks.measured.images import flow_vae as table
 from pyro_flowvi import fit
 from pyro_flowvi.datasets import digits
@@ -58,7 +59,6 @@ from pyro_flowvi.models import (
 )
 
 FLOWS = ("planar", "radial", "planar_radial", "nice")
-TITLES = {"planar": "planar", "radial": "radial", "planar_radial": "both in turn", "nice": "NICE"}
 BATCH, DRAWS, GROUP = 100, 100, 50
 TRAIN_IMAGES, TRAIN_DRAWS = 1000, 20
 
@@ -98,10 +98,7 @@ def image_sets(folder: Path | None) -> tuple[str, Tensor, Tensor, Tensor]:
     """A name, means to train with, and the binarised validation and test set."""
     parts = digits() if folder is None else mnist.parts(folder)
     name = "digits" if folder is None else mnist.name_of(folder, parts)
-    train, validation, test = (
-        torch.from_numpy(part.images / (part.num_levels - 1)).float() for part in parts
-    )
-    return name, train, binarize(validation, 12345), binarize(test, 12345)
+    return name, *mnist.binarized(parts)
 
 
 def run(key: Row, folder: Path | None, checkpoints: Path | None) -> Row:
@@ -114,10 +111,6 @@ def run(key: Row, folder: Path | None, checkpoints: Path | None) -> Row:
         vae = FlowVAE(encoder, decoder, key["flow"], num_layers=key["layers"], amortize=amortize)
     else:
         vae = FlowVAE(encoder, decoder)
-    checkpoint = None
-    if checkpoints is not None:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint = checkpoints / f"{'_'.join(map(str, key.values()))}.pt"
     clock = Clock()
     result = fit(
         vae.model,
@@ -129,7 +122,7 @@ def run(key: Row, folder: Path | None, checkpoints: Path | None) -> Row:
         # With a schedule, also a constant one, all steps are taken.
         loss=TraceAnnealed_ELBO(lambda step: 1.0, path=key["gradient"] == "path", max_plate_nesting=1),
         seed=key["seed"],
-        checkpoint=checkpoint,
+        checkpoint=checkpoint_of(checkpoints, key),
         compile=key["layers"] > 0,
         progress=False,
     )
@@ -137,7 +130,7 @@ def run(key: Row, folder: Path | None, checkpoints: Path | None) -> Row:
     pyro.set_rng_seed(1000 + key["seed"])
     weights = vae.log_weights(test, DRAWS)
     bounds = -weights.mean(0)
-    seen = vae.elbo(binarize(means[:TRAIN_IMAGES], 12345), TRAIN_DRAWS)
+    seen = vae.elbo(binarize(means[:TRAIN_IMAGES], mnist.FIXED_SET), TRAIN_DRAWS)
     return {
         "bound": float(bounds.mean()),
         "nll": -float((weights.logsumexp(0) - math.log(DRAWS)).mean()),
@@ -172,7 +165,7 @@ def draw(rows: list[Row], path: Path, results: Path) -> None:
         fallen = [differences(group, plain, "bound") for group in groups]
         for axis, values in zip(axes, (bounds, fallen), strict=True):
             errors = [2.0 * standard_error(each) for each in values]
-            look: Row = {"color": colour, "markersize": 4, "capsize": 2, "label": TITLES[flow]}
+            look: Row = {"color": colour, "markersize": 4, "capsize": 2, "label": FLOW_TITLES[flow]}
             axis.errorbar(across, [each.mean() for each in values], errors, fmt="o-", **look)
     axes[0].set_ylabel("bound, -ELBO (nats)")
     axes[1].set_ylabel("less the bound without layers")

@@ -24,8 +24,6 @@ BOUNDS = {
     "nice": {10: 88.6, 20: 87.9, 40: 87.3, 80: 87.2},
 }
 """Bounds on -log p(x) of MNIST, nats: Rezende and Mohamed 2015, table 2, from 60,000 images."""
-
-
 GRADIENTS = {"usual": "the gradient of `Trace_ELBO`", "path": "path gradients"}
 SCORES = ("bound", "nll", "train_bound")
 HEAD = (
@@ -109,8 +107,8 @@ def published_difference(first: str, second: str) -> str:
 
 def cif_images(rows: list[Row]) -> str:
     parts = []
-    good = [row for row in rows if "error" not in row]
-    for group in grouped(good, "data", "test", "steps", "rate", "warm_up").values():
+    good = [{"layers": None, **row} for row in rows if "error" not in row]
+    for group in grouped(good, "data", "test", "layers", "steps", "rate", "warm_up").values():
         first, published = group[0], group[0]["test"] == "published"
         scores = [name for name in LIKELIHOOD_TITLES if name in first]
         lines = []
@@ -123,7 +121,7 @@ def cif_images(rows: list[Row]) -> str:
             )
         titles = [LIKELIHOOD_TITLES[name] for name in scores]
         head = ["posterior", "parameters", "seeds", *titles, "seconds"]
-        layers = f", {first['layers']} layers" if "layers" in first else ""
+        layers = f", {first['layers']} layers" if first["layers"] else ""
         name = first["data"] if published else f"{first['data']}, {first['test']}"
         title = f"*{name}*{layers}, {first['steps']:,} steps at {first['rate']:g}:"
         parts += [title, markdown(head + ["published log p(x)"] * published, lines)]

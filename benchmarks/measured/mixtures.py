@@ -1,8 +1,8 @@
 """Sections on posteriors with several modes, and on mixtures of flows."""
 
-from statistics import fmean
 from statistics import median as middle
 
+from benchmarks.common.pairs import differences
 from benchmarks.common.results import Row
 from benchmarks.common.tables import markdown, median, number
 from benchmarks.measured.posteriors import grouped, spread
@@ -149,12 +149,10 @@ def vmonf_mnist(rows: list[Row]) -> str:
 
 def paired(ours: list[Row], theirs: list[Row], name: str) -> str:
     """The mean difference of a score over like seeds, and how many of them are above zero."""
-    scores = {one["seed"]: one[name] for one in ours}
-    differences = [scores[one["seed"]] - one[name] for one in theirs if one["seed"] in scores]
-    if not differences:
+    found = differences(ours, theirs, name)
+    if len(found) == 0:
         return "–"
-    better = sum(difference > 0.0 for difference in differences)
-    return f"{fmean(differences):+.3f} ({better} of {len(differences)} above 0)"
+    return f"{found.mean():+.3f} ({(found > 0.0).sum()} of {len(found)} above 0)"
 
 
 VMONF_MNIST = Section(

@@ -27,7 +27,6 @@ MNIST, with the published experiment, is in ``benchmarks.mixtures.vmonf_mnist``.
 import argparse
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from benchmarks.common.clusterings import (
     peers,
     spreadings,
 )
+from benchmarks.common.pairs import differences, with_error
 from benchmarks.common.results import Clock, Row, collect, read, results_of
 from benchmarks.common.tables import markdown, median
 from pyro_flowvi.datasets import (
@@ -226,11 +226,6 @@ def draw_digits(flows: FlowMixture, data: Data, path: Path) -> None:
 # -- report --------------------------------------------------------------------------------------------
 
 
-def with_error(values: Array) -> str:
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{values.mean():+.4f} ± {error:.4f}"
-
-
 def shown(values: list[float | None], digits: int) -> str:
     if all(value is None for value in values):
         return "–"
@@ -280,11 +275,7 @@ def report(path: Path) -> None:
 
 def paired(test: str, methods: dict[str, list[Row]]) -> list[list[str]]:
     ours, theirs = methods["FlowMixture"], methods["GaussianMixture from that start"]
-    cells = []
-    for score in ("accuracy", "nll"):
-        both = [(a[score], b[score]) for a, b in zip(ours, theirs, strict=True) if a[score] is not None]
-        cells.append(with_error(np.array([a - b for a, b in both])) if both else "–")
-    return [[test, *cells]]
+    return [[test, *(with_error(differences(ours, theirs, score), 4, "+") for score in ("accuracy", "nll"))]]
 
 
 def say(row: Row) -> str:
